@@ -1,0 +1,58 @@
+"""Estimates that carry their uncertainty and their sample size."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+
+class Estimate(NamedTuple):
+    """A number, its 95 % interval and the number of independent units (texts, models, seeds) it rests on."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        scale = max(abs(self.value), abs(self.high - self.low), 1e-12)
+        digits = max(0, 2 - math.floor(math.log10(scale))) if math.isfinite(scale) else 3
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}] (n = {self.n:,})"
+
+
+def bootstrap(
+    statistic: Callable[[Float[np.ndarray, " units"]], float],
+    units: int,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Percentile bootstrap interval (95 %) over independent units, by their multiplicities.
+
+    Tokens of one text are not independent, so the book resamples *texts*: `statistic` gets how often each
+    unit occurs in the resample (all ones: the sample itself) and returns the number of interest.
+
+    **Arguments:**
+
+    - `statistic`: from weights (units,) to a float.
+    - `units`: how many units there are. With fewer than two the interval is unknown and given as NaN.
+    - `resamples`, `seed`: of the bootstrap.
+
+    **Raises:** `ValueError` if `units` is below one.
+    """
+    if units < 1:
+        raise ValueError(f"units = {units}: a bootstrap needs at least one unit (text, model or seed)")
+    value = float(statistic(np.ones(units)))
+    if units < 2:
+        return Estimate(value, math.nan, math.nan, units)
+    interval = stats.bootstrap(
+        (np.arange(units),),
+        lambda chosen: statistic(np.bincount(chosen, minlength=units).astype(float)),
+        n_resamples=resamples,
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high), units)

@@ -1,0 +1,46 @@
+import math
+
+import numpy as np
+import pytest
+
+from headbound.stats import Estimate, bootstrap
+
+
+def test_interval_of_a_mean_is_the_textbook_one():
+    x = np.random.default_rng(0).normal(size=400)
+    estimate = bootstrap(lambda w: float(w @ x / w.sum()), len(x), resamples=4000)
+    half = 1.96 * x.std(ddof=1) / math.sqrt(len(x))
+    assert estimate.value == pytest.approx(x.mean())
+    assert estimate.low == pytest.approx(x.mean() - half, abs=0.1 * half)
+    assert estimate.high == pytest.approx(x.mean() + half, abs=0.1 * half)
+
+
+def test_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    samples = rng.exponential(size=(200, 80))
+    intervals = [bootstrap(lambda w, x=x: float(w @ x / w.sum()), len(x), resamples=300) for x in samples]
+    covered = np.mean([e.low <= 1 <= e.high for e in intervals])
+    assert 0.88 <= covered <= 0.99
+
+
+def test_one_unit_has_no_interval():
+    estimate = bootstrap(lambda w: float(w.sum()), 1)
+    assert estimate.value == 1
+    assert math.isnan(estimate.low)
+
+
+def test_no_unit_is_an_error():
+    with pytest.raises(ValueError, match="units = 0"):
+        bootstrap(lambda w: 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        (Estimate(0.12345, 0.1, 0.2, 1000), "0.123 [0.100, 0.200] (n = 1,000)"),
+        (Estimate(1234.5, 1200.0, 1300.0, 3), "1234 [1200, 1300] (n = 3)"),
+        (Estimate(1.0, math.nan, math.nan, 1), "1.00 [nan, nan] (n = 1)"),
+    ],
+)
+def test_an_estimate_prints_its_interval_and_size(estimate, text):
+    assert str(estimate) == text

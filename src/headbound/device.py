@@ -2,8 +2,6 @@
 
 import torch
 
-PRECISE = torch.float64
-
 
 def pick(name: str = "auto") -> torch.device:
     """The device to compute on: `auto` prefers cuda, then mps, then cpu.

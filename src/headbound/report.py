@@ -68,7 +68,7 @@ def begin(namespace: Mapping[str, Any]) -> Run:
             raise ValueError(
                 f"{name} = {parameters.get(name)!r}: the parameters cell must set it to a {kind.__name__}"
             )
-    np.random.seed(parameters["seed"])
+    np.random.seed(parameters["seed"])  # noqa: NPY002 (libraries below still draw from it)
     torch.manual_seed(parameters["seed"])
     plot.use_style()
     rows = [(name, repr(value)) for name, value in parameters.items()]
@@ -77,7 +77,7 @@ def begin(namespace: Mapping[str, Any]) -> Run:
 
 
 def findings(rows: Sequence[Finding]) -> None:
-    """Show a chapter's numbers beside the paper's, and keep them in the notebook for the pages that collect them."""
+    """Show a chapter's numbers beside the paper's, and keep them in the notebook for pages that collect them."""
     frame = pd.DataFrame(
         [(r.quantity, r.paper, _text(r.measured), VERDICTS[r.agrees], r.comment) for r in rows],
         columns=["quantity", "the paper", "measured here", "verdict", "comment"],
@@ -90,7 +90,7 @@ def findings(rows: Sequence[Finding]) -> None:
 
 
 def end(run: Run, samples: Mapping[str, int | str]) -> None:
-    """Close a chapter with its provenance: preset, seed, versions, device, run time, memory and sample sizes."""
+    """Close a chapter with its provenance: preset, seed, versions, device, run time, memory, sample sizes."""
     peak = psutil.Process().memory_info().rss / 2**30
     rows = {
         "preset": run.parameters["preset"],

@@ -15,6 +15,4 @@ def bar(items: Iterable[T] | None, description: str, total: int | None = None) -
     A notebook's outputs are published, so bars never go there: papermill's log has them.
     """
     terminal = sys.stderr.isatty()
-    return tqdm(
-        items, desc=description, total=total, file=sys.__stderr__, mininterval=0.2 if terminal else 30
-    )
+    return tqdm(items, desc=description, total=total, file=sys.__stderr__, mininterval=0.2 if terminal else 30)

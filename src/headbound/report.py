@@ -60,14 +60,10 @@ def begin(namespace: Mapping[str, Any]) -> Run:
     """
     plain = (bool, int, float, str, list, dict, type(None))
     hidden = {"In", "Out"}
-    parameters = {
-        k: v for k, v in namespace.items() if isinstance(v, plain) and k[0] != "_" and k not in hidden
-    }
+    parameters = {k: v for k, v in namespace.items() if isinstance(v, plain) and k[0] != "_" and k not in hidden}
     for name, kind in {"seed": int, "preset": str}.items():
         if not isinstance(parameters.get(name), kind):
-            raise ValueError(
-                f"{name} = {parameters.get(name)!r}: the parameters cell must set it to a {kind.__name__}"
-            )
+            raise ValueError(f"{name} = {parameters.get(name)!r}: the parameters cell must set it to a {kind.__name__}")
     np.random.seed(parameters["seed"])  # noqa: NPY002 (libraries below still draw from it)
     torch.manual_seed(parameters["seed"])
     plot.use_style()

@@ -17,28 +17,15 @@ from joblib import Parallel, delayed
 from headbound.progress import bar
 
 # A fixed list in a fixed order: what else is installed does not change the text.
-PACKAGES = [
-    "numpy",
-    "scipy",
-    "pandas",
-    "matplotlib",
-    "seaborn",
-    "scikit-learn",
-    "scikit-image",
-    "statsmodels",
-    "sympy",
-    "networkx",
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "huggingface_hub",
-]
+PACKAGES = (
+    *("numpy", "scipy", "pandas", "matplotlib", "seaborn", "scikit-learn", "scikit-image", "statsmodels", "sympy"),
+    *("networkx", "torch", "transformers", "accelerate", "datasets", "huggingface_hub"),
+)
 CHUNK = 2000  # characters that a text cut out of a plain file has at least
 
 
 def cache_dir() -> Path:
-    """Where downloads and intermediate results live, outside the repository: `HEADBOUND_CACHE`, or the user's cache."""
+    """Where downloads and results in between live, outside the repository: `HEADBOUND_CACHE` or the user's cache."""
     path = Path(os.environ.get("HEADBOUND_CACHE") or platformdirs.user_cache_path("headbound"))
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -63,9 +50,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise OSError(
-            f"writing {path}: {error}; free some space or set HEADBOUND_CACHE to another disk"
-        ) from error
+        raise OSError(f"writing {path}: {error}; free some space or set HEADBOUND_CACHE to another disk") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -87,15 +72,11 @@ def load(source: str = "docstrings") -> list[str]:
         return _dataset(source)
     path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"text = {source!r}: no such file; give 'docstrings', a text file or 'hf:NAME'"
-        )
+        raise FileNotFoundError(f"text = {source!r}: no such file; give 'docstrings', a text file or 'hf:NAME'")
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"text = {source!r}: not UTF-8 at byte {error.start}; convert it to UTF-8"
-        ) from error
+        raise ValueError(f"text = {source!r}: not UTF-8 at byte {error.start}; convert it to UTF-8") from error
     texts = _chunks(content)
     if not texts:
         raise ValueError(f"text = {source!r}: the file is empty; give a file with text in it")
@@ -132,9 +113,7 @@ def _docstrings() -> list[str]:
             for file in sorted(distribution(name).files or [], key=str)
             if file.suffix == ".py" and "tests" not in file.parts  # test suites hold little prose
         ]
-        found = Parallel(n_jobs=-1, batch_size=64)(
-            delayed(_file_docstrings)(f) for f in bar(files, "docstrings")
-        )
+        found = Parallel(n_jobs=-1, batch_size=64)(delayed(_file_docstrings)(f) for f in bar(files, "docstrings"))
         unique = dict.fromkeys(text for texts in found for text in texts)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(list(unique)))
@@ -177,11 +156,7 @@ def _dataset(source: str) -> list[str]:
     try:
         data = load_dataset(repository, config, split=part or "train")
     except Exception as error:
-        raise ValueError(
-            f"text = {source!r}: {type(error).__name__}: {error}; check the name and the hub"
-        ) from error
+        raise ValueError(f"text = {source!r}: {type(error).__name__}: {error}; check the name and the hub") from error
     if "text" not in data.column_names:
-        raise ValueError(
-            f"text = {source!r}: columns {data.column_names}, none called 'text'; choose another dataset"
-        )
+        raise ValueError(f"text = {source!r}: columns {data.column_names}, none called 'text'; choose another dataset")
     return [text for text in data["text"] if text.strip()]

@@ -54,9 +54,7 @@ def load(path: str | Path) -> Tokenizer:
     """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise FileNotFoundError(
-            f"tokenizer = {str(path)!r}: no {file.name} there; give a tokenizer.json or its folder"
-        )
+        raise FileNotFoundError(f"tokenizer = {str(path)!r}: no {file.name} there; give a tokenizer.json or its folder")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises plain Exception
@@ -88,9 +86,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Int32[np.ndarray, " to
     if not path.exists():
         parts = []
         for first in bar(range(0, len(texts), BATCH), "tokens"):
-            for encoding in tokenizer.encode_batch_fast(
-                list(texts[first : first + BATCH]), add_special_tokens=False
-            ):
+            for encoding in tokenizer.encode_batch_fast(list(texts[first : first + BATCH]), add_special_tokens=False):
                 parts.append(np.asarray([*encoding.ids, end], np.int32))
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, np.concatenate(parts))

@@ -1,0 +1,114 @@
+"""Anisotropy: the mean cosine between hidden states, exact and in one pass."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from headbound import device
+from headbound.stats import Estimate, bootstrap
+
+ROWS = 4096  # rows normalised at once: what bounds the extra memory
+SAFE = (1e-12, 1e12)  # norms whose squares neither vanish nor overflow in float32
+
+
+def mean_cosine(
+    hidden_states: Float[Tensor, "tokens d"] | Iterable[Float[Tensor, "tokens d"]],
+    sink_ratio: float | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    r"""Mean of cos(h_i, h_j) over all pairs i ≠ j, exactly, in O(N d).
+
+    With unit vectors u_i the sum over all pairs is ‖Σ u_i‖², so A = (‖Σ u_i‖² − N) / (N (N − 1)). Sums are
+    accumulated in float64.
+
+    **Arguments:**
+
+    - `hidden_states`: (tokens, d), or an iterable of such blocks, one block a text. Texts are the units of the
+      bootstrap: in a resample, pairs of two texts count by the product of their multiplicities and pairs inside a
+      text by its multiplicity, so that no token meets its own copy. One block alone has no interval.
+    - `sink_ratio`: leave out tokens whose norm exceeds this many times the median norm of their block.
+
+    **Returns:** the mean cosine, in [-1, 1]; `n` is the number of texts.
+
+    **Raises:** `ValueError` for NaN or Inf, a zero-norm hidden state, or fewer than two tokens.
+
+    **Source:** Godey et al. 2024, section on anisotropy; Ethayarajh 2019.
+    """
+    blocks = [hidden_states] if isinstance(hidden_states, Tensor) else hidden_states
+    sums, counts = [], []
+    for block in blocks:
+        kept = block if sink_ratio is None else block[~sinks(block, sink_ratio)]
+        sums.append(sum_of_units(kept).cpu().numpy())
+        counts.append(len(kept))
+    total = sum(counts)
+    if total < 2:
+        raise ValueError(f"{total} hidden states: a mean over pairs needs at least two")
+    unit_sums, tokens = np.stack(sums), np.asarray(counts, float)
+    squares = (unit_sums**2).sum(1)
+
+    def statistic(weights: Float[np.ndarray, " texts"]) -> float:
+        between = ((weights @ unit_sums) ** 2).sum() - weights**2 @ squares
+        pairs = (weights @ tokens) ** 2 - weights**2 @ tokens**2
+        within = weights @ (squares - tokens)
+        return float((between + within) / (pairs + weights @ (tokens**2 - tokens)))
+
+    return bootstrap(statistic, len(tokens), resamples, seed)
+
+
+def sinks(hidden_states: Float[Tensor, "tokens d"], ratio: float = 10.0) -> Bool[Tensor, " tokens"]:
+    """Which tokens have a norm above `ratio` times the median norm: attention sinks, mostly a text's first token.
+
+    **Raises:** `ValueError` if `ratio` is not above one.
+    """
+    if not ratio > 1:
+        raise ValueError(f"sink_ratio = {ratio}: must be above 1, a multiple of the median norm")
+    norms = hidden_states.norm(dim=1)
+    return norms > ratio * norms.median()
+
+
+def sum_of_units(hidden_states: Float[Tensor, "tokens d"]) -> Float[Tensor, " d"]:
+    """Σ h_i / ‖h_i‖ in float64, block by block.
+
+    **Raises:** `ValueError` for NaN or Inf, or a zero-norm hidden state.
+    """
+    where = device.precise(hidden_states.device)
+    total = torch.zeros(hidden_states.shape[1], dtype=torch.float64, device=where)
+    for first in range(0, len(hidden_states), ROWS):
+        block = hidden_states[first : first + ROWS]
+        block = block if block.dtype == torch.float64 else block.float()
+        norms = torch.linalg.vector_norm(block, dim=1)
+        if not ((norms > SAFE[0]) & (norms < SAFE[1])).all():  # also where a norm is NaN
+            block, norms = _rescaled(block, first)
+        total += ((1 / norms) @ block).to(where, torch.float64)
+    return total
+
+
+def cosines(hidden_states: Float[Tensor, "tokens d"], count: int, seed: int = 0) -> Float[Tensor, " count"]:
+    """Cosines of `count` random pairs i ≠ j, for a histogram: what the mean hides.
+
+    **Raises:** `ValueError` as `mean_cosine` does.
+    """
+    tokens = len(hidden_states)
+    if tokens < 2:
+        raise ValueError(f"{tokens} hidden states: a pair needs two")
+    generator = torch.Generator().manual_seed(seed)
+    i = torch.randint(tokens, (count,), generator=generator)
+    j = (i + torch.randint(1, tokens, (count,), generator=generator)) % tokens
+    return torch.nn.functional.cosine_similarity(hidden_states[i].double(), hidden_states[j].double(), dim=1)
+
+
+def _rescaled(block: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    finite = torch.isfinite(block).all(1)
+    if not finite.all():
+        raise ValueError(f"hidden state {first + int((~finite).nonzero()[0])} has NaN or Inf; run the model in float32")
+    peaks = block.abs().amax(1)
+    if (peaks == 0).any():
+        raise ValueError(
+            f"hidden state {first + int((peaks == 0).nonzero()[0])} is zero: it has no direction; leave it out"
+        )
+    block = block.double() / peaks.double()[:, None]
+    return block, torch.linalg.vector_norm(block, dim=1)

@@ -1,0 +1,100 @@
+"""Hidden states of every layer, streamed in bounded memory."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from accelerate.utils import find_executable_batch_size
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+
+def sequences(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int
+) -> Int[Tensor, "texts length"]:
+    """The first `length` tokens of the first `count` texts that have as many: no padding, nothing added.
+
+    **Raises:** `ValueError` if the texts are too few or too short.
+    """
+    if count < 1 or length < 2:
+        raise ValueError(f"count = {count}, length = {length}: at least one text of two tokens is needed")
+    rows: list[list[int]] = []
+    for text in texts:
+        # A token has at least one character, so most short texts are passed over without tokenizing them.
+        if len(text) >= length:
+            ids = tokenizer(text[: 16 * length], add_special_tokens=False)["input_ids"][:length]
+            rows += [ids] if len(ids) == length else []
+        if len(rows) == count:
+            return torch.tensor(rows)
+    raise ValueError(
+        f"count = {count}, length = {length}: the text has only {len(rows)} passages of {length} tokens; "
+        "give more text, or ask for fewer or shorter ones"
+    )
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """The names of what `stream` yields: `embeddings`, `block 1` … `block L`, `final norm`."""
+    return ["embeddings", *(f"block {i}" for i in range(1, model.config.num_hidden_layers + 1)), "final norm"]
+
+
+@torch.inference_mode()
+def stream(
+    model: nn.Module,
+    input_ids: Int[Tensor, "texts length"],
+    layers: Sequence[int] | None = None,
+    batch_size: int = 16,
+) -> Iterator[Float[Tensor, "layers batch length d"]]:
+    """Hidden states batch by batch, on the model's device, in the model's precision.
+
+    transformers returns the last block's output *after* the final norm and hides the one before it, so the last
+    block is caught by a hook: layer L is before the norm, layer L + 1 (or -1) after it. In a model without a final
+    norm (BERT's family) the two are equal.
+
+    **Arguments:**
+
+    - `layers`: indices into `layer_names(model)`; all of them if None.
+    - `batch_size`: texts at once to begin with; halved until a batch fits in memory.
+
+    **Raises:** `ValueError` for a layer that is not there, NaN or Inf in the states, or ids outside the vocabulary.
+    """
+    names = layer_names(model)
+    chosen = [range(len(names))[i] if -len(names) <= i < len(names) else i for i in layers or range(len(names))]
+    if any(i not in range(len(names)) for i in chosen):
+        raise ValueError(f"layers = {list(layers or [])}: this model has layers 0 to {len(names) - 1}")
+    if int(input_ids.max()) >= model.get_input_embeddings().num_embeddings or int(input_ids.min()) < 0:
+        raise ValueError(
+            f"token ids go up to {int(input_ids.max())}: outside the model's vocabulary; use its tokenizer"
+        )
+    base = getattr(model, "base_model", model)  # without the head: no logits are computed
+    caught: list[Tensor] = []
+    hook = _blocks(model)[-1].register_forward_hook(lambda _module, _inputs, output: caught.append(_first(output)))
+
+    def forward(batch: Tensor) -> Tensor:
+        caught.clear()
+        output = base(batch.to(model.device), output_hidden_states=True, use_cache=False)
+        every = [*output.hidden_states[:-1], caught[0], output.last_hidden_state]
+        states = torch.stack([every[i] for i in chosen])
+        if not torch.isfinite(states).all():
+            raise ValueError("NaN or Inf in the hidden states; run the model in float32")
+        return states
+
+    try:
+        size = find_executable_batch_size(
+            lambda batch_size: forward(input_ids[:batch_size]) is None or batch_size, batch_size
+        )()
+        for batch in input_ids.split(size):
+            yield forward(batch)
+    finally:
+        hook.remove()
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    depth = model.config.num_hidden_layers
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not found:
+        raise ValueError(f"{type(model).__name__}: no list of {depth} blocks found; its hidden states can't be named")
+    return found[0]
+
+
+def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]

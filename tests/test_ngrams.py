@@ -1,0 +1,206 @@
+import tracemalloc
+from collections import Counter, defaultdict
+from itertools import pairwise
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headbound import ngrams
+
+
+def zipf_tokens(size, vocab, seed=0):
+    return np.random.default_rng(seed).zipf(1.3, size).clip(max=vocab).astype(np.int32) - 1
+
+
+def dense(tokens, order, vocab):
+    """Counts the slow way: contexts in a dictionary."""
+    rows = defaultdict(Counter)
+    for i in range(len(tokens) - order + 1):
+        rows[tuple(tokens[i : i + order - 1])][tokens[i + order - 1]] += 1
+    return np.array([[row[v] for v in range(vocab)] for row in rows.values()], float)
+
+
+def w_error(singular_values):
+    tails = np.cumsum(np.sort(singular_values) ** 2)
+    return np.sqrt(tails / tails[-1])
+
+
+def low_rank_tokens(rank, vocab, size, seed=0, lanes=1000):
+    """A Markov chain whose transition matrix mixes `rank` topics: its bigram matrix has that rank."""
+    rng = np.random.default_rng(seed)
+    topics = np.cumsum(rng.dirichlet(np.full(vocab, 0.05), rank), axis=1)
+    mixtures = np.cumsum(rng.dirichlet(np.full(rank, 0.3), vocab), axis=1)
+    state, chain = rng.integers(0, vocab, lanes), []
+    for _ in range(size // lanes):
+        topic = (rng.random((lanes, 1)) > mixtures[state]).sum(1).clip(max=rank - 1)
+        state = (rng.random((lanes, 1)) > topics[topic]).sum(1).clip(max=vocab - 1)
+        chain.append(state)
+    return np.stack(chain, axis=1).ravel().astype(np.int32)
+
+
+@given(
+    st.lists(st.integers(0, 6), min_size=6, max_size=60),
+    st.integers(2, 5),
+    st.integers(1, 5),
+    st.sampled_from(["contexts", "tokens"]),
+    st.integers(1, 2),
+    st.sampled_from([0.0, 0.5, 10.0]),
+)
+def test_gram_is_that_of_the_dense_rows(ids, order, partitions, weighting, min_count, smoothing):
+    tokens = np.array(ids)
+    k = dense(tokens, order, 7)
+    k = k[k.sum(1) >= min_count]
+    n = k.sum(1, keepdims=True)
+    unigram = np.bincount(tokens, minlength=7) / len(tokens)
+    rows = (k + smoothing * unigram) / (n + smoothing) * (np.sqrt(n) if weighting == "tokens" else 1)
+    got = ngrams.gram(tokens, order, 7, weighting, min_count, smoothing, partitions=partitions)
+    np.testing.assert_allclose(got.matrix, rows.T @ rows, atol=1e-12)
+    assert (got.contexts, got.ngrams) == (len(k), k.sum())
+
+
+@pytest.mark.parametrize("order", [2, 3, 4, 5])
+@pytest.mark.parametrize("weighting", ["contexts", "tokens"])
+def test_spectrum_agrees_with_a_dense_svd(order, weighting):
+    tokens = zipf_tokens(3000, 300)
+    reference = np.linalg.svd(
+        ngrams.context_matrix(tokens, order, 300, weighting).toarray(), compute_uv=False
+    )
+    got = ngrams.singular_values(ngrams.gram(tokens, order, 300, weighting))
+    reference = np.append(reference, np.zeros(300))[:300]
+    np.testing.assert_allclose(w_error(got), w_error(reference), atol=1e-10)
+
+
+def test_rows_of_the_context_matrix_sum_to_one():
+    matrix = ngrams.context_matrix(zipf_tokens(2000, 50), 3, 50)
+    np.testing.assert_allclose(matrix.sum(axis=1), 1)
+
+
+def test_one_partition_or_sixteen_or_sixteen_jobs_give_the_same():
+    tokens = zipf_tokens(20_000, 200)
+    whole = ngrams.gram(tokens, 3, 200, partitions=1)
+    in_turn = ngrams.gram(tokens, 3, 200, partitions=16)
+    jobs = ngrams.combine(ngrams.gram(tokens, 3, 200, partitions=16, only=[i]) for i in range(16))
+    reference = w_error(ngrams.singular_values(whole))
+    for other in (in_turn, jobs):
+        assert other[1:] == whole[1:]
+        np.testing.assert_allclose(other.matrix, whole.matrix, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(w_error(ngrams.singular_values(other)), reference, atol=1e-12)
+
+
+def test_contexts_beyond_64_bits_are_counted():
+    tokens = zipf_tokens(4000, 60) * 997  # 16 bits an id, 80 for five of them
+    counts = next(ngrams.count(tokens, 5, 60_000, partitions=1))
+    expected = dense(tokens // 997, 5, 60)
+    assert counts.shape[0] == len(expected)
+    assert sorted(counts.data) == sorted(expected[expected > 0])
+
+
+def test_unbiased_gram_has_the_true_expectation():
+    rng = np.random.default_rng(0)
+    rows = rng.dirichlet(np.full(6, 0.5), 6)
+    total = np.zeros((6, 6))
+    runs = 400
+    for _ in range(runs):
+        follow = np.array([[rng.choice(6, p=row) for _ in range(3)] for row in rows])
+        # Each context three times: its n-grams are the positions of a stream; targets say what follows.
+        tokens = np.append(np.repeat(np.arange(6), 3), 0)
+        got = ngrams.gram(tokens, 2, 6, unbiased=True, targets=follow.ravel())
+        total += got.matrix / runs
+    np.testing.assert_allclose(total, rows.T @ rows, atol=0.12)
+    assert abs(np.trace(total) - (rows**2).sum()) < 0.12
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(ngrams, "BLOCK", 1 << 15)
+    monkeypatch.setattr(ngrams, "PARTITION", 1 << 15)
+    peaks = []
+    for size in (100_000, 800_000):
+        np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 64, size))
+        tokens = np.load(tmp_path / "tokens.npy", mmap_mode="r")
+        tracemalloc.start()
+        ngrams.gram(tokens, 3, 64)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0]
+
+
+def test_leading_values_and_their_rest_give_the_same_w_error():
+    tokens = zipf_tokens(5000, 120)
+    full = ngrams.singular_values(ngrams.gram(tokens, 3, 120))
+    leading = ngrams.leading_values(ngrams.context_matrix(tokens, 3, 120), 20)
+    np.testing.assert_allclose(leading[:20], full[:20], rtol=1e-9)
+    np.testing.assert_allclose(w_error(leading)[-21:], w_error(full)[-21:], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rank", "vocab", "size"), [(5, 200, 200_000), (20, 400, 400_000), (40, 400, 1_000_000)]
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_split_half_recovers_a_planted_rank(rank, vocab, size, seed):
+    tokens = low_rank_tokens(rank, vocab, size, seed)
+    halves = [ngrams.gram(x, 2, vocab, "tokens", unbiased=True) for x in np.split(tokens, 2)]
+    split = ngrams.split_half(*halves)
+    assert abs(split.rank - rank) <= 0.1 * rank
+    # The plain spectrum, on the same tokens, sees noise in every direction.
+    plain = ngrams.singular_values(ngrams.gram(tokens, 2, vocab, "tokens"))
+    assert (plain > 0).sum() > 2 * rank
+    assert split.floor[rank // 2] <= split.ceiling[rank // 2]
+
+
+def test_shuffled_targets_support_one_dimension():
+    tokens = low_rank_tokens(20, 400, 400_000)
+    targets = np.random.default_rng(0).permutation(tokens[1:])
+    half = len(targets) // 2
+    null = [
+        ngrams.gram(tokens[:half], 2, 400, "tokens", unbiased=True, targets=targets[: half - 1]),
+        ngrams.gram(tokens[half:], 2, 400, "tokens", unbiased=True, targets=targets[half:]),
+    ]
+    assert ngrams.split_half(*null).rank <= 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: ngrams.gram(t[:2], 3, 9), "order = 3"),
+        (lambda t: ngrams.gram(t, 1, 9), "order = 1"),
+        (lambda t: ngrams.gram(t, 2, 5), "token id 8: outside the vocabulary of 5"),
+        (lambda t: ngrams.gram(t - 1, 2, 9), "token id -1"),
+        (lambda t: ngrams.gram(t, 2, 9, partitions=4, only=[4]), "partition = 4: must be from 0 to 3"),
+        (lambda t: ngrams.gram(t, 2, 9, "rows"), "weighting = 'rows'"),
+        (lambda t: ngrams.gram(t, 2, 9, smoothing=-1.0), "smoothing = -1"),
+        (lambda t: ngrams.gram(t, 2, 9, targets=t), "18 targets: 17 contexts"),
+        (lambda t: ngrams.gram(t, 2, 2**20), "vocab_size = 1048576: its spectrum needs 17592"),
+        (lambda t: ngrams.singular_values(ngrams.gram(t, 2, 9, min_count=99)), "0 contexts"),
+        (
+            lambda t: ngrams.split_half(*[ngrams.gram(t[:9], 2, 9, unbiased=True)] * 2),
+            "0 contexts in one half",
+        ),
+        (lambda t: ngrams.combine([]), "0 parts"),
+        (lambda t: ngrams.combine([ngrams.gram(t, 2, 9), ngrams.gram(t, 2, 10)]), r"\[9, 10\] tokens"),
+        (lambda t: ngrams.leading_values(ngrams.context_matrix(t, 2, 9), 9), "ranks = 9"),
+    ],
+)
+def test_bad_input_is_named_with_its_fix(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(np.tile(np.arange(9), 2))
+
+
+def test_an_empty_partition_adds_nothing():
+    tokens = np.array([0, 1, 0, 1, 0])
+    whole, parts = ngrams.gram(tokens, 2, 2), ngrams.gram(tokens, 2, 2, partitions=64)
+    np.testing.assert_array_equal(whole.matrix, parts.matrix)
+
+
+def test_the_memory_limit_follows_the_machine(monkeypatch):
+    free = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(ValueError, match="at most 7 tokens, or leading_values"):
+        ngrams.gram(np.arange(9), 2, 9)
+
+
+def test_tokens_may_be_any_integers():
+    grams = [ngrams.gram(np.array([0, 1, 2, 0, 1], kind), 2, 3).matrix for kind in (np.uint16, np.int64)]
+    assert all((a == b).all() for a, b in pairwise(grams))

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from headbound.stats import Estimate, bootstrap
+from headbound.stats import Estimate, bootstrap, jackknife
 
 
 def test_interval_of_a_mean_is_the_textbook_one():
@@ -44,3 +44,12 @@ def test_no_unit_is_an_error():
 )
 def test_an_estimate_prints_its_interval_and_size(estimate, text):
     assert str(estimate) == text
+
+
+def test_jackknife_of_a_mean_is_the_textbook_interval():
+    x = np.random.default_rng(2).normal(size=30)
+    estimate = jackknife([float(np.delete(x, i).mean()) for i in range(30)], float(x.mean()))
+    half = 2.045 * x.std(ddof=1) / math.sqrt(30)
+    assert estimate.high - estimate.value == pytest.approx(half, rel=1e-3)
+    with pytest.raises(ValueError, match="1 groups"):
+        jackknife([1.0], 1.0)

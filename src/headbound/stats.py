@@ -1,7 +1,7 @@
 """Estimates that carry their uncertainty and their sample size."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,3 +56,23 @@ def bootstrap(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Estimate(value, float(interval.low), float(interval.high), units)
+
+
+def jackknife(leave_one_out: Sequence[float], value: float) -> Estimate:
+    """Delete-a-group jackknife interval (95 %) for a statistic of the whole sample that no reweighting can give.
+
+    **Arguments:**
+
+    - `leave_one_out`: the statistic without each of the g groups of independent units in turn.
+    - `value`: the statistic of the whole sample. The interval is `value ± t(g − 1) √((g − 1)/g Σ(θᵢ − θ̄)²)`.
+
+    **Raises:** `ValueError` with fewer than two groups.
+
+    **Source:** Efron & Tibshirani 1993, chapter 11.
+    """
+    groups = len(leave_one_out)
+    if groups < 2:
+        raise ValueError(f"{groups} groups: a jackknife needs at least two; split the sample further")
+    spread = math.sqrt((groups - 1) * float(np.var(leave_one_out)))
+    half = spread * float(stats.t.ppf(0.975, groups - 1))
+    return Estimate(value, value - half, value + half, groups)

@@ -65,9 +65,7 @@ def test_gram_is_that_of_the_dense_rows(ids, order, partitions, weighting, min_c
 @pytest.mark.parametrize("weighting", ["contexts", "tokens"])
 def test_spectrum_agrees_with_a_dense_svd(order, weighting):
     tokens = zipf_tokens(3000, 300)
-    reference = np.linalg.svd(
-        ngrams.context_matrix(tokens, order, 300, weighting).toarray(), compute_uv=False
-    )
+    reference = np.linalg.svd(ngrams.context_matrix(tokens, order, 300, weighting).toarray(), compute_uv=False)
     got = ngrams.singular_values(ngrams.gram(tokens, order, 300, weighting))
     reference = np.append(reference, np.zeros(300))[:300]
     np.testing.assert_allclose(w_error(got), w_error(reference), atol=1e-10)
@@ -135,9 +133,7 @@ def test_leading_values_and_their_rest_give_the_same_w_error():
     np.testing.assert_allclose(w_error(leading)[-21:], w_error(full)[-21:], atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("rank", "vocab", "size"), [(5, 200, 200_000), (20, 400, 400_000), (40, 400, 1_000_000)]
-)
+@pytest.mark.parametrize(("rank", "vocab", "size"), [(5, 200, 200_000), (20, 400, 400_000), (40, 400, 1_000_000)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_split_half_recovers_a_planted_rank(rank, vocab, size, seed):
     tokens = low_rank_tokens(rank, vocab, size, seed)
@@ -204,3 +200,8 @@ def test_the_memory_limit_follows_the_machine(monkeypatch):
 def test_tokens_may_be_any_integers():
     grams = [ngrams.gram(np.array([0, 1, 2, 0, 1], kind), 2, 3).matrix for kind in (np.uint16, np.int64)]
     assert all((a == b).all() for a, b in pairwise(grams))
+
+
+def test_needed_rank_is_the_first_that_reaches_the_level():
+    errors = np.array([1.0, 0.5, 0.3, 0.2])
+    assert [ngrams.needed_rank(errors, level) for level in (1, 0.4, 0.3, 0.1)] == [0, 2, 2, None]

@@ -64,18 +64,14 @@ def count(
     """
     ngrams = len(tokens) - order + 1
     if order < 2 or ngrams < 1:
-        raise ValueError(
-            f"order = {order}: must be from 2 to the number of tokens, {len(tokens)}; give more text"
-        )
+        raise ValueError(f"order = {order}: must be from 2 to the number of tokens, {len(tokens)}; give more text")
     if targets is not None and len(targets) != ngrams:
         raise ValueError(f"{len(targets)} targets: {ngrams} contexts need one each; cut or extend them")
     partitions = partitions or -(-ngrams // PARTITION)
     tables = np.random.default_rng(0).integers(0, 2**16, (order - 1, vocab_size), np.uint16)
     for part in range(partitions) if only is None else only:
         if not 0 <= part < partitions:
-            raise ValueError(
-                f"partition = {part}: must be from 0 to {partitions - 1}; choose partitions there"
-            )
+            raise ValueError(f"partition = {part}: must be from 0 to {partitions - 1}; choose partitions there")
         chosen = []
         for first in range(0, ngrams, BLOCK):
             last = min(first + BLOCK, ngrams)
@@ -84,9 +80,7 @@ def count(
             low, high = min(x.min() for x in windows), max(x.max() for x in windows)
             if low < 0 or high >= vocab_size:
                 wrong = low if low < 0 else high
-                raise ValueError(
-                    f"token id {wrong}: outside the vocabulary of {vocab_size}; use its own tokenizer"
-                )
+                raise ValueError(f"token id {wrong}: outside the vocabulary of {vocab_size}; use its own tokenizer")
             if partitions > 1:
                 hashed = reduce(np.bitwise_xor, (t[x] for t, x in zip(tables, windows, strict=False)))
                 here = np.flatnonzero(hashed % partitions == part)
@@ -119,9 +113,7 @@ def _rows(
 ) -> tuple[csr_array, np.ndarray, np.ndarray]:
     """Weighted rows, the factors that made them of counts, and how often each context occurs."""
     if weighting not in ("contexts", "tokens"):
-        raise ValueError(
-            f"weighting = {weighting!r}: must be 'contexts' (the paper's) or 'tokens' (the loss's)"
-        )
+        raise ValueError(f"weighting = {weighting!r}: must be 'contexts' (the paper's) or 'tokens' (the loss's)")
     n = counts.sum(axis=1)
     kept = n >= max(min_count, 2 if unbiased else 1)
     counts, n = counts[kept], n[kept]
@@ -201,9 +193,7 @@ def combine(parts: Iterable[Gram]) -> Gram:
     parts = list(parts)
     sizes = {len(part.matrix) for part in parts}
     if len(sizes) != 1:
-        raise ValueError(
-            f"vocabularies of {sorted(sizes)} tokens in {len(parts)} parts: give parts of one vocabulary"
-        )
+        raise ValueError(f"vocabularies of {sorted(sizes)} tokens in {len(parts)} parts: give parts of one vocabulary")
     return Gram(sum(p.matrix for p in parts), sum(p.contexts for p in parts), sum(p.ngrams for p in parts))
 
 
@@ -230,9 +220,7 @@ def leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " value
     **Raises:** `ValueError` for ranks out of range.
     """
     if not 1 <= ranks < min(matrix.shape):
-        raise ValueError(
-            f"ranks = {ranks}: must be between 1 and {min(matrix.shape) - 1}; choose ranks there"
-        )
+        raise ValueError(f"ranks = {ranks}: must be between 1 and {min(matrix.shape) - 1}; choose ranks there")
     transposed, size = matrix.T.tocsr(), matrix.shape[1]
     square = LinearOperator((size, size), matvec=lambda x: transposed @ (matrix @ x), dtype=np.float64)
     values = eigsh(square, ranks, v0=np.random.default_rng(0).random(size), return_eigenvectors=False)[::-1]
@@ -261,3 +249,9 @@ def split_half(first: Gram, second: Gram) -> SplitHalf:
         curves.append(1 + torch.nn.functional.pad(steps.cumsum(1), (1, 0)))
     held_out, floor, ceiling = ((curves[0] + curves[1]) / 2).numpy()
     return SplitHalf(int(held_out.argmin()), held_out, np.sqrt(floor.clip(0)), np.sqrt(ceiling.clip(0)))
+
+
+def needed_rank(errors: Float64[np.ndarray, " ranks"], level: float) -> int | None:
+    """The least d whose error, entry d of the curve, is at most `level`; None if the curve ends above it."""
+    below = np.flatnonzero(errors <= level)
+    return int(below[0]) if len(below) else None

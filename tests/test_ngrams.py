@@ -204,4 +204,4 @@ def test_tokens_may_be_any_integers():
 
 def test_needed_rank_is_the_first_that_reaches_the_level():
     errors = np.array([1.0, 0.5, 0.3, 0.2])
-    assert [ngrams.needed_rank(errors, level) for level in (1, 0.4, 0.3, 0.1)] == [0, 2, 2, None]
+    assert [ngrams.needed_rank(errors, level) for level in (1.0, 0.4, 0.3, 0.1)] == [0, 2, 2, None]

@@ -141,8 +141,8 @@ def gram(
 ) -> Gram:
     """`WᵀW` of the rows `√w (k + s·u) / (n + s)`: k a context's counts, n their sum, u the unigram shares.
 
-    With `unbiased`, `Σ w (k kᵀ − diag k) / (n (n − 1))`, the mean over pairs of *different* occurrences: its expectation
-    is that of the true probabilities, which the plain one exceeds by sampling noise.
+    With `unbiased`, `Σ w (k kᵀ − diag k) / (n (n − 1))`, the mean over pairs of *different* occurrences: its mean
+    is `WᵀW` of the true probabilities, which the plain one exceeds by sampling noise.
 
     **Arguments:**
 

@@ -174,9 +174,7 @@ def main():
         print("Error: ours against a dense float64 SVD of a subsample (all ranks); others against ours,")
         print(f"largest at d = {DEPTHS}. Extra memory: the process's own, at the peak.\n")
         print(spectrum_rows(path).to_string(index=False), "\n")
-        print(
-            f"Counting {ORDER}-grams; the largest corpus is {TILES} copies with their ids permuted (new contexts).\n"
-        )
+        print(f"Counting {ORDER}-grams; the largest corpus is {TILES} copies with their ids permuted (new contexts).\n")
         print(counting_rows(np.asarray(tokens), folder).to_string(index=False, float_format="%.2f"))
 
 

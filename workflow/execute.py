@@ -1,0 +1,96 @@
+"""One chapter: check its parameters, execute it with papermill, keep the result only when it is whole."""
+
+import argparse
+import ast
+import hashlib
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from papermill.exceptions import PapermillExecutionError
+
+
+def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
+    """Every parameter given exists in the notebook, with the type of its default.
+
+    papermill itself only logs an unknown parameter and goes on.
+
+    **Raises:** `ValueError` naming the parameter and what would fit.
+    """
+    defaults = {
+        name: ast.literal_eval(known["default"]) for name, known in papermill.inspect_notebook(str(notebook)).items()
+    }
+    for name, value in parameters.items():
+        if name not in defaults:
+            raise ValueError(f"{notebook.stem}: unknown parameter {name!r}; it has {', '.join(defaults)}")
+        default = defaults[name]
+        fits = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+        if default is not None and not fits:
+            expected = type(default).__name__
+            raise ValueError(f"{notebook.stem}: {name} = {value!r}: must be of type {expected}, like {default!r}")
+
+
+def source_hash(notebook: nbformat.NotebookNode) -> str:
+    """A hash of the cells' sources, the parameters papermill injected left out: tells whether a result is stale."""
+    cells = [c.source for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
+
+
+def describe_figures(notebook: nbformat.NotebookNode) -> None:
+    """Move captions and alt texts from the outputs, where code computed them, to where myst-nb reads them."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            about = output.get("metadata", {}).get("headbound", {})
+            if "alt" in about:
+                figure = {"caption": about["caption"], "name": about["name"]}
+                cell.metadata["mystnb"] = {"figure": figure, "image": {"alt": about["alt"]}}
+
+
+def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any]) -> None:
+    """Execute a notebook into `output`, which appears only when every cell has run.
+
+    **Raises:** `ValueError` for bad parameters, `PapermillExecutionError` for a cell that failed.
+    """
+    if not notebook.is_file():
+        raise ValueError(f"notebook = {notebook}: no such file")
+    check_parameters(notebook, parameters)
+    if preset != "laptop":  # laptop is what the notebooks say themselves
+        parameters = {"preset": preset, **parameters}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".running-") as scratch:
+        finished = Path(scratch) / output.name
+        papermill.execute_notebook(notebook, finished, parameters, kernel_name="python3", progress_bar=False)
+        content = nbformat.read(finished, as_version=4)
+        describe_figures(content)
+        content.metadata["headbound"] = {"preset": preset, "source": source_hash(nbformat.read(notebook, as_version=4))}
+        nbformat.write(content, finished)
+        finished.replace(output)
+
+
+def main() -> int:
+    """The command line: one clear line for what went wrong, and a status that is not zero."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--preset", default="laptop")
+    parser.add_argument("--parameters", type=json.loads, default={}, help="JSON object")
+    arguments = parser.parse_args()
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    try:
+        execute(arguments.notebook, arguments.output, arguments.preset, arguments.parameters)
+    except PapermillExecutionError as error:
+        print(f"headbound: {arguments.notebook.stem}: {error.ename}: {error.evalue}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"headbound: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

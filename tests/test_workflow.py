@@ -1,0 +1,239 @@
+"""The pipeline around the notebooks: parameters, gates, resumption; on a tiny chapter so that it takes seconds."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "workflow"))
+
+import execute  # noqa: E402
+import gates  # noqa: E402
+
+FIGURE = """
+import matplotlib.pyplot as plt
+from headbound import plot
+fig, ax = plt.subplots(figsize=(2, 1))
+ax.plot([1, 2])
+plot.show(fig, name="fig-line", caption=f"Line {n}.", alt=f"A line rising {n} times.")
+"""
+
+
+def notebook(path: Path, *cells: str, parameters: str = "n = 3\nshare = 0.5\nname = 'x'\npreset = 'laptop'") -> Path:
+    content = nbformat.v4.new_notebook(
+        metadata={
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+            "language_info": {"name": "python"},
+        }
+    )
+    content.cells = [
+        nbformat.v4.new_markdown_cell("# A tiny chapter"),
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        *(nbformat.v4.new_code_cell(source) for source in cells),
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(content, path)
+    return path
+
+
+def run(folder: Path, *arguments: str, script: str = "build.py") -> subprocess.CompletedProcess:
+    command = [sys.executable, str(folder / "workflow" / script), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the pipeline with one tiny chapter and a one-page book."""
+    for name in ("workflow", "presets", "book"):
+        (tmp_path / name).mkdir()
+    for path in [*(ROOT / "workflow").glob("*.py"), ROOT / "workflow" / "Snakefile"]:
+        shutil.copy(path, tmp_path / "workflow")
+    (tmp_path / "src" / "headbound").mkdir(parents=True)
+    (tmp_path / "src" / "headbound" / "module.py").write_text("X = 1\n")
+    shutil.copy(ROOT / "requirements.lock", tmp_path)
+    shutil.copy(ROOT / "_config.yml", tmp_path)
+    shutil.copy(ROOT / "book" / "references.bib", tmp_path / "book")
+    (tmp_path / "book" / "index.md").write_text("# A book\n\n{cite}`godey2024saturation`\n\n```{bibliography}\n```\n")
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n- file: chapters/01_tiny\n")
+    for preset in ("laptop", "smoke"):
+        (tmp_path / "presets" / f"{preset}.yaml").write_text("01_tiny: {}\n")
+    notebook(tmp_path / "notebooks" / "01_tiny.ipynb", "print(n)", FIGURE)
+    return tmp_path
+
+
+def test_every_preset_fits_every_notebook():
+    chapters = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    for path in sorted((ROOT / "presets").glob("*.yaml")):
+        preset = yaml.safe_load(path.read_text())
+        assert set(preset) == chapters, path.name
+        for chapter, parameters in preset.items():
+            execute.check_parameters(ROOT / "notebooks" / f"{chapter}.ipynb", parameters or {})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"m": 1}, "unknown parameter 'm'; it has n, share, name"),
+        ({"n": "many"}, "n = 'many': must be of type int, like 3"),
+        ({"n": 0.5}, "n = 0.5: must be of type int"),
+        ({"n": True}, "n = True: must be of type int"),
+        ({"share": "half"}, "share = 'half': must be of type float"),
+    ],
+)
+def test_a_parameter_that_does_not_fit_is_refused(tmp_path, parameters, message):
+    path = notebook(tmp_path / "01_tiny.ipynb")
+    with pytest.raises(ValueError, match=message.split(";")[0]):
+        execute.check_parameters(path, parameters)
+
+
+def test_parameters_that_fit_are_taken(tmp_path):
+    execute.check_parameters(notebook(tmp_path / "01_tiny.ipynb"), {"n": 4, "share": 1, "name": "y"})
+
+
+def test_a_chapter_that_fails_says_so_in_one_line_and_leaves_no_result(project):
+    notebook(project / "notebooks" / "01_tiny.ipynb", "raise ValueError('rank = 0: choose another')")
+    done = run(project, "notebooks/01_tiny.ipynb", "out/01_tiny.ipynb", script="execute.py")
+    assert done.returncode == 1
+    assert "headbound: 01_tiny: ValueError: rank = 0: choose another" in done.stderr
+    assert not list((project / "out").iterdir())
+
+
+def test_an_unknown_notebook_parameter_or_preset_has_its_own_line(project):
+    done = run(project, "notebooks/02_none.ipynb", "out/x.ipynb", script="execute.py")
+    assert (done.returncode, done.stderr) == (2, "headbound: notebook = notebooks/02_none.ipynb: no such file\n")
+    done = run(project, "notebooks/01_tiny.ipynb", "out/x.ipynb", "--parameters", '{"q": 1}', script="execute.py")
+    assert done.returncode == 2
+    assert "unknown parameter 'q'" in done.stderr
+    done = run(project, "--preset", "huge")
+    assert (done.returncode, done.stderr) == (2, "headbound: PRESET = huge: must be one of laptop, smoke\n")
+
+
+def executed(tmp_path: Path, *cells: str) -> tuple[Path, Path]:
+    source = notebook(tmp_path / "notebooks" / "01_tiny.ipynb", *cells)
+    output = tmp_path / "out" / "01_tiny.ipynb"
+    execute.execute(source, output, "laptop", {})
+    return output, source
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return executed(tmp_path_factory.mktemp("good"), FIGURE)
+
+
+def test_a_sound_chapter_passes_the_gates_with_computed_alt_text(good):
+    assert gates.faults(*good) == []
+    (cell,) = [c for c in nbformat.read(good[0], 4).cells if "mystnb" in c.metadata]
+    assert cell.metadata.mystnb.image.alt == "A line rising 3 times."
+    assert cell.metadata.mystnb.figure == {"caption": "Line 3.", "name": "fig-line"}
+
+
+def spoil(good: tuple[Path, Path], tmp_path: Path, change) -> list[str]:
+    content = nbformat.read(good[0], 4)
+    change(content)
+    nbformat.write(content, tmp_path / "01_tiny.ipynb")
+    return gates.faults(tmp_path / "01_tiny.ipynb", good[1])
+
+
+def test_each_planted_fault_is_caught(good, tmp_path):
+    def error(content):
+        content.cells[2].outputs.append(nbformat.v4.new_output("error", ename="E", evalue="bad", traceback=[]))
+
+    def exception(content):
+        content.metadata["papermill"]["exception"] = True
+
+    def no_alt(content):
+        content.cells[2].outputs[-1].metadata["headbound"]["alt"] = " "
+
+    def undescribed(content):
+        content.cells[2].outputs[-1].metadata = {}
+
+    def two(content):
+        content.cells[2].outputs *= 2
+
+    def noise(content):
+        content.cells[2].outputs.append(nbformat.v4.new_output("stream", name="stderr", text="a warning"))
+
+    def stale(content):
+        content.metadata["headbound"]["source"] = "another"
+
+    expected = {
+        error: "error output E: bad",
+        exception: "papermill recorded an exception",
+        no_alt: "figure without alt text",
+        undescribed: "figure without alt text",
+        two: "more than one figure",
+        noise: "text on standard error: a warning",
+        stale: "stale",
+    }
+    for change, message in expected.items():
+        (fault,) = spoil(good, tmp_path, change)
+        assert message in fault
+
+
+def test_build_skip_change_and_kill(project):
+    """The whole life of a book: built; nothing to do; package or notebook changed; killed -9 and resumed."""
+    page = project / "_build" / "html" / "chapters" / "01_tiny.html"
+    result = project / "_build" / "executed" / "laptop" / "01_tiny.ipynb"
+    done = run(project)
+    assert done.returncode == 0, done.stderr
+    assert "open" in done.stdout
+    assert 'alt="A line rising 3 times."' in page.read_text()
+    stamp = result.stat().st_mtime_ns
+
+    assert run(project).returncode == 0
+    assert result.stat().st_mtime_ns == stamp, "nothing had changed, yet the chapter was executed again"
+
+    (project / "src" / "headbound" / "module.py").write_text("X = 2\n")
+    assert run(project).returncode == 0
+    assert result.stat().st_mtime_ns != stamp, "the package had changed, yet the chapter was not executed again"
+
+    slow = notebook(
+        project / "notebooks" / "01_tiny.ipynb", "import time\ntime.sleep(4)", FIGURE.replace("Line", "Row")
+    )
+    before = result.read_bytes()
+    command = [sys.executable, str(project / "workflow" / "build.py")]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=project, start_new_session=True, **quiet)
+    while not list(result.parent.glob(".running-*")) and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not result.exists() or result.read_bytes() == before, "a half-made result took the place of the old one"
+    done = run(project)
+    assert done.returncode == 0, done.stderr
+    assert gates.faults(result, slow) == []
+    assert "Row 3." in page.read_text()
+
+    notebook(project / "notebooks" / "01_tiny.ipynb", "1 / 0")
+    done = run(project)
+    assert done.returncode == 1
+    assert "headbound: 01_tiny: ZeroDivisionError: division by zero" in done.stderr
+    assert "Row 3." in page.read_text(), "the earlier book must outlive a failure"
+
+
+def test_sphinx_warnings_stop_the_book(project):
+    (project / "book" / "index.md").write_text("# A book\n\n[nowhere](no-such-page.md)\n")
+    done = run(project)
+    assert done.returncode == 1
+    assert "no-such-page" in done.stderr
+    assert not (project / "_build" / "html").exists()
+
+
+def test_notebooks_are_committed_clean():
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        content = json.loads(path.read_text())
+        for cell in content["cells"]:
+            assert not cell.get("outputs"), f"{path.name}: outputs committed"
+            assert cell.get("execution_count") is None, f"{path.name}: execution counts committed"
+            lines = "".join(cell["source"]).count("\n") + 1
+            assert cell["cell_type"] != "code" or lines <= 30, f"{path.name}: a code cell of {lines} lines"

@@ -103,7 +103,8 @@ def _runs(columns: list[np.ndarray], vocab_size: int) -> csr_array:
     key.sort()
     first = np.flatnonzero(np.diff(key, prepend=~key[:1]))
     counts, key = np.diff(first, append=len(key)).astype(np.float64), key[first]
-    start = np.append(np.flatnonzero(np.diff(key >> bits, prepend=~key[:1])), len(key)).astype(np.int32)
+    context = key >> bits
+    start = np.append(np.flatnonzero(np.diff(context, prepend=~context[:1])), len(key)).astype(np.int32)
     followers = (key & ((1 << bits) - 1)).astype(np.int32)
     return csr_array((counts, followers, start), shape=(len(start) - 1, vocab_size))
 
@@ -122,11 +123,9 @@ def _rows(
     return diags_array(factor).tocsr() @ counts, factor, n
 
 
-def context_matrix(
-    tokens: Tokens, order: int, vocab_size: int, weighting: str = "contexts", min_count: int = 1
-) -> csr_array:
+def context_matrix(tokens: Tokens, order: int, vocab_size: int, weighting: str = "contexts") -> csr_array:
     """W itself, sparse, with arguments as of `gram`; it grows with the corpus, which `gram`'s memory does not."""
-    return vstack([_rows(k, weighting, min_count)[0] for k in count(tokens, order, vocab_size)], format="csr")
+    return vstack([_rows(k, weighting, 1)[0] for k in count(tokens, order, vocab_size)], format="csr")
 
 
 def gram(

@@ -1,5 +1,7 @@
 """Each theorem of chapter 6 has a test here that tries to break it; the names follow the chapter's labels."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -155,14 +157,20 @@ def test_sparse_targets_cost_little_at_twice_their_support(tokens):
     x = np.linspace(-1, 1, v)
     outside = -np.prod((x[None, :, None] - x[support][:, None, :]) ** 2, axis=2)
     values = generator.normal(size=(200, tokens))
-    inside = np.array(
-        [np.polyval(np.polyfit(x[s], y, tokens - 1), x) for s, y in zip(support, values, strict=True)]
-    )
+    inside = np.array([np.polyval(np.polyfit(x[s], y, tokens - 1), x) for s, y in zip(support, values, strict=True)])
     logits = 1e7 * outside + inside
     assert np.linalg.matrix_rank(logits - logits.mean(1, keepdims=True), tol=1e-3) <= 2 * tokens
     wanted = np.zeros((200, v))
     np.put_along_axis(wanted, support, softmax(values, axis=1), axis=1)
     assert rel_entr(wanted, softmax(logits, axis=1)).sum(1).max() < 1e-6
+
+
+def test_a_sample_of_contexts_has_a_smaller_gap_on_average():
+    logits = rng(0).normal(size=(6, 7))
+    subsets = [list(chosen) for chosen in itertools.combinations(range(6), 4)]
+    everywhere = bounds.upper(logits, [2])[0]
+    assert np.mean([bounds.upper(logits[s], [2])[0] for s in subsets]) <= everywhere
+    assert np.mean([bounds.lower(logits[s], [2], steps=20)[0] for s in subsets]) <= everywhere
 
 
 @given(targets(20), st.integers(0, 10**6))

@@ -15,7 +15,7 @@ from headbound.text import cache_dir
 
 REPOSITORY, COMMIT = "https://github.com/EleutherAI/pythia", "a19eecb807ec2c79a39ebf18108816e6ffffc1d5"
 SIZES = ("70m", "160m", "410m", "1b-bf16", "1.4b", "2.8b", "6.9b", "12b")
-# layers, hidden size and padded vocabulary, from the models' config.json on the Hub (Biderman et al. 2023, table 1)
+# layers, hidden size and padded vocabulary, as in Biderman et al. 2023, table 1
 PYTHIA = {
     "14m": (6, 128, 50_304),
     "31m": (6, 256, 50_304),
@@ -88,7 +88,7 @@ def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
 
 
 def parameters(model: str, embeddings: bool = True) -> int:
-    """Parameters of a Pythia model, from its architecture: l(12 d² + 13 d) + 2 d, and 2 V d for the embeddings.
+    """Parameters of a Pythia model, from its architecture: l(12 d² + 13 d) + 2 d, and 2 V d of embeddings.
 
     The head counts as an embedding. **Raises:** `ValueError` for a model whose name has no size of Pythia's.
     """

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +16,8 @@ from headbound.stats import Estimate
 NAMES = ("A", "alpha", "B", "beta", "E")
 HOFFMANN = {"B": 410.7, "beta": 0.28, "E": 1.69}  # the constants that the paper keeps; A and alpha stay free
 DELTA = 1e-3  # where Huber's loss turns from square to linear, in log loss (Hoffmann et al., section D.2)
-RANGES = np.array(
-    [[0, 12], [0.05, 1.5], [0, 12], [0.05, 1.5], [-3, 1]]
-)  # of starts: ln A, alpha, ln B, beta, ln E
+BOUNDS = [(-20, 60), (0, 3), (-20, 60), (0, 3), (-20, 5)]  # of ln A, alpha, ln B, beta, ln E
+RANGES = np.array([[0, 12], [0.05, 1.5], [0, 12], [0.05, 1.5], [-3, 1]])  # of starts
 
 
 class Law(NamedTuple):
@@ -131,7 +131,9 @@ def _minimum(begin, keep, n, t, loss, weights) -> np.ndarray | None:
         return float(weights @ huber(DELTA, predicted - loss)) / DELTA**2, slope[free]
 
     options = {"maxiter": 3000, "maxfun": 6000}
-    runs = [minimize(objective, s[free], jac=True, method="L-BFGS-B", options=options) for s in begin]
+    bounds = [pair for pair, loose in zip(BOUNDS, free, strict=True) if loose]
+    search = partial(minimize, objective, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    runs = [search(start[free]) for start in begin]
     runs = [run for run in runs if run.success and np.isfinite(run.fun)]
     if not runs:
         return None

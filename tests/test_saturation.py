@@ -1,0 +1,129 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import isotonic_regression
+
+from headbound.saturation import _compare, detect
+
+LOG = np.array([0, *2 ** np.arange(10), 1000, 3000, *range(13_000, 143_001, 10_000)])
+CURVES = {
+    "level, 27": (np.arange(27), np.zeros(27)),
+    "level, 12": (np.arange(12), np.zeros(12)),
+    "saturating, 27 as Pythia's": (LOG, 20 * (1 - np.exp(-6 * LOG / LOG[-1]))),
+    "steeply saturating, 27": (LOG, 60 * (1 - np.exp(-6 * LOG / LOG[-1]))),
+    "saturating, 12": (np.arange(12), 20 * (1 - np.exp(-np.arange(12) / 2))),
+    "up, then level, 27": (np.arange(27), np.minimum(30, 3.0 * np.arange(27))),
+}
+
+
+def rate(steps, truth, noise, runs, seed):
+    """How often a curve with this noise, of which the stderr says 1, is found to fall."""
+    rng, one = np.random.default_rng(seed), np.ones(len(truth))
+    curves = truth + noise * rng.normal(size=(runs, len(truth)))
+    found = [detect(steps, curve, one, resamples=99, seed=i).p_value for i, curve in enumerate(curves)]
+    return np.mean(np.array(found) <= 0.05)
+
+
+def reference(y, error):
+    """The two fits one curve and one peak at a time, by SciPy."""
+    weights = error**-2.0
+
+    def cost(part, increasing):
+        if not len(y[part]):
+            return 0.0
+        fit = isotonic_regression(y[part], weights=weights[part], increasing=increasing).x
+        return float(weights[part] @ (y[part] - fit) ** 2)
+
+    peaked = min(cost(slice(0, k), True) + cost(slice(k, None), False) for k in range(len(y) + 1))
+    return cost(slice(None), True) - peaked, peaked
+
+
+@given(st.lists(st.integers(-5, 5), min_size=3, max_size=12), st.integers(0, 99))
+def test_both_fits_equal_scipys(values, seed):
+    y, error = np.array(values, float), np.random.default_rng(seed).uniform(0.1, 3, len(values))
+    ratio, rest = _compare(np.vstack([y, y[::-1]]), error)
+    assert (ratio[0], rest[0]) == pytest.approx(reference(y, error), abs=1e-9)
+    assert (ratio[1], rest[1]) == pytest.approx(reference(y[::-1], error), abs=1e-9)
+
+
+@pytest.mark.parametrize("noise", [1.0, 1.6])
+def test_fires_in_3_to_7_percent_of_a_thousand_monotone_curves(noise):
+    rates = [rate(steps, truth, noise, runs=200, seed=1) for steps, truth in CURVES.values()]
+    assert 0.03 <= np.mean(rates) <= 0.07
+    assert max(rates) <= 0.1
+
+
+def test_hardly_ever_fires_on_a_curve_that_still_climbs_steeply():
+    assert rate(np.arange(27), np.linspace(0, 60, 27), 1.0, runs=200, seed=3) <= 0.05
+
+
+@pytest.mark.parametrize("checkpoints", [27, 40])
+def test_finds_most_drops_of_three_standard_errors(checkpoints):
+    x = np.linspace(0, 1, checkpoints)
+    truth = 20 * np.minimum(1, 2.5 * x) - 3 * np.clip((x - 0.5) / 0.5, 0, 1)
+    assert rate(np.arange(checkpoints), truth, 1.0, runs=300, seed=4) > 0.5
+
+
+def test_picks_the_best_checkpoint_and_measures_the_drop_in_either_direction():
+    steps = np.arange(0, 100, 10)
+    accuracy = np.array([0.1, 0.3, 0.42, 0.48, 0.50, 0.48, 0.47, 0.44, 0.42, 0.4])
+    up = detect(steps, accuracy, np.full(10, 0.01))
+    down = detect(list(steps[::-1]), list(-accuracy[::-1]), [0.01] * 10, higher_is_better=False)
+    assert (up.best_step, up.best, up.final) == (40, 0.5, 0.4)
+    assert (down.best_step, down.best, down.final) == (40, -0.5, -0.4)
+    assert up.drop == down.drop == pytest.approx(0.1)
+    assert up.low < up.drop < up.high
+    assert up.p_value == down.p_value <= 0.01
+
+
+@given(scale=st.floats(1e-6, 1e6), shift=st.floats(-1e3, 1e3))
+def test_units_do_not_matter(scale, shift):
+    y = np.array([0, 3, 5, 6, 6.5, 6.2, 6.6, 5.9, 5.5, 5.6])
+    plain = detect(range(10), y, np.full(10, 0.3), resamples=99)
+    other = detect(range(10), scale * (y + shift), np.full(10, 0.3 * scale), resamples=99)
+    assert other.p_value == plain.p_value
+    assert other.drop == pytest.approx(scale * plain.drop, abs=1e-9 * scale)
+
+
+def test_a_curve_that_never_falls_has_no_drop():
+    result = detect(range(6), [1, 2, 3, 3, 3, 4.0], None)
+    assert (result.best_step, result.drop, result.low, result.high, result.p_value) == (5, 0, 0, 0, 1)
+
+
+def test_noise_beyond_the_stderr_is_seen_and_weakens_the_finding():
+    rng = np.random.default_rng(0)
+    truth = np.array([0, 8, 12, 14, 15, 15, 15, 15, 15, 14, 14, 13.5])
+    y = truth + rng.normal(size=12)
+    sure, doubtful = detect(range(12), y, np.full(12, 0.3)), detect(range(12), y, np.full(12, 1.0))
+    assert sure.noise > 1.5
+    assert doubtful.noise < sure.noise
+
+
+def test_without_stderr_the_scatter_decides():
+    y = np.concatenate([np.linspace(0, 10, 14), np.linspace(10, 6, 13)])
+    y += np.random.default_rng(0).normal(0, 0.3, 27)
+    assert detect(range(27), y, None).p_value < 0.05
+
+
+def test_a_zero_stderr_is_raised_to_the_least_positive_one():
+    result = detect(range(5), [0, 0, 2, 3, 1.0], [0, 0, 0.1, 0.1, 0.1])
+    assert math.isfinite(result.likelihood_ratio)
+
+
+@pytest.mark.parametrize(
+    ("steps", "values", "stderr", "message"),
+    [
+        ([1, 2], [1.0, 2.0], None, "2 steps"),
+        ([1, 2, 3], [1.0, 2.0], None, "2 values"),
+        ([1, 2, 2], [1.0, 2.0, 3.0], None, "step 2 occurs twice"),
+        ([1, 2, 3], [1.0, math.nan, 3.0], None, "value at step 2 is not finite"),
+        ([1, 2, 3], [1.0, 2.0, 3.0], [0.1, math.nan, 0.1], "no stderr at step 2: pass stderr=None"),
+        ([1, 2, 3], [1.0, 2.0, 3.0], [0.0, 0.0, 0.0], "no stderr at step 1"),
+    ],
+)
+def test_bad_input_is_named(steps, values, stderr, message):
+    with pytest.raises(ValueError, match=message):
+        detect(steps, values, stderr)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from headbound import heads
 from headbound.losses import blocked_cross_entropy
@@ -82,7 +83,7 @@ def loss(head, world):
 
 @pytest.mark.parametrize("sampled", [None, 5])
 def test_one_pass_equals_one_rank_after_another(world, sampled):
-    weight, hidden_states, targets = world
+    _, hidden_states, targets = world
     starts = [heads.random(40, 8, rank) for rank in (1, 4, 8)]
     before = [start.A.clone() for start in starts]
     options = {"epochs": 2, "batch": 64, "sampled": sampled}
@@ -115,7 +116,7 @@ def test_memory_mapped_states_are_enough(world, tmp_path):
 def test_divergence_is_an_error_not_a_head(world):
     with pytest.raises(FloatingPointError, match=r"rank 4 diverged: .*; lower learning_rate"):
         heads.train(*world[1:], [heads.random(40, 8, 4)], learning_rate=1e3)
-    weight, hidden_states, targets = world
+    _, hidden_states, targets = world
     with pytest.raises(FloatingPointError, match="rank 8 diverged: loss nan"):
         heads.train(np.where(hidden_states > 1, np.nan, hidden_states), targets, [heads.random(40, 8, 8)])
 
@@ -136,3 +137,26 @@ def test_knee_is_found_where_it_was_put():
     assert knee.low == pytest.approx(knee.high)
     assert heads.knee(ranks, 0 * losses + 1, texts).value == 8
     assert heads.knee(ranks, losses, texts, tolerance=0.2).value < knee.value
+
+
+def test_losses_of_stored_states_are_the_models_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path))
+    config = GPTNeoXConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    model = GPTNeoXForCausalLM(config).eval()
+    ids = torch.randint(64, (5, 21))
+    data = heads.examples(model, ids)
+    assert isinstance(data.hidden_states.base, np.memmap)
+    weight = model.get_output_embeddings().weight.detach()
+    full = heads.low_rank(weight, 16, heads.covariance(data.hidden_states))
+    with torch.no_grad():
+        logits = model(ids[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    losses = heads.token_losses(data, [full, full.cut(2)], block=7)
+    np.testing.assert_allclose(losses[0], expected, rtol=1e-4)
+    assert np.abs(losses[1] - losses[0]).max() > 1e-3
+    (stored,) = (tmp_path / "hidden").iterdir()
+    before = stored.stat().st_mtime_ns
+    heads.examples(model, ids)
+    assert stored.stat().st_mtime_ns == before

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from headbound import device, progress, stats
+from headbound import device, hidden, progress, stats
 from headbound.losses import blocked_cross_entropy
 
 
@@ -23,6 +23,33 @@ class Head(NamedTuple):
     def cut(self, rank: int) -> "Head":
         """The head of the first `rank` directions: for a head of `low_rank`, the best one of that rank."""
         return Head(self.A[:, :rank], self.B[:rank])
+
+
+class Examples(NamedTuple):
+    """What a head is trained and measured on: hidden states (tokens × d), the next tokens, the text of each."""
+
+    hidden_states: np.ndarray
+    targets: np.ndarray
+    texts: np.ndarray
+
+
+def examples(model: nn.Module, input_ids: Int[Tensor, "texts length"]) -> Examples:
+    """Each text's tokens but the last as memory-mapped final hidden states (`hidden.store`), and what follows each."""
+    states = hidden.store(model, input_ids[:, :-1])
+    texts, length, d = states.shape
+    return Examples(states.reshape(-1, d), input_ids[:, 1:].flatten().numpy(), np.repeat(np.arange(texts), length))
+
+
+@torch.inference_mode()
+def token_losses(data: Examples, heads: Sequence[Head], block: int = 128) -> Float[np.ndarray, "heads tokens"]:
+    """Nats a token of each head over its whole vocabulary, every block of states read once for all heads."""
+    losses = np.empty((len(heads), len(data.targets)))
+    for start in progress.bar(range(0, len(data.targets), block), f"measuring {len(heads)} heads"):
+        here, like = slice(start, start + block), heads[0].A
+        states, targets = (torch.tensor(x[here]).to(like.device) for x in (data.hidden_states, data.targets))
+        for row, head in zip(losses, heads, strict=True):
+            row[here] = blocked_cross_entropy(states, head, targets, block, reduction="none").cpu()
+    return losses
 
 
 def covariance(hidden_states: Float[np.ndarray, "tokens d"], block: int = 8192) -> Float[Tensor, "d d"]:

@@ -1,12 +1,17 @@
 """Hidden states of every layer, streamed in bounded memory."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from accelerate.utils import find_executable_batch_size
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+
+from headbound.progress import bar
+from headbound.text import cache_dir, replacing
 
 
 def sequences(
@@ -86,6 +91,36 @@ def stream(
             yield forward(batch)
     finally:
         hook.remove()
+
+
+def store(
+    model: nn.Module, input_ids: Int[Tensor, "texts length"], layer: int = -1
+) -> Float[np.ndarray, "texts length d"]:
+    """One layer's hidden states on disk, memory-mapped: computed once a model and text, whoever asks.
+
+    Kept in the cache under a hash of token ids, layer and weights (256 values of every tensor).
+
+    **Arguments:**
+
+    - `layer`: index into `layer_names(model)`; -1, after the final norm, is what the head reads.
+
+    **Returns:** float32, read-only.
+    """
+    digest = hashlib.sha256(f"{layer} {tuple(input_ids.shape)}".encode() + input_ids.cpu().numpy().tobytes())
+    for name, weight in model.named_parameters():
+        digest.update(name.encode() + weight.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    path = cache_dir() / "hidden" / f"{digest.hexdigest()[:32]}.npy"
+    if not path.exists():
+        shape = (*input_ids.shape, model.config.hidden_size)
+        with replacing(path) as temporary:
+            states, start = np.lib.format.open_memmap(temporary, "w+", np.float32, shape), 0
+            with bar(None, "hidden states", total=len(input_ids)) as done:
+                for (batch,) in stream(model, input_ids, [layer]):
+                    states[start : start + len(batch)] = batch.detach().float().cpu().numpy()
+                    start += len(batch)
+                    done.update(len(batch))
+            states.flush()
+    return np.load(path, mmap_mode="r")
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:

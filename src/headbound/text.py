@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import distribution, version
+from importlib.metadata import distribution, distributions, version
 from pathlib import Path
 
 import platformdirs
@@ -60,7 +60,8 @@ def load(source: str = "docstrings") -> list[str]:
 
     **Arguments:**
 
-    - `source`: `"docstrings"` (unique docstrings of `PACKAGES`, about 38 MB of English technical prose); the path
+    - `source`: `"docstrings"` (unique docstrings of `PACKAGES`, about 38 MB of English technical prose);
+      `"readmes"` (the prose paragraphs of the installed packages' long descriptions, one text a package); the path
       of a UTF-8 text file, cut at blank lines into texts of at least 2,000 characters; or a Hub dataset as
       `hf:NAME[/CONFIG][:SPLIT]`, whose `text` column is taken (`hf:owner/name/config` for a namespaced one).
 
@@ -68,6 +69,8 @@ def load(source: str = "docstrings") -> list[str]:
     """
     if source == "docstrings":
         return _docstrings()
+    if source == "readmes":
+        return _readmes()
     if source.startswith("hf:"):
         return _dataset(source)
     path = Path(source)
@@ -135,6 +138,22 @@ def _file_docstrings(path: Path) -> list[str]:
         kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         waiting += [child for child in reversed(node.body) if isinstance(child, kinds)]
     return found
+
+
+def _readmes() -> list[str]:
+    texts = {}
+    for package in distributions():
+        # payload or header: both places are in use
+        content = package.metadata.get_payload() or package.metadata.get("Description") or ""
+        paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", content)]
+        texts[package.name.lower()] = "\n\n".join(filter(_is_prose, paragraphs))
+    return [texts[name] for name in sorted(texts) if texts[name]]
+
+
+def _is_prose(paragraph: str) -> bool:
+    plain = sum(c.isalpha() or c in " ,.;:'" for c in paragraph)
+    sentence = paragraph[:1].isupper() and paragraph.endswith((".", ":"))
+    return sentence and len(paragraph.split()) >= 20 and plain >= 0.95 * len(paragraph)
 
 
 def _chunks(content: str) -> list[str]:

@@ -1,0 +1,138 @@
+"""Zero-shot evaluations through lm-eval, and its local task: the last word of held-out docstring prose."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from unittest import mock
+
+import pandas as pd
+from datasets import Dataset
+from scipy.stats import binomtest
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from headbound import suite, text
+
+TASKS = Path(__file__).parent / "tasks"
+_WORDS = re.compile(r"[A-Za-z]+(?:[-'][A-Za-z]+)*")
+# Letters, figures and plain punctuation, no capitals in a row (constants), no double space, no abbreviation.
+_SENTENCE = re.compile(
+    r"(?!.*([A-Z]{6}|\(\)|--| -|  |\b[ei]\.|\bcf\.|\betc\.))[A-Z](?:[\w ,;'\"()%-]|\.(?=\d))+\."
+)
+
+
+def passages(texts: list[str]) -> list[dict[str, str]]:
+    """At most one passage a text: two sentences or more, 20 to 90 words, the last word said before.
+
+    Only runs of plain prose sentences count: no code, no cross-reference, no list, no heading. A name between
+    backticks becomes a word.
+
+    **Returns:** `context` without the last word, and `word`: lower-case, four letters or more.
+    """
+    return [found for found in map(_passage, texts) if found]
+
+
+def _passage(content: str) -> dict[str, str] | None:
+    lines = [(len(line) - len(line.lstrip()), line.split()) for line in _plain(content).splitlines()]
+    for (_, filled), block in itertools.groupby(lines, key=lambda line: (line[0], bool(line[1]))):
+        run: list[str] = []
+        for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(w for _, words in block for w in words)):
+            words = _WORDS.findall(sentence)
+            run = [*run, sentence] if filled and len(words) > 3 and _SENTENCE.fullmatch(sentence) else []
+            for first in range(len(run) - 1):
+                whole = " ".join(run[first:])[:-1]
+                context, _, last = whole.rpartition(" ")
+                said = _WORDS.findall(context)
+                if re.fullmatch("[a-z]{4,}", last) and last in said and 19 <= len(said) <= 89:
+                    return {"context": context, "word": last}
+    return None
+
+
+def _plain(content: str) -> str:
+    return re.sub(r"(?<![:\w`])(``?)([A-Za-z_]\w*)\1(?![_`])", r"\2", content)
+
+
+def last_words(source: str = "docstrings", **_: object) -> dict[str, Dataset]:
+    """The local task's data, as lm-eval's `custom_dataset` asks for it.
+
+    A passage that also stands in a text the suite trains on is left out.
+    """
+    train_texts, test_texts = text.split(text.load(source), suite.HELD_OUT)
+    path = text.cache_dir() / "tasks" / f"last-words-{text.fingerprint(test_texts)}.json"
+    if not path.exists():
+        seen = " ".join("\0".join(train_texts).replace("`", "").split())
+        unique = {f"{p['context']} {p['word']}": p for p in passages(test_texts)}
+        with text.replacing(path) as temporary:
+            temporary.write_text(json.dumps([p for whole, p in unique.items() if whole not in seen]))
+    return {"test": Dataset.from_list(json.loads(path.read_text()))}
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: tuple[str, ...] = ("docstring_last_word",),
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """Run lm-eval, zero-shot, on a model in memory (`models.load` gets one from a folder or a revision).
+
+    Kept in the cache by the model's weights, task by task, and answer by answer: a killed run goes on.
+
+    **Arguments:**
+
+    - `tasks`: lm-eval's names; the local ones lie in `TASKS`.
+    - `limit`: items a task, None for all.
+
+    **Returns:** task, metric, value, `low` and `high` (95 %: lm-eval's stderr × 1.96; Wilson's for an
+    accuracy, which may be 0), items `n`.
+
+    **Raises:** `ValueError` for a task that lm-eval does not know.
+    """
+    weights = hashlib.sha256()
+    for parameter in model.state_dict().values():
+        weights.update(parameter.detach().float().cpu().contiguous().numpy().data)
+    local = {file.stem: file.read_text() for file in sorted(TASKS.glob("*.yaml"))}
+    folder = text.cache_dir() / "lm-eval" / weights.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for task in tasks:
+        recipe = f"{local.get(task)} {limit} {version('lm_eval')}"
+        path = folder / f"{task}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}.json"
+        if not path.exists():
+            found = _run(model, tokenizer, task, limit, batch_size, path.with_suffix(""), task not in local)
+            with text.replacing(path) as temporary:
+                temporary.write_text(json.dumps(found))
+        results, n = json.loads(path.read_text())
+        for name, value in results.items():
+            metric, _, kind = name.partition(",")
+            if kind and not metric.endswith("_stderr"):
+                margin = 1.96 * float(results.get(f"{metric}_stderr,{kind}", math.nan))
+                low, high = value - margin, value + margin
+                if metric == "acc":
+                    low, high = binomtest(round(value * n), n).proportion_ci(method="wilson")
+                rows.append((task, metric, value, low, high, n))
+    return pd.DataFrame(rows, columns=["task", "metric", "value", "low", "high", "n"])
+
+
+def _run(model, tokenizer, task, limit, batch_size, cache, public):
+    # lm-eval talks and draws on both streams; a published page wants neither.
+    quiet = contextlib.redirect_stdout(sys.__stderr__), contextlib.redirect_stderr(sys.__stderr__)
+    with quiet[0], quiet[1], mock.patch.dict(os.environ, DISABLE_MULTIPROC="1"):
+        from lm_eval import simple_evaluate  # slow to import
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(TASKS), include_defaults=public)
+        if task not in manager.all_tasks:
+            raise ValueError(f"task = {task!r}: lm-eval does not know it; see `lm_eval ls tasks`")
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        options = {"limit": limit, "use_cache": str(cache), "bootstrap_iters": 1000}
+        found = simple_evaluate(wrapped, tasks=[task], task_manager=manager, **options)
+    return found["results"][task], found["n-samples"][task]["effective"]

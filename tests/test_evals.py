@@ -32,9 +32,7 @@ def new(folder, step, acc, task="lambada_openai", model="org/other-31m", **more)
         "n-shot": {task: 0},
         "config": {"model": "hf", "model_args": {"pretrained": model, "revision": f"step{step}"}},
     }
-    return write(
-        Path(folder) / model.replace("/", "__") / f"results_2026-01-01T00-00-{step:02}.1.json", content
-    )
+    return write(Path(folder) / model.replace("/", "__") / f"results_2026-01-01T00-00-{step:02}.1.json", content)
 
 
 def write(path, content):
@@ -95,9 +93,7 @@ def test_gaps_are_named(tmp_path):
 def test_parameters_are_those_that_pythias_authors_publish_and_that_transformers_builds(model, size):
     assert evals.parameters(model, embeddings=False) == size
     layers, d, vocabulary = evals.PYTHIA[model.split("-")[1]]
-    config = GPTNeoXConfig(
-        vocab_size=vocabulary, hidden_size=d, num_hidden_layers=layers, intermediate_size=4 * d
-    )
+    config = GPTNeoXConfig(vocab_size=vocabulary, hidden_size=d, num_hidden_layers=layers, intermediate_size=4 * d)
     with torch.device("meta"):
         assert GPTNeoXForCausalLM(config).num_parameters() == evals.parameters(model)
 
@@ -207,9 +203,7 @@ def test_a_given_folder_wins_and_must_exist(tmp_path, monkeypatch):
         evals.find(str(tmp_path / "missing"))
 
 
-@pytest.mark.skipif(
-    not SHARED.is_dir(), reason="Pythia's published evaluations do not lie beside the repository"
-)
+@pytest.mark.skipif(not SHARED.is_dir(), reason="Pythia's published evaluations do not lie beside the repository")
 def test_pythia_saturates_on_lambada_below_410m_only():
     table = evals.read_results(SHARED)
     assert len(table) == 37_152

@@ -76,17 +76,13 @@ def reach(
     _checked([rank], logits)
     starts = [_start(target, rank, power) for power in powers]
     for seed in seeds:
-        drawn = (
-            torch.randn(sum(target.shape), rank, generator=torch.Generator().manual_seed(seed)).double() / 3
-        )
+        drawn = torch.randn(sum(target.shape), rank, generator=torch.Generator().manual_seed(seed)).double() / 3
         starts.append((drawn[: len(target)], drawn[len(target) :]))
     results = [_descend(target, left, right, steps) for left, right in starts]
     return min(results, key=lambda z: loss_gap(logits, z))
 
 
-def upper(
-    logits: Logits, ranks: Sequence[int], steps: int = 200, powers: Sequence[float] = (0.0, 0.5, 1.0)
-) -> PerRank:
+def upper(logits: Logits, ranks: Sequence[int], steps: int = 200, powers: Sequence[float] = (0.0, 0.5, 1.0)) -> PerRank:
     """Upper bound on gap(d): the exact loss gap of explicit rank-d logits (`reach`), for each rank.
 
     gap(d) ≤ (1/N) Σ_i KL(p_i ‖ softmax(z_i)) for *any* Z of rank ≤ d; the logits come from a weighted
@@ -99,9 +95,7 @@ def upper(
     return np.array([min(gaps[c] for c in gaps if c <= d) for d in ranks])
 
 
-def lower(
-    logits: Logits, ranks: Sequence[int], steps: int = 100, tokens: int = 256, anchors: int = 6
-) -> PerRank:
+def lower(logits: Logits, ranks: Sequence[int], steps: int = 100, tokens: int = 256, anchors: int = 6) -> PerRank:
     """Lower bound on gap(d) without further assumptions, for each rank.
 
     For κ > 0 and weights α_i, β_v ≥ 0 with max(r, r²) ≤ p_iv / κ at r = α_i β_v:
@@ -145,8 +139,7 @@ def _ascend(target: torch.Tensor, rank: int, steps: int, margin: float) -> torch
                 a = alpha[:, None] * _centred(target, log_beta.exp())
                 exact = torch.linalg.svdvals(a)
                 error = 8 * (
-                    EPS * max(a.shape) * exact[0]
-                    + margin * a.numel() ** 0.5 * log_beta.exp().max() * alpha.max()
+                    EPS * max(a.shape) * exact[0] + margin * a.numel() ** 0.5 * log_beta.exp().max() * alpha.max()
                 )
                 found = log_kappa.exp() * _phi((exact - error).clamp(min=0)) * (1 - 1e-12)
                 best = found if found[rank:].sum() > best[rank:].sum() else best

@@ -74,15 +74,11 @@ def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
                     continue
                 key = (model, step, task, metric if kind in ("", "none") else name)
                 if key in rows:
-                    raise ValueError(
-                        f"{model}, step {step}, {task}: in {rows[key][2]} and {path}; remove one"
-                    )
+                    raise ValueError(f"{model}, step {step}, {task}: in {rows[key][2]} and {path}; remove one")
                 stderr = metrics.get(f"{metric}_stderr,{kind}" if new else f"{name}_stderr")
                 rows[key] = (float(value), float(stderr) if isinstance(stderr, int | float) else nan, path)
     if not rows:
-        raise FileNotFoundError(
-            f"{folder}: no lm-eval result file (*.json) there; give the folder that has them"
-        )
+        raise FileNotFoundError(f"{folder}: no lm-eval result file (*.json) there; give the folder that has them")
     data = [(m, s, s * _batch(m), t, metric, *values[:2]) for (m, s, t, metric), values in rows.items()]
     return pd.DataFrame(data, columns=COLUMNS).sort_values(COLUMNS[:5], ignore_index=True)
 
@@ -123,9 +119,7 @@ def find(folder: str | None = None, url: str = REPOSITORY, commit: str = COMMIT)
     """
     if given := folder or os.environ.get("HEADBOUND_PYTHIA_EVALS"):
         if not Path(given).is_dir():
-            raise FileNotFoundError(
-                f"evaluations folder {given!r}: no such folder; give one with result files"
-            )
+            raise FileNotFoundError(f"evaluations folder {given!r}: no such folder; give one with result files")
         return Path(given), "the folder given"
     try:
         return _fetch(url, commit), f"{url} at {commit[:10]}"
@@ -156,9 +150,7 @@ def _git(folder: Path, *arguments: str) -> str:
     quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_HTTP_LOW_SPEED_LIMIT": "1000", "GIT_HTTP_LOW_SPEED_TIME": "20"}
     command = ["git", "-C", str(folder), *arguments]
     environment = os.environ | quiet
-    return subprocess.run(
-        command, env=environment, check=True, capture_output=True, text=True, timeout=180
-    ).stdout
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=180).stdout
 
 
 def _origin(content: dict[str, Any], path: Path) -> tuple[str, int]:

@@ -23,9 +23,7 @@ from headbound import suite, text
 TASKS = Path(__file__).parent / "tasks"
 _WORDS = re.compile(r"[A-Za-z]+(?:[-'][A-Za-z]+)*")
 # Letters, figures and plain punctuation, no capitals in a row (constants), no double space, no abbreviation.
-_SENTENCE = re.compile(
-    r"(?!.*([A-Z]{6}|\(\)|--| -|  |\b[ei]\.|\bcf\.|\betc\.))[A-Z](?:[\w ,;'\"()%-]|\.(?=\d))+\."
-)
+_SENTENCE = re.compile(r"(?!.*([A-Z]{6}|\(\)|--| -|  |\b[ei]\.|\bcf\.|\betc\.))[A-Z](?:[\w ,;'\"()%-]|\.(?=\d))+\.")
 
 
 def passages(texts: list[str]) -> list[dict[str, str]]:

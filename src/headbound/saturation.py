@@ -62,9 +62,7 @@ def detect(
     if len(again := step[1:][np.diff(step) == 0]):
         raise ValueError(f"step {again[0]} occurs twice: keep one value a step")
     if not np.isfinite(value).all():
-        raise ValueError(
-            f"the value at step {step[~np.isfinite(value)][0]} is not finite: leave that step out"
-        )
+        raise ValueError(f"the value at step {step[~np.isfinite(value)][0]} is not finite: leave that step out")
     error = np.ones(len(step)) if stderr is None else np.asarray(stderr, float)[order]
     if not (np.isfinite(error) & (error >= 0)).all() or not error.any():
         where = step[~(np.isfinite(error) & (error > 0))][0]
@@ -95,9 +93,7 @@ def _scatter(y: Float[np.ndarray, " n"], error: Float[np.ndarray, " n"]) -> floa
     return float(min(np.median(z) / 0.6745 or np.inf, np.sqrt((z**2).mean())))
 
 
-def _null(
-    y: Float[np.ndarray, " n"], error: Float[np.ndarray, " n"], noise: float
-) -> Float[np.ndarray, " n"]:
+def _null(y: Float[np.ndarray, " n"], error: Float[np.ndarray, " n"], noise: float) -> Float[np.ndarray, " n"]:
     """The monotone fit with the longest level end that costs no more than PLATEAU."""
     weight = error**-2.0
     free = isotonic_regression(y, weights=weight).x
@@ -120,9 +116,7 @@ def _compare(
     return np.where(rising[-1] - peaked > 1e-9 * rising[-1], rising[-1] - peaked, 0.0), peaked
 
 
-def _costs(
-    curves: Float[np.ndarray, "curves n"], error: Float[np.ndarray, " n"]
-) -> Float[np.ndarray, "n+1 curves"]:
+def _costs(curves: Float[np.ndarray, "curves n"], error: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n+1 curves"]:
     """Squares left by a rising fit to the first 0 … n points: pool-adjacent-violators, all curves at once."""
     row = np.arange(len(curves))
     mean, weight = np.empty((2, curves.shape[1], len(curves)))

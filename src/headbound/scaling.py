@@ -75,9 +75,7 @@ def fit(
     for name, values in zip(("parameters", "tokens", "losses"), data, strict=True):
         if not (np.isfinite(values) & (values > 0)).all():
             bad = values[~(np.isfinite(values) & (values > 0))][0]
-            raise ValueError(
-                f"{name} has {bad}: every value must be positive and finite; leave that checkpoint out"
-            )
+            raise ValueError(f"{name} has {bad}: every value must be positive and finite; leave that checkpoint out")
     _, member = np.unique(data[0] if models is None else np.asarray(models), return_inverse=True)
     count = int(member.max()) + 1 if len(member) else 0
     if count < 3:
@@ -101,9 +99,7 @@ def fit(
             row[:] = found
     lost = float(np.isnan(draws[:, 0]).mean()) if resamples else 0.0
     if lost > 0.1:
-        raise RuntimeError(
-            f"{lost:.0%} of the bootstrap's fits did not converge; fix a constant or add models"
-        )
+        raise RuntimeError(f"{lost:.0%} of the bootstrap's fits did not converge; fix a constant or add models")
     residual = _predict(best, *np.log(data[:2]))[0] - np.log(data[2])
     for values in (best, *draws):
         values[[0, 2, 4]] = np.exp(values[[0, 2, 4]])

@@ -167,9 +167,7 @@ def train(
     if wrong or not len(hidden_sizes):
         raise ValueError(f"hidden_sizes = {list(hidden_sizes)}: must be multiples of 8, at least one")
     if (build is GPTNeoXForCausalLM) != (variant == "neox"):
-        raise ValueError(
-            f"variant = {variant!r}: a model of another build, and only that, has a name of its own"
-        )
+        raise ValueError(f"variant = {variant!r}: a model of another build, and only that, has a name of its own")
     checkpoint_steps(steps, checkpoints)
     learning_rate(0, steps, peak, schedule, warmup)
     tokenizer, stream, test = corpus(source, vocab_size, context, held_out_texts)
@@ -182,9 +180,7 @@ def train(
     root = Path(folder or text.cache_dir() / "suites" / key)
     kept = root / f"{variant}.json"
     if kept.exists() and kept.read_text() != record:
-        raise ValueError(
-            f"folder = {str(root)!r}: {kept.name} there has other arguments; choose another folder"
-        )
+        raise ValueError(f"folder = {str(root)!r}: {kept.name} there has other arguments; choose another folder")
     with text.replacing(kept) as temporary:
         temporary.write_text(record)
     on = device.pick(where)

@@ -1,0 +1,105 @@
+"""What a browser finds wrong with a built page, with the network cut."""
+
+import functools
+import http.server
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, sync_playwright
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+WIDTHS = (1280, 390)
+IN_PAGE = """() => {
+  const found = [];
+  for (const image of document.images) {
+    if (!(image.complete && image.naturalWidth)) found.push(`broken image ${image.getAttribute('src')}`);
+    const alt = (image.getAttribute('alt') || '').trim();
+    const file = (image.getAttribute('src') || '').split('/').pop();
+    if (image.closest('figure, .cell_output') && (!alt || alt.includes(file))) {
+      found.push(`image without alt text ${file}`);
+    }
+  }
+  const alts = [...document.images].map(image => image.alt).filter(alt => alt.length > 20);
+  if (new Set(alts).size < alts.length) found.push('two images with the same alt text');
+  for (const math of document.querySelectorAll('.math')) {
+    if (!math.querySelector('mjx-container')) found.push(`formula not rendered: ${math.textContent.slice(0, 40)}`);
+  }
+  for (const error of document.querySelectorAll('mjx-merror')) {
+    found.push(`formula with an error: ${error.textContent}`);
+  }
+  const wide = document.documentElement.scrollWidth - window.innerWidth;
+  if (wide > 0) found.push(`wider than the page by ${wide} pixels`);
+  for (const link of document.querySelectorAll('a[href^="#"]')) {
+    const target = decodeURIComponent(link.getAttribute('href').slice(1));
+    if (target && !document.getElementById(target)) found.push(`link to a missing place #${target}`);
+  }
+  return found;
+}"""
+
+
+@contextmanager
+def served(site: Path) -> Iterator[str]:
+    """The site on a loopback port, while the block lasts."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_arguments: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@contextmanager
+def browser() -> Iterator[Browser]:
+    """The system's Chromium, headless."""
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield chromium
+        chromium.close()
+
+
+def problems(chromium: Browser, address: str, page_name: str, width: int, axe: bool = True) -> list[str]:
+    """Everything wrong with one page at one width, each as one line."""
+    found: list[str] = []
+    context = chromium.new_context(viewport={"width": width, "height": 900}, reduced_motion="reduce")
+    page = context.new_page()
+
+    def watch(route):
+        if route.request.url.startswith((address, "data:", "blob:")):
+            route.continue_()
+        else:
+            found.append(f"outside request {route.request.url}")
+            route.abort()
+
+    page.route("**/*", watch)
+    page.on("console", lambda message: message.type == "error" and found.append(f"console error: {message.text}"))
+    page.on("pageerror", lambda error: found.append(f"script error: {error}"))
+    page.on("response", lambda r: r.status >= 400 and found.append(f"{r.status} for {r.url.removeprefix(address)}"))
+    page.goto(f"{address}/{page_name}", wait_until="load")
+    page.wait_for_function("() => !window.MathJax || (MathJax.startup && MathJax.startup.promise)")
+    page.evaluate("async () => { if (window.MathJax) await MathJax.startup.promise; await document.fonts.ready; }")
+    # Pictures below the fold load lazily.
+    page.evaluate(
+        "() => Promise.all([...document.images].map(i => { i.loading = 'eager'; return i.decode().catch(() => 0); }))"
+    )
+    found += page.evaluate(IN_PAGE)
+    for link in page.eval_on_selector_all("a[href]", "links => links.map(a => a.href)"):
+        if link.startswith(address):
+            target = link.removeprefix(address).split("#")[0].split("?")[0]
+            if context.request.head(address + target).status >= 400:
+                found.append(f"broken link {target}")
+    if axe:
+        for violation in Axe().run(page).response["violations"]:
+            if violation["impact"] in ("serious", "critical"):
+                where = ", ".join(node["target"][0] for node in violation["nodes"][:3] if node["target"])
+                found.append(f"{violation['impact']} accessibility violation {violation['id']} at {where}")
+    context.close()
+    return [f"{page_name} at {width}: {problem}" for problem in dict.fromkeys(found)]

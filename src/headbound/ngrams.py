@@ -77,13 +77,15 @@ def count(
             last = min(first + BLOCK, ngrams)
             windows = [tokens[first + k : last + k] for k in range(order)]
             windows[-1] = windows[-1] if targets is None else targets[first:last]
-            low, high = min(x.min() for x in windows), max(x.max() for x in windows)
+            checked = (tokens[first : last + order - 1], windows[-1])
+            low, high = min(x.min() for x in checked), max(x.max() for x in checked)
             if low < 0 or high >= vocab_size:
                 wrong = low if low < 0 else high
                 raise ValueError(f"token id {wrong}: outside the vocabulary of {vocab_size}; use its own tokenizer")
             if partitions > 1:
                 hashed = reduce(np.bitwise_xor, (t[x] for t, x in zip(tables, windows, strict=False)))
-                here = np.flatnonzero(hashed % partitions == part)
+                bounds = [i * 2**16 // partitions for i in (part, part + 1)]
+                here = np.flatnonzero((hashed >= bounds[0]) & (hashed < bounds[1]))
                 windows = [x[here] for x in windows]
             chosen.append(windows)
         columns = [np.concatenate(pieces) for pieces in zip(*chosen, strict=True)]

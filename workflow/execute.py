@@ -13,6 +13,9 @@ from typing import Any
 import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
+
+LOCAL_ONLY = Config(KernelManager={"transport": "ipc"})  # the kernel listens on no network port
 
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
@@ -64,7 +67,9 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".running-") as scratch:
         finished = Path(scratch) / output.name
-        papermill.execute_notebook(notebook, finished, parameters, kernel_name="python3", progress_bar=False)
+        papermill.execute_notebook(
+            notebook, finished, parameters, kernel_name="python3", progress_bar=False, config=LOCAL_ONLY
+        )
         content = nbformat.read(finished, as_version=4)
         describe_figures(content)
         content.metadata["headbound"] = {"preset": preset, "source": source_hash(nbformat.read(notebook, as_version=4))}

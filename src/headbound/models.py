@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from headbound import device as devices
 from headbound.text import cache_dir
 
+transformers.utils.logging.disable_progress_bar()  # a notebook's outputs are published
+
 
 class Wheel(NamedTuple):
     """A model that travels in a package's wheel: pinned, checked, needing no hub."""

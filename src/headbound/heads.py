@@ -52,13 +52,18 @@ def token_losses(data: Examples, heads: Sequence[Head], block: int = 128) -> Flo
     return losses
 
 
-def covariance(hidden_states: Float[np.ndarray, "tokens d"], block: int = 8192) -> Float[Tensor, "d d"]:
-    """C = E[h hᵀ], the second moment (mean included) in float64, block by block from disk or memory."""
+def covariance(
+    hidden_states: Float[np.ndarray, "tokens d"], ridge: float = 1e-8, block: int = 8192
+) -> Float[Tensor, "d d"]:
+    """C = E[h hᵀ], the second moment (mean included), in float64, block by block from disk or memory.
+
+    `ridge` times the mean diagonal entry is added: states after a LayerNorm may leave a direction out altogether.
+    """
     total = torch.zeros(hidden_states.shape[1], hidden_states.shape[1], dtype=torch.float64)
     for start in range(0, len(hidden_states), block):
         states = torch.tensor(hidden_states[start : start + block]).double()
         total += states.T @ states
-    return total / len(hidden_states)
+    return (total + ridge * total.diagonal().mean() * torch.eye(len(total))) / len(hidden_states)
 
 
 def low_rank(weight: Float[Tensor, "vocab d"], rank: int, covariance: Float[Tensor, "d1 d2"] | None = None) -> Head:
@@ -93,10 +98,11 @@ def low_rank(weight: Float[Tensor, "vocab d"], rank: int, covariance: Float[Tens
     return Head((precise @ (root @ kept)).to(weight), (kept.T @ inverse).to(weight))
 
 
-def random(vocab: int, d: int, rank: int, seed: int = 0) -> Head:
-    """A random head, the paper's start: deviation 0.02 in A, 1/√d in B, so that logits begin near zero."""
-    draw = torch.Generator().manual_seed(seed)
-    return Head(0.02 * torch.randn(vocab, rank, generator=draw), torch.randn(rank, d, generator=draw) / math.sqrt(d))
+def random(weight: Float[Tensor, "vocab d"], rank: int, seed: int = 0) -> Head:
+    """A random head of `weight`'s shape, the paper's start: deviation 0.02 in A, 1/√d in B, so logits near zero."""
+    draw, (vocab, d) = torch.Generator().manual_seed(seed), weight.shape
+    A, B = torch.randn(vocab, rank, generator=draw), torch.randn(rank, d, generator=draw)
+    return Head((0.02 * A).to(weight), (B / math.sqrt(d)).to(weight))
 
 
 def train(
@@ -211,7 +217,7 @@ def _roots(covariance: Float[Tensor, "d1 d2"], d: int) -> tuple[Float[Tensor, "d
     if rank < d:
         raise ValueError(
             f"covariance of rank {rank}: singular, for the head is {d} wide; use many more than {d} hidden "
-            "states, or add a little of the identity, such as 1e-6 of the mean diagonal entry"
+            "states, or a ridge as heads.covariance adds"
         )
     return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
 

@@ -126,7 +126,8 @@ def train(
       batch by batch, never whole.
     - `heads`: where to start, any ranks; left unchanged.
     - `epochs`, `batch` (tokens).
-    - `learning_rate`: Adam's, divided by √r, for a logit is a sum of r terms.
+    - `learning_rate`: Adam's: over √r for A, as a logit is a sum of r terms; times twice B's root mean square for B,
+      whose scale is that of the states.
     - `sampled`: each step's softmax runs over the tokens that occur in `targets` and this many others, drawn
       afresh and weighted by the inverse of their chance (sampled softmax). None: over the whole vocabulary.
     - `seed`: of batches and samples.
@@ -150,12 +151,9 @@ def train(
         targets = np.searchsorted(occurring, targets)
         bias = torch.zeros(len(occurring) + sampled).to(like)
         bias[len(occurring) :] = math.log(len(rest) / sampled)
-    rates = [learning_rate / math.sqrt(len(head.B)) for head in heads]
-    groups = [[{"params": [h[i]], "lr": rate} for h, rate in zip(heads, rates, strict=True)] for i in (0, 1)]
-    optimizers = [
-        (torch.optim.SparseAdam if sparse else torch.optim.Adam)(groups[0]),
-        torch.optim.Adam(groups[1]),
-    ]
+    over_a = [{"params": [A], "lr": learning_rate / math.sqrt(len(B))} for A, B in heads]
+    over_b = [{"params": [B], "lr": 2 * learning_rate * B.detach().square().mean().sqrt().item()} for _, B in heads]
+    optimizers = [(torch.optim.SparseAdam if sparse else torch.optim.Adam)(over_a), torch.optim.Adam(over_b)]
     decay = [torch.optim.lr_scheduler.LinearLR(adam, 1, 1 / steps, steps) for adam in optimizers]
     rng, history = np.random.default_rng(seed), np.empty((steps, len(heads)))
     for step in progress.bar(range(steps), f"training {len(heads)} heads"):

@@ -28,7 +28,7 @@ def test_closed_form_is_the_best_on_the_states_that_occur(shape, scale, seed, da
     rank = data.draw(st.integers(1, min(vocab, d)))
     weight = torch.randn(vocab, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     occurring = states(4 * d + 20, d, scale, seed)
-    closed = heads.low_rank(weight, rank, heads.covariance(occurring, block=7))
+    closed = heads.low_rank(weight, rank, heads.covariance(occurring, ridge=0.0, block=7))
     truncated = heads.low_rank(weight, rank)
     size = error(heads.Head(torch.zeros(vocab, 1).double(), torch.zeros(1, d).double()), weight, occurring)
     assert error(closed, weight, occurring) <= error(truncated, weight, occurring) + 1e-9 * size
@@ -56,7 +56,7 @@ def test_heads_are_nested_and_rank_d_reproduces_the_head():
         (5, None, "rank = 5: must be between 1 and 4"),
         (2, torch.eye(3), "covariance of shape"),
         (2, torch.ones(4, 4), "covariance of rank 1: singular"),
-        (2, heads.covariance(states(3, 4)), "covariance of rank 3: singular"),
+        (2, heads.covariance(states(3, 4), ridge=0.0), "covariance of rank 3: singular"),
         (2, torch.zeros(4, 4), "covariance of rank 0: singular"),
     ],
 )
@@ -84,7 +84,7 @@ def loss(head, world):
 @pytest.mark.parametrize("sampled", [None, 5])
 def test_one_pass_equals_one_rank_after_another(world, sampled):
     _, hidden_states, targets = world
-    starts = [heads.random(40, 8, rank) for rank in (1, 4, 8)]
+    starts = [heads.random(world[0], rank) for rank in (1, 4, 8)]
     before = [start.A.clone() for start in starts]
     options = {"epochs": 2, "batch": 64, "sampled": sampled}
     together = heads.train(hidden_states, targets, starts, **options)
@@ -99,7 +99,7 @@ def test_one_pass_equals_one_rank_after_another(world, sampled):
 def test_training_reaches_the_teacher_and_sampling_does_not_move_it(world):
     options = {"epochs": 12, "batch": 64, "learning_rate": 0.15}
     whole, sampled = (
-        loss(heads.train(*world[1:], [heads.random(40, 8, 8)], sampled=s, **options)[0], world) for s in (None, 5)
+        loss(heads.train(*world[1:], [heads.random(world[0], 8)], sampled=s, **options)[0], world) for s in (None, 5)
     )
     best = loss((world[0], torch.eye(8)), world)
     assert whole == pytest.approx(best, abs=0.05)
@@ -109,22 +109,22 @@ def test_training_reaches_the_teacher_and_sampling_does_not_move_it(world):
 def test_memory_mapped_states_are_enough(world, tmp_path):
     np.save(tmp_path / "states.npy", world[1])
     mapped = np.load(tmp_path / "states.npy", mmap_mode="r")
-    one, other = (heads.train(h, world[2], [heads.random(40, 8, 2)], 1)[0] for h in (world[1], mapped))
+    one, other = (heads.train(h, world[2], [heads.random(world[0], 2)], 1)[0] for h in (world[1], mapped))
     assert torch.equal(one.A, other.A)
 
 
 def test_divergence_is_an_error_not_a_head(world):
     with pytest.raises(FloatingPointError, match=r"rank 4 diverged: .*; lower learning_rate"):
-        heads.train(*world[1:], [heads.random(40, 8, 4)], learning_rate=1e3)
+        heads.train(*world[1:], [heads.random(world[0], 4)], learning_rate=1e3)
     _, hidden_states, targets = world
     with pytest.raises(FloatingPointError, match="rank 8 diverged: loss nan"):
-        heads.train(np.where(hidden_states > 1, np.nan, hidden_states), targets, [heads.random(40, 8, 8)])
+        heads.train(np.where(hidden_states > 1, np.nan, hidden_states), targets, [heads.random(world[0], 8)])
 
 
 @pytest.mark.parametrize(("tokens", "epochs"), [(100, 1), (2048, 0), (2047, 1)])
 def test_too_little_to_train_on(world, tokens, epochs):
     with pytest.raises(ValueError, match="need one target a state"):
-        heads.train(world[1], world[2][:tokens], [heads.random(40, 8, 2)], epochs)
+        heads.train(world[1], world[2][:tokens], [heads.random(world[0], 2)], epochs)
 
 
 def test_knee_is_found_where_it_was_put():

@@ -52,13 +52,18 @@ def token_losses(data: Examples, heads: Sequence[Head], block: int = 128) -> Flo
     return losses
 
 
-def covariance(hidden_states: Float[np.ndarray, "tokens d"], block: int = 8192) -> Float[Tensor, "d d"]:
-    """C = E[h hᵀ], the second moment (mean included) in float64, block by block from disk or memory."""
+def covariance(
+    hidden_states: Float[np.ndarray, "tokens d"], ridge: float = 1e-8, block: int = 8192
+) -> Float[Tensor, "d d"]:
+    """C = E[h hᵀ], the second moment (mean included), in float64, block by block from disk or memory.
+
+    `ridge` times the mean diagonal entry is added: states after a LayerNorm may leave a direction out altogether.
+    """
     total = torch.zeros(hidden_states.shape[1], hidden_states.shape[1], dtype=torch.float64)
     for start in range(0, len(hidden_states), block):
         states = torch.tensor(hidden_states[start : start + block]).double()
         total += states.T @ states
-    return total / len(hidden_states)
+    return (total + ridge * total.diagonal().mean() * torch.eye(len(total))) / len(hidden_states)
 
 
 def low_rank(weight: Float[Tensor, "vocab d"], rank: int, covariance: Float[Tensor, "d1 d2"] | None = None) -> Head:
@@ -93,10 +98,11 @@ def low_rank(weight: Float[Tensor, "vocab d"], rank: int, covariance: Float[Tens
     return Head((precise @ (root @ kept)).to(weight), (kept.T @ inverse).to(weight))
 
 
-def random(vocab: int, d: int, rank: int, seed: int = 0) -> Head:
-    """A random head, the paper's start: deviation 0.02 in A, 1/√d in B, so that logits begin near zero."""
-    draw = torch.Generator().manual_seed(seed)
-    return Head(0.02 * torch.randn(vocab, rank, generator=draw), torch.randn(rank, d, generator=draw) / math.sqrt(d))
+def random(weight: Float[Tensor, "vocab d"], rank: int, seed: int = 0) -> Head:
+    """A random head of `weight`'s shape, the paper's start: deviation 0.02 in A, 1/√d in B, so logits near zero."""
+    draw, (vocab, d) = torch.Generator().manual_seed(seed), weight.shape
+    A, B = torch.randn(vocab, rank, generator=draw), torch.randn(rank, d, generator=draw)
+    return Head((0.02 * A).to(weight), (B / math.sqrt(d)).to(weight))
 
 
 def train(
@@ -120,7 +126,8 @@ def train(
       batch by batch, never whole.
     - `heads`: where to start, any ranks; left unchanged.
     - `epochs`, `batch` (tokens).
-    - `learning_rate`: Adam's, divided by √r, for a logit is a sum of r terms.
+    - `learning_rate`: Adam's: over √r for A, as a logit is a sum of r terms; times twice B's root mean square for B,
+      whose scale is that of the states.
     - `sampled`: each step's softmax runs over the tokens that occur in `targets` and this many others, drawn
       afresh and weighted by the inverse of their chance (sampled softmax). None: over the whole vocabulary.
     - `seed`: of batches and samples.
@@ -144,12 +151,9 @@ def train(
         targets = np.searchsorted(occurring, targets)
         bias = torch.zeros(len(occurring) + sampled).to(like)
         bias[len(occurring) :] = math.log(len(rest) / sampled)
-    rates = [learning_rate / math.sqrt(len(head.B)) for head in heads]
-    groups = [[{"params": [h[i]], "lr": rate} for h, rate in zip(heads, rates, strict=True)] for i in (0, 1)]
-    optimizers = [
-        (torch.optim.SparseAdam if sparse else torch.optim.Adam)(groups[0]),
-        torch.optim.Adam(groups[1]),
-    ]
+    over_a = [{"params": [A], "lr": learning_rate / math.sqrt(len(B))} for A, B in heads]
+    over_b = [{"params": [B], "lr": 2 * learning_rate * B.detach().square().mean().sqrt().item()} for _, B in heads]
+    optimizers = [(torch.optim.SparseAdam if sparse else torch.optim.Adam)(over_a), torch.optim.Adam(over_b)]
     decay = [torch.optim.lr_scheduler.LinearLR(adam, 1, 1 / steps, steps) for adam in optimizers]
     rng, history = np.random.default_rng(seed), np.empty((steps, len(heads)))
     for step in progress.bar(range(steps), f"training {len(heads)} heads"):
@@ -211,7 +215,7 @@ def _roots(covariance: Float[Tensor, "d1 d2"], d: int) -> tuple[Float[Tensor, "d
     if rank < d:
         raise ValueError(
             f"covariance of rank {rank}: singular, for the head is {d} wide; use many more than {d} hidden "
-            "states, or add a little of the identity, such as 1e-6 of the mean diagonal entry"
+            "states, or a ridge as heads.covariance adds"
         )
     return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
 

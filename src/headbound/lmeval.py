@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from headbound import suite, text
+from headbound import stats, suite, text
 
 TASKS = Path(__file__).parent / "tasks"
 _WORDS = re.compile(r"[A-Za-z]+(?:[-'][A-Za-z]+)*")
@@ -78,6 +78,7 @@ def evaluate(
     tasks: tuple[str, ...] = ("docstring_last_word",),
     limit: int | None = None,
     batch_size: int = 8,
+    source: str = "docstrings",
 ) -> pd.DataFrame:
     """Run lm-eval, zero-shot, on a model in memory (`models.load` gets one from a folder or a revision).
 
@@ -87,9 +88,10 @@ def evaluate(
 
     - `tasks`: lm-eval's names; the local ones lie in `TASKS`.
     - `limit`: items a task, None for all.
+    - `source`: of the local task's passages, see `text.load`.
 
-    **Returns:** task, metric, value, `low` and `high` (95 %: lm-eval's stderr × 1.96; Wilson's for an
-    accuracy, which may be 0), items `n`.
+    **Returns:** task, metric, value, `low`, `high`, items `n`. The 95 % interval is Wilson's for an accuracy (which
+    may be 0), a bootstrap over items for LAMBADA's perplexity, else lm-eval's stderr × 1.96.
 
     **Raises:** `ValueError` for a task that lm-eval does not know.
     """
@@ -101,25 +103,32 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for task in tasks:
-        recipe = f"{local.get(task)} {limit} {version('lm_eval')}"
+        recipe = f"{local.get(task)} {limit} {source} {version('lm_eval')}"
         path = folder / f"{task}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}.json"
         if not path.exists():
-            found = _run(model, tokenizer, task, limit, batch_size, path.with_suffix(""), task not in local)
+            found = _run(model, tokenizer, task, limit, batch_size, path.with_suffix(""), task in local and source)
             with text.replacing(path) as temporary:
                 temporary.write_text(json.dumps(found))
-        results, n = json.loads(path.read_text())
+        results, n, logs = json.loads(path.read_text())
         for name, value in results.items():
             metric, _, kind = name.partition(",")
             if kind and not metric.endswith("_stderr"):
-                margin = 1.96 * float(results.get(f"{metric}_stderr,{kind}", math.nan))
-                low, high = value - margin, value + margin
-                if metric == "acc":
-                    low, high = binomtest(round(value * n), n).proportion_ci(method="wilson")
+                error = float(results.get(f"{metric}_stderr,{kind}", math.nan))
+                low, high = _interval(metric, value, error, n, logs)
                 rows.append((task, metric, value, low, high, n))
     return pd.DataFrame(rows, columns=["task", "metric", "value", "low", "high", "n"])
 
 
-def _run(model, tokenizer, task, limit, batch_size, cache, public):
+def _interval(metric, value, error, n, logs):
+    if metric == "acc":
+        return tuple(binomtest(round(value * n), n).proportion_ci(method="wilson"))
+    if metric == "perplexity" and logs:
+        mean = stats.bootstrap(lambda weights: float(weights @ logs / n), n)
+        return math.exp(-mean.high), math.exp(-mean.low)
+    return value - 1.96 * error, value + 1.96 * error
+
+
+def _run(model, tokenizer, task, limit, batch_size, cache, source):
     # lm-eval talks and draws on both streams; a published page wants neither.
     quiet = contextlib.redirect_stdout(sys.__stderr__), contextlib.redirect_stderr(sys.__stderr__)
     with quiet[0], quiet[1], mock.patch.dict(os.environ, DISABLE_MULTIPROC="1"):
@@ -127,10 +136,12 @@ def _run(model, tokenizer, task, limit, batch_size, cache, public):
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
-        manager = TaskManager(include_path=str(TASKS), include_defaults=public)
+        extra = {"metadata": {"source": source}, "include_defaults": False} if source else {}
+        manager = TaskManager(include_path=str(TASKS), **extra)
         if task not in manager.all_tasks:
             raise ValueError(f"task = {task!r}: lm-eval does not know it; see `lm_eval ls tasks`")
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         options = {"limit": limit, "use_cache": str(cache), "bootstrap_iters": 1000}
         found = simple_evaluate(wrapped, tasks=[task], task_manager=manager, **options)
-    return found["results"][task], found["n-samples"][task]["effective"]
+    logs = [sample["perplexity"] for sample in found["samples"][task] if "perplexity" in sample]
+    return found["results"][task], found["n-samples"][task]["effective"], logs

@@ -1,5 +1,6 @@
 """Anisotropy: the mean cosine between hidden states, exact and in one pass."""
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,21 +16,22 @@ SAFE = (1e-12, 1e12)  # norms whose squares neither vanish nor overflow in float
 
 
 def mean_cosine(
-    hidden_states: Float[Tensor, "tokens d"] | Iterable[Float[Tensor, "tokens d"]],
+    hidden_states: Float[Tensor, "tokens d"] | Iterable[Float[Tensor, "_ d"]],
     sink_ratio: float | None = None,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
     r"""Mean of cos(h_i, h_j) over all pairs i ≠ j, exactly, in O(N d).
 
-    With unit vectors u_i the sum over all pairs is ‖Σ u_i‖², so A = (‖Σ u_i‖² − N) / (N (N − 1)). Sums are
-    accumulated in float64.
+    With unit vectors u_i the sum over all pairs is ‖Σ u_i‖², so A = (‖Σ u_i‖² − N) / (N (N − 1)). Blocks of rows
+    are summed in float32 (float64 if they come so) and their sums in float64: within about 1e-6 of the exact value.
 
     **Arguments:**
 
     - `hidden_states`: (tokens, d), or an iterable of such blocks, one block a text. Texts are the units of the
       bootstrap: in a resample, pairs of two texts count by the product of their multiplicities and pairs inside a
-      text by its multiplicity, so that no token meets its own copy. One block alone has no interval.
+      text by its multiplicity, so that no token meets its own copy. One block alone has no interval, nor have texts
+      so few and short that a resample can be left without a pair: NaN. Empty blocks don't count.
     - `sink_ratio`: leave out tokens whose norm exceeds this many times the median norm of their block.
 
     **Returns:** the mean cosine, in [-1, 1]; `n` is the number of texts.
@@ -42,8 +44,9 @@ def mean_cosine(
     sums, counts = [], []
     for block in blocks:
         kept = block if sink_ratio is None else block[~sinks(block, sink_ratio)]
-        sums.append(sum_of_units(kept).cpu().numpy())
-        counts.append(len(kept))
+        if len(kept):
+            sums.append(sum_of_units(kept).cpu().numpy())
+            counts.append(len(kept))
     total = sum(counts)
     if total < 2:
         raise ValueError(f"{total} hidden states: a mean over pairs needs at least two")
@@ -54,7 +57,9 @@ def mean_cosine(
         between = ((weights @ unit_sums) ** 2).sum() - weights**2 @ squares
         pairs = (weights @ tokens) ** 2 - weights**2 @ tokens**2
         within = weights @ (squares - tokens)
-        return float((between + within) / (pairs + weights @ (tokens**2 - tokens)))
+        pairs += weights @ (tokens**2 - tokens)
+        # Rounding may leave equal directions a hair above one.
+        return float(np.clip((between + within) / pairs, -1, 1)) if pairs else math.nan
 
     return bootstrap(statistic, len(tokens), resamples, seed)
 
@@ -66,8 +71,9 @@ def sinks(hidden_states: Float[Tensor, "tokens d"], ratio: float = 10.0) -> Bool
     """
     if not ratio > 1:
         raise ValueError(f"sink_ratio = {ratio}: must be above 1, a multiple of the median norm")
-    norms = hidden_states.norm(dim=1)
-    return norms > ratio * norms.median()
+    # In float64, where the squares of float32's smallest and largest numbers still fit.
+    norms = hidden_states.to(device.precise(hidden_states.device), torch.float64).norm(dim=1)
+    return (norms > ratio * norms.median()).to(hidden_states.device)
 
 
 def sum_of_units(hidden_states: Float[Tensor, "tokens d"]) -> Float[Tensor, " d"]:
@@ -98,7 +104,10 @@ def cosines(hidden_states: Float[Tensor, "tokens d"], count: int, seed: int = 0)
     generator = torch.Generator().manual_seed(seed)
     i = torch.randint(tokens, (count,), generator=generator)
     j = (i + torch.randint(1, tokens, (count,), generator=generator)) % tokens
-    return torch.nn.functional.cosine_similarity(hidden_states[i].double(), hidden_states[j].double(), dim=1)
+    sum_of_units(hidden_states)  # raises for what has no direction
+    hidden_states = hidden_states.to(device.precise(hidden_states.device), torch.float64)
+    units = [torch.nn.functional.normalize(_peak_one(hidden_states[k]), dim=1) for k in (i, j)]
+    return (units[0] * units[1]).sum(1)
 
 
 def _rescaled(block: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -110,5 +119,9 @@ def _rescaled(block: Tensor, first: int) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"hidden state {first + int((peaks == 0).nonzero()[0])} is zero: it has no direction; leave it out"
         )
-    block = block.double() / peaks.double()[:, None]
+    block = _peak_one(block.to(device.precise(block.device), torch.float64))
     return block, torch.linalg.vector_norm(block, dim=1)
+
+
+def _peak_one(rows: Tensor) -> Tensor:
+    return rows / rows.abs().amax(1, keepdim=True)

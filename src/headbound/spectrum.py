@@ -30,6 +30,7 @@ def singular_values(
         raise ValueError(f"method = {method!r}: must be 'gram' or 'svd'")
     if not weight.numel():
         raise ValueError(f"the weight has shape {tuple(weight.shape)}: nothing to decompose")
+    weight = weight.detach()
     scale = float(weight.abs().max())
     if not np.isfinite(scale):
         raise ValueError("NaN or Inf in the weight; check the checkpoint")

@@ -37,7 +37,8 @@ def bootstrap(
     **Arguments:**
 
     - `statistic`: from weights (units,) to a float.
-    - `units`: how many units there are. With fewer than two the interval is unknown and given as NaN.
+    - `units`: how many units there are. With fewer than two the interval is unknown and given as NaN,
+      as it is where the statistic of some resample is NaN.
     - `resamples`, `seed`: of the bootstrap.
 
     **Raises:** `ValueError` if `units` is below one.
@@ -47,15 +48,11 @@ def bootstrap(
     value = float(statistic(np.ones(units)))
     if units < 2:
         return Estimate(value, math.nan, math.nan, units)
-    interval = stats.bootstrap(
-        (np.arange(units),),
-        lambda chosen: statistic(np.bincount(chosen, minlength=units).astype(float)),
-        n_resamples=resamples,
-        vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high), units)
+    rng = np.random.default_rng(seed)
+    draws = (np.bincount(rng.integers(units, size=units), minlength=units) for _ in range(resamples))
+    # scipy's bootstrap warns where a resample has no value; here the interval is NaN then, which is what is known.
+    low, high = np.quantile([statistic(draw.astype(float)) for draw in draws], [0.025, 0.975])
+    return Estimate(value, float(low), float(high), units)
 
 
 def jackknife(leave_one_out: Sequence[float], value: float) -> Estimate:

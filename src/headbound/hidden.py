@@ -1,11 +1,11 @@
 """Hidden states of every layer, streamed in bounded memory."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -42,7 +42,6 @@ def layer_names(model: nn.Module) -> list[str]:
     return ["embeddings", *(f"block {i}" for i in range(1, model.config.num_hidden_layers + 1)), "final norm"]
 
 
-@torch.inference_mode()
 def stream(
     model: nn.Module,
     input_ids: Int[Tensor, "texts length"],
@@ -60,37 +59,41 @@ def stream(
     - `layers`: indices into `layer_names(model)`; all of them if None.
     - `batch_size`: texts at once to begin with; halved until a batch fits in memory.
 
-    **Raises:** `ValueError` for a layer that is not there, NaN or Inf in the states, or ids outside the vocabulary.
+    **Raises:** `ValueError` for a layer that is not there, NaN or Inf in the states, or ids outside the vocabulary;
+    `MemoryError` if not even one text fits.
     """
     names = layer_names(model)
-    chosen = [range(len(names))[i] if -len(names) <= i < len(names) else i for i in layers or range(len(names))]
-    if any(i not in range(len(names)) for i in chosen):
-        raise ValueError(f"layers = {list(layers or [])}: this model has layers 0 to {len(names) - 1}")
+    chosen = list(range(len(names)) if layers is None else layers)
+    if not chosen or any(not -len(names) <= i < len(names) for i in chosen):
+        raise ValueError(f"layers = {chosen}: choose from 0 to {len(names) - 1}, this model's layers (-1 is the last)")
+    if batch_size < 1 or not input_ids.numel():
+        raise ValueError(f"batch_size = {batch_size}, {input_ids.numel()} tokens: both must be at least one")
     if int(input_ids.max()) >= model.get_input_embeddings().num_embeddings or int(input_ids.min()) < 0:
         raise ValueError(
-            f"token ids go up to {int(input_ids.max())}: outside the model's vocabulary; use its tokenizer"
+            f"token ids from {int(input_ids.min())} to {int(input_ids.max())}: outside the model's vocabulary of "
+            f"{model.get_input_embeddings().num_embeddings}; use its tokenizer"
         )
     base = getattr(model, "base_model", model)  # without the head: no logits are computed
-    caught: list[Tensor] = []
-    hook = _blocks(model)[-1].register_forward_hook(lambda _module, _inputs, output: caught.append(_first(output)))
+    last_block = _blocks(model)[-1]
 
+    @torch.inference_mode()
     def forward(batch: Tensor) -> Tensor:
-        caught.clear()
-        output = base(batch.to(model.device), output_hidden_states=True, use_cache=False)
+        caught: list[Tensor] = []
+        with last_block.register_forward_hook(lambda _module, _inputs, output: caught.append(_first(output))):
+            output = base(batch.to(model.device), output_hidden_states=True, use_cache=False)
         every = [*output.hidden_states[:-1], caught[0], output.last_hidden_state]
+        if len({every[i].shape[-1] for i in chosen}) > 1:  # OPT-350m projects its final norm's output
+            raise ValueError(f"layers = {chosen}: they differ in width in this model; ask for them one by one")
         states = torch.stack([every[i] for i in chosen])
         if not torch.isfinite(states).all():
             raise ValueError("NaN or Inf in the hidden states; run the model in float32")
         return states
 
-    try:
-        size = find_executable_batch_size(
-            lambda batch_size: forward(input_ids[:batch_size]) is None or batch_size, batch_size
-        )()
-        for batch in input_ids.split(size):
-            yield forward(batch)
-    finally:
-        hook.remove()
+    while len(input_ids):
+        states = _fitting(forward, input_ids, batch_size)
+        batch_size = states.shape[1]
+        yield states
+        input_ids = input_ids[batch_size:]
 
 
 def store(
@@ -121,6 +124,22 @@ def store(
                     done.update(len(batch))
             states.flush()
     return np.load(path, mmap_mode="r")
+
+
+def _fitting(forward: Callable[[Tensor], Tensor], input_ids: Tensor, batch_size: int) -> Tensor:
+    while True:
+        try:
+            return forward(input_ids[:batch_size])
+        except Exception as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if batch_size == 1:
+                raise MemoryError(
+                    f"no memory for one text of {input_ids.shape[1]} tokens; use shorter texts or a smaller model"
+                ) from error
+        # Past the except block, where the error no longer holds what filled the memory.
+        batch_size = min(batch_size, len(input_ids)) // 2 or 1
+        clear_device_cache(garbage_collection=True)
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:

@@ -42,17 +42,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
     **Raises:** `OSError` naming the folder and the fix where there is no space.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         temporary.replace(path)
     except OSError as error:
         raise OSError(f"writing {path}: {error}; free some space or set HEADBOUND_CACHE to another disk") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary != path:
+            temporary.unlink(missing_ok=True)
 
 
 def load(source: str = "docstrings") -> list[str]:
@@ -101,7 +103,8 @@ def fingerprint(texts: Sequence[str]) -> str:
     """A short hash (SHA-256, 16 hexadecimal digits) of the texts in their order."""
     digest = hashlib.sha256()
     for text in texts:
-        digest.update(text.encode() + b"\0")
+        # A byte that UTF-8 never uses stands for NUL, so that no text looks like two.
+        digest.update(text.encode().replace(b"\0", b"\xff") + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -175,7 +178,11 @@ def _dataset(source: str) -> list[str]:
     try:
         data = load_dataset(repository, config, split=part or "train")
     except Exception as error:
-        raise ValueError(f"text = {source!r}: {type(error).__name__}: {error}; check the name and the hub") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"text = {source!r}: {reason}; check the name, and that the hub is in reach") from error
     if "text" not in data.column_names:
         raise ValueError(f"text = {source!r}: columns {data.column_names}, none called 'text'; choose another dataset")
-    return [text for text in data["text"] if text.strip()]
+    texts = [text for text in data["text"] if text and text.strip()]
+    if not texts:
+        raise ValueError(f"text = {source!r}: the dataset has no text; choose another")
+    return texts

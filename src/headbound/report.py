@@ -1,5 +1,6 @@
 """What every chapter shows of itself: parameters, provenance, and its findings beside the paper's."""
 
+import math
 import os
 import platform
 import time
@@ -64,6 +65,8 @@ def begin(namespace: Mapping[str, Any]) -> Run:
     for name, kind in {"seed": int, "preset": str}.items():
         if not isinstance(parameters.get(name), kind):
             raise ValueError(f"{name} = {parameters.get(name)!r}: the parameters cell must set it to a {kind.__name__}")
+    if not 0 <= parameters["seed"] < 2**32:
+        raise ValueError(f"seed = {parameters['seed']}: must be between 0 and {2**32 - 1}")
     np.random.seed(parameters["seed"])  # noqa: NPY002 (libraries below still draw from it)
     torch.manual_seed(parameters["seed"])
     plot.use_style()
@@ -78,7 +81,10 @@ def findings(rows: Sequence[Finding]) -> None:
         [(r.quantity, r.paper, _text(r.measured), VERDICTS[r.agrees], r.comment) for r in rows],
         columns=["quantity", "the paper", "measured here", "verdict", "comment"],
     )
-    kept = [{**r._asdict(), "measured": _plain(r.measured)} for r in rows]
+    kept = [
+        {**r._asdict(), "measured": _plain(r.measured), "agrees": None if r.agrees is None else bool(r.agrees)}
+        for r in rows
+    ]
     display(
         frame.style.hide(axis="index").set_caption("This chapter's findings"),
         metadata={"headbound": {"findings": kept}},
@@ -109,8 +115,12 @@ def end(run: Run, samples: Mapping[str, int | str]) -> None:
 
 
 def _text(value: Estimate | float | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
 
 
-def _plain(value: Estimate | float | str) -> Any:
-    return value._asdict() if isinstance(value, Estimate) else value
+def _plain(value: Any) -> Any:
+    # Strict JSON: no numpy number, and null for NaN, which a kernel would turn into text.
+    if isinstance(value, Estimate):
+        return {name: _plain(number) for name, number in value._asdict().items()}
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

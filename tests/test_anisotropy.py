@@ -167,7 +167,7 @@ def test_sinks_are_found_at_any_scale(scale):
 
 @pytest.mark.parametrize("ratio", [1.0, 0.0, -2.0, math.nan])
 def test_a_sink_ratio_must_exceed_one(ratio):
-    with pytest.raises(ValueError, match="sink_ratio = .*: must be above 1"):
+    with pytest.raises(ValueError, match=r"sink_ratio = .*: must be above 1"):
         mean_cosine(torch.ones(3, 2), sink_ratio=ratio)
 
 

@@ -1,7 +1,7 @@
 """Anisotropy: the mean cosine between hidden states, exact and in one pass."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -47,21 +47,35 @@ def mean_cosine(
         if len(kept):
             sums.append(sum_of_units(kept).cpu().numpy())
             counts.append(len(kept))
-    total = sum(counts)
-    if total < 2:
-        raise ValueError(f"{total} hidden states: a mean over pairs needs at least two")
-    unit_sums, tokens = np.stack(sums), np.asarray(counts, float)
-    squares = (unit_sums**2).sum(1)
+    return _over_texts(np.stack(sums) if sums else np.zeros((0, 1)), np.asarray(counts, float), resamples, seed)
 
-    def statistic(weights: Float[np.ndarray, " texts"]) -> float:
-        between = ((weights @ unit_sums) ** 2).sum() - weights**2 @ squares
-        pairs = (weights @ tokens) ** 2 - weights**2 @ tokens**2
-        within = weights @ (squares - tokens)
-        pairs += weights @ (tokens**2 - tokens)
-        # Rounding may leave equal directions a hair above one.
-        return float(np.clip((between + within) / pairs, -1, 1)) if pairs else math.nan
 
-    return bootstrap(statistic, len(tokens), resamples, seed)
+def by_layer(
+    states: Iterable[Float[Tensor, "layers _ length d"]],
+    sink_ratios: Sequence[float | None] = (None,),
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[list[Estimate]]:
+    """`mean_cosine` of every layer from one pass over `hidden.stream`, texts as units, for each sink ratio.
+
+    **Returns:** a list for each of `sink_ratios`, of one estimate a layer.
+
+    **Raises:** `ValueError` as `mean_cosine` does, or if the stream is empty.
+    """
+    sums, counts = [], []
+    for batch in states:
+        for text in batch.unbind(1):
+            kept = [[x if r is None else x[~sinks(x, r)] for x in text] for r in sink_ratios]
+            sums.append([[sum_of_units(x).cpu().numpy() for x in layers] for layers in kept])
+            counts.append([[len(x) for x in layers] for layers in kept])
+    if not sums:
+        raise ValueError("no hidden states: the stream is empty; give it at least one text")
+    unit_sums, tokens = np.array(sums), np.array(counts, float)
+    ratios, layers = tokens.shape[1:]
+    return [
+        [_over_texts(unit_sums[:, r, i], tokens[:, r, i], resamples, seed) for i in range(layers)]
+        for r in range(ratios)
+    ]
 
 
 def sinks(hidden_states: Float[Tensor, "tokens d"], ratio: float = 10.0) -> Bool[Tensor, " tokens"]:
@@ -125,3 +139,21 @@ def _rescaled(block: Tensor, first: int) -> tuple[Tensor, Tensor]:
 
 def _peak_one(rows: Tensor) -> Tensor:
     return rows / rows.abs().amax(1, keepdim=True)
+
+
+def _over_texts(
+    unit_sums: Float[np.ndarray, "texts d"], tokens: Float[np.ndarray, " texts"], resamples: int, seed: int
+) -> Estimate:
+    if tokens.sum() < 2:
+        raise ValueError(f"{int(tokens.sum())} hidden states: a mean over pairs needs at least two")
+    squares = (unit_sums**2).sum(1)
+
+    def statistic(weights: Float[np.ndarray, " texts"]) -> float:
+        between = ((weights @ unit_sums) ** 2).sum() - weights**2 @ squares
+        pairs = (weights @ tokens) ** 2 - weights**2 @ tokens**2
+        within = weights @ (squares - tokens)
+        pairs += weights @ (tokens**2 - tokens)
+        # Rounding may leave equal directions a hair above one.
+        return float(np.clip((between + within) / pairs, -1, 1)) if pairs else math.nan
+
+    return bootstrap(statistic, len(tokens), resamples, seed)

@@ -73,11 +73,10 @@ class Listing(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A head as stored, padding rows included; its tensor's name and SHA-256, and the bytes it took to fetch."""
+    """A head as stored, padding rows included; its tensor's name, and the bytes it took to fetch."""
 
     weight: Float[Tensor, "rows d"]
     name: str
-    sha256: str
     fetched: int
     listed: Listing
 
@@ -342,5 +341,4 @@ def _head_name(listed: Listing, names: Iterable[str]) -> str:
 def _checked(listed: Listing, weight: Tensor, name: str, fetched: int) -> Head:
     if weight.ndim != 2 or not weight.is_floating_point() or not weight.isfinite().all():
         raise ValueError(f"{listed.model} at {listed.revision}: {name} is no finite matrix; choose another revision")
-    digest = hashlib.sha256(weight.contiguous().view(torch.uint8).numpy()).hexdigest()
-    return Head(weight, name, digest, fetched, listed)
+    return Head(weight, name, fetched, listed)

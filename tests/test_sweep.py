@@ -160,7 +160,8 @@ def sweep_file(tmp_path, **settings):
 
 
 def environment(served, cache):
-    variables = {"HF_ENDPOINT": served.url, "HEADBOUND_CACHE": str(cache), "HEADBOUND_WAIT": "0.01"}
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    variables = {"PATH": programs, "HF_ENDPOINT": served.url, "HEADBOUND_CACHE": str(cache), "HEADBOUND_WAIT": "0.01"}
     return {**os.environ, **variables, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "0"}
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 
 from headbound import checkpoints, sweep
@@ -65,9 +64,8 @@ def main() -> int:
         print(f"PRESET={given.preset}: it has no sweep, nothing is fetched; use PRESET=paper")
         return 0
     checkpoints.TRIES = 2
-    file = os.environ.get("HEADBOUND_SWEEP", "workflow/sweep.yaml")
     try:
-        table, settings = sweep.read(file)
+        table, settings = sweep.read("workflow/sweep.yaml")
         shapes = {model: shape(model, names[-1]) for model, names in table.items()}
     except (OSError, ValueError) as error:
         print(f"plan: {error}", file=sys.stderr)

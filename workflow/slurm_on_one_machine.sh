@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
+export PATH=$(dirname "$python"):$PATH
 for tool in munged slurmctld slurmd; do
   command -v "$tool" >/dev/null || { echo "$tool: not here; apt-get install slurm-wlm munge" >&2; exit 1; }
 done

@@ -1,7 +1,6 @@
 # The sweep: one job audits a model, one measures a checkpoint. Included by the Snakefile; by itself:
 #     snakemake --snakefile workflow/sweep.smk --cores 2 --keep-going
 import os
-import sys
 from pathlib import Path
 
 import headbound
@@ -38,7 +37,7 @@ rule audit_model:
         mem_mb=2000,
         runtime=30,
     shell:
-        "{sys.executable} workflow/sweep.py {SWEEP_FILE} audit {params.model}"
+        "python workflow/sweep.py {SWEEP_FILE} audit {params.model}"
 
 
 # A kill leaves no half file (they are moved into place), so a result is either whole or to be made again.
@@ -58,4 +57,4 @@ rule measure_checkpoint:
         runtime=lambda wildcards, attempt: 120 * attempt,
         gpu=1 if SWEEP.get("whole", True) else 0,
     shell:
-        "{sys.executable} workflow/sweep.py {SWEEP_FILE} measure {params.model} {wildcards.revision} {params.keep}"
+        "python workflow/sweep.py {SWEEP_FILE} measure {params.model} {wildcards.revision} {params.keep}"

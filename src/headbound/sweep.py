@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,10 +40,11 @@ class Settings(NamedTuple):
 
 
 def read(path: str | Path) -> tuple[dict[str, list[str]], Settings]:
-    """A sweep's file (YAML): its table of work, revisions in training order by model, and its settings.
+    """A sweep's file (YAML), or that which `HEADBOUND_SWEEP` names: its table of work and its settings.
 
     **Raises:** `ValueError` for a key that is neither `models`, `steps` nor a setting.
     """
+    path = os.environ.get("HEADBOUND_SWEEP") or path
     plan = yaml.safe_load(Path(path).read_text())
     revisions = [f"step{step}" for step in sorted(plan.pop("steps"))]
     table = dict.fromkeys(plan.pop("models"), revisions)

@@ -121,7 +121,8 @@ def run(table: Mapping[str, Sequence[str]], settings: Settings) -> pd.DataFrame:
     different vocabularies, whose losses can't be compared.
     """
     lost: list[str] = []
-    for model, revision in bar(left(table, settings), "checkpoints"):
+    todo = left(table, settings)
+    for model, revision in bar(todo, "checkpoints") if todo else []:
         try:
             if not any(error.startswith(f"audit of {model}") for error in lost):
                 measure(model, revision, settings, audited(model, table[model], settings))

@@ -19,7 +19,6 @@ TOKENIZER = hub.tokenizer_files(300)
 @pytest.fixture
 def served(monkeypatch, tmp_path):
     monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(checkpoints, "WAIT", 0.01)
     with hub.Hub() as server:

@@ -22,7 +22,7 @@ import tenacity
 import torch
 from filelock import FileLock
 from huggingface_hub import HfApi, constants, errors, hf_hub_download, hf_hub_url
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, hf_raise_for_status
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from jaxtyping import Float
 from safetensors.torch import load
@@ -31,6 +31,8 @@ from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from headbound.text import cache_dir, replacing
+
+disable_progress_bars()  # a notebook's outputs are published
 
 T = TypeVar("T")
 HEADS = ("embed_out.weight", "lm_head.weight")

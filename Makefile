@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.headbound-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install book test bench lint serve lock clean
+.PHONY: help install book plan test bench lint serve lock clean
 
 help:  ## these explanations
 	@echo "Head-Bound, an executable companion to Godey et al. 2024. Commands:"
@@ -28,6 +28,9 @@ install: $(STAMP)  ## the pinned environment in .venv (the other commands do thi
 
 book: $(STAMP)  ## execute every chapter under PRESET and render the book into _build/html
 	@$(BIN)/python workflow/build.py --preset $(PRESET) --cores $(CORES)
+
+plan: $(STAMP)  ## what PRESET=paper costs before it starts: jobs, bytes, GPU hours, disk
+	@$(BIN)/python workflow/plan.py --preset $(PRESET)
 
 serve: book  ## the same, then serve the book on http://localhost:PORT (8000)
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)

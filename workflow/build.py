@@ -23,8 +23,10 @@ def main() -> int:
         print(f"headbound: PRESET = {arguments.preset}: must be one of {', '.join(presets)}", file=sys.stderr)
         return 2
     snakemake = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", arguments.cores]
+    # One chapter or checkpoint that fails keeps no other from being finished.
     # Snakemake's own lock survives a kill -9 and would have to be removed by hand; ours does not.
-    options = ["--nolock", "--rerun-incomplete", "--quiet", "rules", "--config", f"preset={arguments.preset}"]
+    options = ["--nolock", "--keep-going", "--rerun-incomplete", "--quiet", "rules"]
+    options += ["--config", f"preset={arguments.preset}"]
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PATH": programs}
     (ROOT / "_build").mkdir(exist_ok=True)

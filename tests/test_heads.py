@@ -9,6 +9,15 @@ from headbound import heads
 from headbound.losses import blocked_cross_entropy
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Hundreds of tiny steps: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def states(tokens, d, scale=1.0, seed=0):
     rng = np.random.default_rng(seed)
     return rng.normal(size=(tokens, d)) * np.geomspace(1, 1e-3, d) * scale + scale

@@ -54,7 +54,7 @@ def small(tmp_path_factory):
     for _ in range(400):
         a, b, c = rng.choice(words, 3, replace=False)
         extra = " ".join(rng.choice(words, 280))
-        texts.append(f"{PROSE.replace('residual', a).replace('equation', b).replace('solver', c)}\n{extra}.")
+        texts.append(f"{PROSE.replace('residual', a).replace('equation', b).replace('solver', c)}\nThe {extra}.")
     (folder / "text.txt").write_text("\n\n".join(texts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HEADBOUND_CACHE", str(folder / "cache"))
@@ -76,7 +76,7 @@ def test_the_harness_agrees_with_a_hand_count(small):
         word = tokenizer(f"{item['context']} {item['word']}")["input_ids"][len(context) :]
         rows = suite.torch.tensor([(context + word)[-129:]])
         each = suite.cross_entropy(model(rows[:, :-1]).logits[0], rows[0, 1:], reduction="none")
-        losses.append(float(each[-len(word) :].sum()))
+        losses.append(each[-len(word) :].sum().item())
     perplexity = found.loc["perplexity"]
     assert perplexity["value"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-3)
     assert perplexity["low"] <= perplexity["value"] <= perplexity["high"]

@@ -76,7 +76,7 @@ def test_killed_run_ends_as_an_unbroken_one(source, tmp_path):
     with subprocess.Popen([*script, broken, source, "0.1"], stderr=subprocess.DEVNULL) as process:
         state = broken / "neox-d8" / "training.pt"
         deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and not (broken / "neox-d8" / "step14").exists():
+        while time.monotonic() < deadline and not (broken / "neox-d8" / "step15").exists():
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
     assert state.exists()

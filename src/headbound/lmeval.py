@@ -61,6 +61,8 @@ def last_words(source: str = "docstrings", **_: object) -> dict[str, Dataset]:
     """The local task's data, as lm-eval's `custom_dataset` asks for it.
 
     A passage that also stands in a text the suite trains on is left out.
+
+    **Raises:** `ValueError` if no passage is left.
     """
     train_texts, test_texts = text.split(text.load(source), suite.HELD_OUT)
     path = text.cache_dir() / "tasks" / f"last-words-{text.fingerprint(test_texts)}.json"
@@ -69,7 +71,10 @@ def last_words(source: str = "docstrings", **_: object) -> dict[str, Dataset]:
         unique = {f"{p['context']} {p['word']}": p for p in passages(test_texts)}
         with text.replacing(path) as temporary:
             temporary.write_text(json.dumps([p for whole, p in unique.items() if whole not in seen]))
-    return {"test": Dataset.from_list(json.loads(path.read_text()))}
+    found = json.loads(path.read_text())
+    if not found:
+        raise ValueError(f"source = {source!r}: no held-out passage fits the last-word task; give more prose")
+    return {"test": Dataset.from_list(found)}
 
 
 def evaluate(

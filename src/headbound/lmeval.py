@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -145,6 +146,7 @@ def _run(model, tokenizer, task, limit, batch_size, cache, source):
         manager = TaskManager(include_path=str(TASKS), **extra)
         if task not in manager.all_tasks:
             raise ValueError(f"task = {task!r}: lm-eval does not know it; see `lm_eval ls tasks`")
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints would be published with the notebook
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         options = {"limit": limit, "use_cache": str(cache), "bootstrap_iters": 1000}
         found = simple_evaluate(wrapped, tasks=[task], task_manager=manager, **options)

@@ -71,6 +71,7 @@ def problems(chromium: Browser, address: str, page_name: str, width: int, axe: b
     found: list[str] = []
     context = chromium.new_context(viewport={"width": width, "height": 900}, reduced_motion="reduce")
     page = context.new_page()
+    page.set_default_timeout(120_000)  # a loaded machine is slow; no time is measured here
 
     def watch(route):
         if route.request.url.startswith((address, "data:", "blob:")):
@@ -91,13 +92,12 @@ def problems(chromium: Browser, address: str, page_name: str, width: int, axe: b
         "() => Promise.all([...document.images].map(i => { i.loading = 'eager'; return i.decode().catch(() => 0); }))"
     )
     found += page.evaluate(IN_PAGE)
-    for link in page.eval_on_selector_all("a[href]", "links => links.map(a => a.href)"):
-        if link.startswith(address):
-            target = link.removeprefix(address).split("#")[0].split("?")[0]
-            if context.request.head(address + target).status >= 400:
-                found.append(f"broken link {target}")
+    links = page.eval_on_selector_all("a[href]", "links => links.map(a => a.href.split('#')[0].split('?')[0])")
+    for link in sorted({link for link in links if link.startswith(address)}):
+        if context.request.head(link).status >= 400:
+            found.append(f"broken link {link.removeprefix(address)}")
     if axe:
-        for violation in Axe().run(page).response["violations"]:
+        for violation in Axe().run(page, options={"preload": False}).response["violations"]:
             if violation["impact"] in ("serious", "critical"):
                 where = ", ".join(node["target"][0] for node in violation["nodes"][:3] if node["target"])
                 found.append(f"{violation['impact']} accessibility violation {violation['id']} at {where}")

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 RANKS = [8, 16, 32, 64, 128, 256, 384, 576]
-TEXTS, LENGTH, VOCAB, D = 32, 129, 8192, 576
+TEXTS, LENGTH, VOCAB, D = 12, 129, 8192, 576
 BLOCKS = [64, 128, 256]
 
 

@@ -124,10 +124,11 @@ def test_epochs_cut_the_data_and_ties_tie(source, tmp_path):
     table = suite.train([8], 16, tmp_path, source=source, **options)
     model, _ = models.load(table.path.iloc[-1])
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    # 16 steps of 4 windows over 4 epochs: 16 windows, each seen four times.
-    stream = np.arange(16 * 16 + 1)
-    seen = torch.cat([suite.batch(stream, step, 4, 16, 0)[:, 0] for step in range(16)])
-    assert seen.bincount(minlength=256)[::16].tolist() == [4] * 16
+    # 16 steps of 4 windows over 4 epochs: 16 of 64 windows, each seen four times.
+    stream = np.arange(64 * 16 + 1)
+    seen = torch.cat([suite.batch(stream, step, 4, 16, 0, kept=16)[:, 0] for step in range(16)])
+    assert sorted(seen.bincount().tolist())[-17:] == [0] + [4] * 16
+    assert seen.max() > 16 * 16  # drawn from the whole stream, not cut from its beginning
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_epochs_cut_the_data_and_ties_tie(source, tmp_path):
         ({"hidden_sizes": []}, r"hidden_sizes = \[\]: must be multiples of 8, at least one"),
         ({"steps": 0}, "steps = 0, checkpoints = 4: both must be 1 or more"),
         ({"schedule": "linear"}, "schedule = 'linear': must be 'cosine' or 'constant'"),
-        ({"epochs": 1e9}, "context = 16: 1 tokens to train on"),
+        ({"epochs": 1e9}, r"epochs = 1000000000.0: 0 windows of \d+; give more text"),
         ({"held_out_texts": 10**6}, "count = 1000000, length = 17"),
     ],
 )

@@ -73,18 +73,22 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: flo
 
 
 def batch(
-    stream: Int[np.ndarray, " tokens"], step: int, size: int, context: int, seed: int
+    stream: Int[np.ndarray, " tokens"], step: int, size: int, context: int, seed: int, kept: int | None = None
 ) -> Int[Tensor, "size length"]:
-    """One step's windows of `context + 1` tokens, in a new order each epoch, from seed and step alone."""
+    """One step's windows of `context + 1` tokens, in a new order each epoch, from seed and step alone.
+
+    With `kept`, an epoch has that many windows, drawn from the whole stream.
+    """
     windows = (len(stream) - 1) // context
-    places = [divmod(i, windows) for i in range(step * size, (step + 1) * size)]
-    starts = [_order(windows, epoch, seed)[place] * context for epoch, place in places]
+    places = [divmod(i, kept or windows) for i in range(step * size, (step + 1) * size)]
+    starts = [_order(windows, kept, epoch, seed)[place] * context for epoch, place in places]
     return torch.from_numpy(np.stack([stream[s : s + context + 1] for s in starts])).long()
 
 
 @functools.lru_cache(maxsize=4)
-def _order(windows, epoch, seed):
-    return np.random.default_rng([seed, epoch]).permutation(windows)
+def _order(windows, kept, epoch, seed):
+    order = np.random.default_rng([seed, epoch]).permutation(kept or windows)
+    return np.random.default_rng(seed).choice(windows, kept, replace=False)[order] if kept else order
 
 
 @torch.inference_mode()
@@ -152,7 +156,7 @@ def train(
     - `folder`: by default in the cache, under a hash of all but `hidden_sizes`, `build` and `where`.
     - `source`, `vocab_size`, `held_out_texts`: see `corpus`. `checkpoints`: see `checkpoint_steps`.
     - `peak`, `schedule`, `warmup`: see `learning_rate`. `weight_decay`: of matrices, by AdamW.
-    - `epochs`: passes over the data, which are cut to fit; None takes all of them.
+    - `epochs`: passes over the data, a random part of which is kept to fit; None keeps all of them.
     - `tied`: one matrix for embedding and head. Pythia's are two.
     - `build`: from a configuration to a GPT-NeoX with any head, kept under the name `variant`.
     - `where`: the device.
@@ -171,9 +175,10 @@ def train(
     checkpoint_steps(steps, checkpoints)
     learning_rate(0, steps, peak, schedule, warmup)
     tokenizer, stream, test = corpus(source, vocab_size, context, held_out_texts)
-    stream = stream[: None if epochs is None else round(steps * batch_size * context / epochs) + 1]
-    if len(stream) <= context:
-        raise ValueError(f"context = {context}: {len(stream)} tokens to train on; more text or fewer epochs")
+    windows = (len(stream) - 1) // context
+    kept = None if epochs is None else round(steps * batch_size / epochs)
+    if not 1 <= (windows if kept is None else kept) <= windows:
+        raise ValueError(f"epochs = {epochs}: {kept} windows of {windows}; give more text or choose other epochs")
     data = hashlib.sha256(np.asarray(stream).tobytes() + test.numpy().tobytes()).hexdigest()
     record = json.dumps({**options, "data": data}, indent=1, sort_keys=True)
     key = hashlib.sha256(record.encode()).hexdigest()[:16]
@@ -185,12 +190,12 @@ def train(
         temporary.write_text(record)
     on = device.pick(where)
     widest_first = sorted(set(hidden_sizes), reverse=True)
-    jobs = [delayed(_one)(root, d, options, tokenizer, stream, test, build, on) for d in widest_first]
+    jobs = [delayed(_one)(root, d, options, tokenizer, stream, test, build, on, kept) for d in widest_first]
     workers = min(len(jobs), os.cpu_count() or 1) if on.type == "cpu" else 1
     return pd.DataFrame([row for rows in Parallel(workers)(jobs)[::-1] for row in rows])
 
 
-def _one(root, hidden_size, options, tokenizer, stream, test, build, on):
+def _one(root, hidden_size, options, tokenizer, stream, test, build, on, kept):
     folder = root / f"{options['variant']}-d{hidden_size}"
     wanted = {n: folder / f"step{n}" for n in checkpoint_steps(options["steps"], options["checkpoints"])}
     folder.mkdir(exist_ok=True)
@@ -211,7 +216,7 @@ def _one(root, hidden_size, options, tokenizer, stream, test, build, on):
                 **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id),
             )
             try:
-                _fit(build(config).to(on), folder, wanted, options, tokenizer, stream, test)
+                _fit(build(config).to(on), folder, wanted, options, tokenizer, stream, test, kept)
             finally:
                 torch.set_num_threads(threads)
     name = {"variant": options["variant"], "hidden_size": hidden_size, "seed": options["seed"]}
@@ -219,7 +224,7 @@ def _one(root, hidden_size, options, tokenizer, stream, test, build, on):
     return [{**name, "step": n, **numbers[n], "path": str(path)} for n, path in wanted.items()]
 
 
-def _fit(model, folder, wanted, options, tokenizer, stream, test):
+def _fit(model, folder, wanted, options, tokenizer, stream, test, kept):
     steps, size, context, seed = (options[k] for k in ("steps", "batch_size", "context", "seed"))
     schedule = [options[k] for k in ("steps", "peak", "schedule", "warmup")]
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -233,7 +238,7 @@ def _fit(model, folder, wanted, options, tokenizer, stream, test):
         optimizer.load_state_dict(moments)
     for step in progress.bar(range(first, steps + 1), folder.name, steps + 1 - first):
         torch.manual_seed(seed * 1_000_003 + step)  # for a build with dropout
-        rows = batch(stream, step, size, context, seed).to(model.device)
+        rows = batch(stream, step, size, context, seed, kept).to(model.device)
         logits = model(rows[:, :-1], use_cache=False).logits
         loss = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         if not math.isfinite(loss.item()):

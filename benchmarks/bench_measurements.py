@@ -5,20 +5,15 @@ Each contender runs alone in a fresh process with two threads and at most 8 GB; 
 
 import json
 import logging
-import resource
-import subprocess
 import sys
-import threading
-import time
 
+import contest
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 
-THREADS, GIGABYTES, SECONDS = 2, 8, 900
+GIGABYTES = 8
 TOKENS, D, VOCAB = 50_000, 576, 49_152
-REPEATS = {"pairwise": 1}  # these take tens of seconds
 ROUNDS = 2  # of the fast contenders, in turn, so that a busy moment does not hit one alone
 
 
@@ -91,64 +86,24 @@ SPECTRA = {
 
 
 def child(group, name, repeats):
-    """One contender: best seconds, extra memory at the peak (MB), and its result."""
-    torch.set_num_threads(THREADS)
+    """One contender: best seconds, extra memory at the peak, and its result."""
+    torch.set_num_threads(contest.THREADS)
     run, data = (COSINES[name], hidden_states()) if group == "cosine" else (SPECTRA[name], head())
     run(data[:2000])  # imports and one-time set-up, before anything is measured
-
-    def own():
-        memory = psutil.Process().memory_info()
-        return memory.rss - memory.shared
-
-    def watch():
-        while not done.wait(0.001):
-            peak.append(max(peak.pop(), own()))
-
-    before, peak, done, seconds = own(), [0], threading.Event(), []
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    run(data)
-    done.set()
-    watcher.join()
-    for _ in range(repeats):  # timed without the watcher
-        begin = time.perf_counter()
-        result = run(data)
-        seconds.append(time.perf_counter() - begin)
-    result = result.tolist() if isinstance(result, np.ndarray) else result
-    print(json.dumps({"s": min(seconds), "MB": max(0, peak[0] - before) / 1e6, "result": result}))
-
-
-def contend(group, name, repeats):
-    limit = GIGABYTES * 10**9
-    done = subprocess.run(
-        [sys.executable, __file__, "child", group, name, str(repeats)],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    )
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or ["killed"])[-1][:70]
-    return json.loads(done.stdout.splitlines()[-1])
+    got = contest.measured(lambda: run(data), int(repeats))
+    got["result"] = np.asarray(got["result"]).tolist()
+    print(json.dumps(got))
 
 
 def race(group, names, repeats):
-    """Every contender's best round."""
-    best = {}
-    for _ in range(ROUNDS):
+    """Every contender's best round; the slow ones have one."""
+    results = {name: [] for name in names}
+    for number in range(ROUNDS):
         for name in names:
             slow = "pairwise)" in name
-            if slow and name in best:
-                continue
-            got = contend(group, name, REPEATS["pairwise"] if slow else repeats)
-            if (
-                name not in best
-                or isinstance(best[name], str)
-                or (not isinstance(got, str) and got["s"] < best[name]["s"])
-            ):
-                best[name] = got
-    return best
+            if not (slow and number):
+                results[name].append(contest.contend(group, name, 1 if slow else repeats, gigabytes=GIGABYTES))
+    return {name: min(got, key=lambda r: np.inf if isinstance(r, str) else r["s"]) for name, got in results.items()}
 
 
 def cosine_rows():
@@ -183,7 +138,9 @@ def spectrum_rows():
 
 
 def main():
-    print(f"{THREADS} threads, a fresh process for each contender, best of several repeats in {ROUNDS} rounds.\n")
+    print(
+        f"{contest.THREADS} threads, a fresh process for each contender, best of several repeats in {ROUNDS} rounds.\n"
+    )
     print(f"Mean cosine of {TOKENS:,} x {D} float32; error against float64:")
     columns = ["contender", "seconds", "/ read pass", "extra MB", "error"]
     print(pd.DataFrame(cosine_rows(), columns=columns).to_string(index=False), "\n")
@@ -193,4 +150,4 @@ def main():
 
 
 if __name__ == "__main__":
-    child(*sys.argv[2:4], int(sys.argv[4])) if sys.argv[1:2] == ["child"] else main()
+    child(*sys.argv[2:]) if sys.argv[1:2] == ["child"] else main()

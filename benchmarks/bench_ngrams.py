@@ -2,23 +2,18 @@
 
 import importlib
 import json
-import os
-import resource
-import subprocess
 import sys
+import sysconfig
 import tempfile
-import threading
-import time
 from pathlib import Path
 
+import contest
 import numpy as np
 import pandas as pd
-import psutil
 
 VOCAB, RANK, ORDER = 8192, 1024, 3
 DEPTHS = [64, 256, 576, 1024]
 SECONDS = 600  # a contender's limit
-TILES = 8  # of the corpus, each with its ids permuted, for the counting at scale
 
 
 def tail(values, squares):
@@ -62,55 +57,18 @@ def peer(kind, tokens):
 
 
 def child(kind, path):
-    """Run one contender, sampling its memory (what is its own: mapped files are not counted)."""
+    """Run one contender."""
     for module in ("scipy.sparse.linalg", "sklearn.utils.extmath", "torch", "headbound.ngrams"):
         importlib.import_module(module)  # before the memory is measured
-
-    def own():
-        memory = psutil.Process().memory_info()
-        return memory.rss - memory.shared
-
-    def watch():
-        while not done.wait(0.02):
-            peak.append(max(peak.pop(), own()))
-
     tokens = np.load(path, mmap_mode="r")
-    before, peak, done = own(), [0], threading.Event()
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    start, cpu = time.perf_counter(), time.process_time()
-    if kind == "counting":
-        counting(tokens)
-        result = None
-    else:
+
+    def run():
+        if kind == "counting":
+            return counting(tokens)
         values, squares = exact(tokens) if kind == "ours" else peer(kind, tokens)
-        result = tail(values, squares)
-    row = {"s": time.perf_counter() - start, "cpu": time.process_time() - cpu}
-    done.set()
-    watcher.join()
-    print(json.dumps({**row, "GB": (peak[0] - before) / 1e9, "w_error": result}))
+        return tail(values, squares)
 
-
-def contend(kind, path):
-    """A contender in a process of its own that can neither fill the memory nor run forever."""
-    most = int(os.environ.get("BENCH_GB", 0)) * 2**30 or int(0.7 * psutil.virtual_memory().available)
-    command = [sys.executable, __file__, "child", kind, str(path)]
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (most, most)),
-        )
-    except subprocess.TimeoutExpired:
-        return f"not done in {SECONDS} s"
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["killed"])[-1][:60]
-        memory = "emory" in done.stderr or done.returncode < 0
-        return f"out of memory ({most / 2**30:.0f} GiB allowed)" if memory else last
-    return json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(contest.measured(run)))
 
 
 def against_dense(tokens):
@@ -129,9 +87,9 @@ def against_dense(tokens):
 
 
 def spectrum_rows(path):
-    results = {"ours": contend("ours", path)}
+    results = {"ours": contest.contend("ours", path)}
     for kind in ("scipy svds", "scikit-learn randomized_svd", "torch.svd_lowrank"):
-        results[kind] = contend(kind, path)
+        results[kind] = contest.contend(kind, path, seconds=SECONDS)
     ours = results["ours"]
     rows = []
     for kind, got in results.items():
@@ -139,26 +97,32 @@ def spectrum_rows(path):
         if isinstance(got, str) or isinstance(ours, str):
             rows.append((name, got if isinstance(got, str) else f"{got['s']:.1f}", *[""] * 4))
             continue
-        error = against_dense(np.load(path, mmap_mode="r")) if kind == "ours" else None
-        error = error if kind == "ours" else float(np.abs(np.subtract(got["w_error"], ours["w_error"])).max())
+        if kind == "ours":
+            error = against_dense(np.load(path, mmap_mode="r"))
+        else:
+            error = float(np.abs(np.subtract(got["result"], ours["result"])).max())
         ratio = got["s"] / ours["s"]
-        rows.append((name, f"{got['s']:.1f}", f"{got['cpu']:.1f}", f"{got['GB']:.2f}", f"{error:.1e}", f"{ratio:.1f}"))
+        rows.append(
+            (name, f"{got['s']:.1f}", f"{got['cpu']:.1f}", f"{got['MB'] / 1e3:.2f}", f"{error:.1e}", f"{ratio:.1f}")
+        )
     columns = ["contender", "seconds", "CPU seconds", "extra GB", "error of W-error", "time / ours"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def counting_rows(tokens, folder):
-    permuted = [np.random.default_rng(i).permutation(VOCAB).astype(np.int32) for i in range(TILES)]
-    rows = []
-    for share in (1 / 8, 1, TILES):
-        parts = [p[tokens[: int(share * len(tokens))]] for p in permuted[: max(1, int(share))]]
+def python_source():
+    """All Python source of the environment: the standard library and what is installed."""
+    folders = {sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")}
+    files = sorted({path for folder in folders for path in Path(folder).rglob("*.py")})
+    return [text for path in files if (text := path.read_text(errors="ignore"))]
+
+
+def counting_rows(corpora, folder):
+    for name, tokens in corpora.items():
         path = Path(folder) / "counting.npy"
-        np.save(path, np.concatenate(parts))
-        size = sum(map(len, parts))
-        got = contend("counting", path)
-        cells = (got, "", "") if isinstance(got, str) else (got["s"], size / got["s"] / 1e6, got["GB"])
-        rows.append((f"{size:,}", *cells))
-    return pd.DataFrame(rows, columns=["tokens", "seconds", "M tokens/s", "extra GB"])
+        np.save(path, tokens)
+        got = contest.contend("counting", path)
+        rate = (got, "", "") if isinstance(got, str) else (got["s"], len(tokens) / got["s"] / 1e6, got["MB"] / 1e3)
+        yield name, f"{len(tokens):,}", *rate
 
 
 def main():
@@ -166,7 +130,8 @@ def main():
     from headbound import tokens as streams
 
     texts = text.load("docstrings")
-    tokens = streams.encode(streams.train_bpe(texts, VOCAB), texts)
+    tokenizer = streams.train_bpe(texts, VOCAB)
+    tokens = streams.encode(tokenizer, texts)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokens.npy"
         np.save(path, tokens)
@@ -174,8 +139,13 @@ def main():
         print("Error: ours against a dense float64 SVD of a subsample (all ranks); others against ours,")
         print(f"largest at d = {DEPTHS}. Extra memory: the process's own, at the peak.\n")
         print(spectrum_rows(path).to_string(index=False), "\n")
-        print(f"Counting {ORDER}-grams; the largest corpus is {TILES} copies with their ids permuted (new contexts).\n")
-        print(counting_rows(np.asarray(tokens), folder).to_string(index=False, float_format="%.2f"))
+        source = streams.encode(tokenizer, python_source())
+        corpora = {"an eighth of the docstrings": tokens[: len(tokens) // 8], "docstrings": tokens}
+        corpora["all Python source here"] = source
+        columns = ["corpus", "tokens", "seconds", "M tokens/s", "extra GB"]
+        print(f"Counting {ORDER}-grams, V = {VOCAB:,}, on {contest.THREADS} threads.\n")
+        frame = pd.DataFrame(counting_rows(corpora, folder), columns=columns)
+        print(frame.to_string(index=False, float_format="%.2f"))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from headbound.models import fingerprint
 from headbound.progress import bar
 from headbound.text import cache_dir, replacing
 
@@ -101,7 +102,7 @@ def store(
 ) -> Float[np.ndarray, "texts length d"]:
     """One layer's hidden states on disk, memory-mapped: computed once a model and text, whoever asks.
 
-    Kept in the cache under a hash of token ids, layer and weights (256 values of every tensor).
+    Kept in the cache under a hash of token ids, layer and weights.
 
     **Arguments:**
 
@@ -109,10 +110,8 @@ def store(
 
     **Returns:** float32, read-only.
     """
-    digest = hashlib.sha256(f"{layer} {tuple(input_ids.shape)}".encode() + input_ids.cpu().numpy().tobytes())
-    for name, weight in model.named_parameters():
-        digest.update(name.encode() + weight.detach().flatten()[:256].float().cpu().numpy().tobytes())
-    path = cache_dir() / "hidden" / f"{digest.hexdigest()[:32]}.npy"
+    asked = f"{layer} {tuple(input_ids.shape)} {fingerprint(model)}".encode() + input_ids.cpu().numpy().tobytes()
+    path = cache_dir() / "hidden" / f"{hashlib.sha256(asked).hexdigest()[:32]}.npy"
     if not path.exists():
         shape = (*input_ids.shape, model.config.hidden_size)
         with replacing(path) as temporary:

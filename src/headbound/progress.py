@@ -1,23 +1,36 @@
-"""Progress bars that stay readable in a terminal and a log file, and out of published notebooks."""
+"""Long work: progress bars that stay out of published notebooks, and worker processes that end with it."""
 
 import os
 import sys
 from collections.abc import Iterable
-from io import TextIOBase
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from joblib.externals.loky import ProcessPoolExecutor
 from tqdm import tqdm
 
 T = TypeVar("T")
 
+# A notebook's kernel publishes what reaches file descriptor 2, its worker processes' included, and keeps the real
+# standard error aside: put it back. Python's own sys.stderr, with its warnings, stays published.
+if (kept := getattr(sys.stderr, "_original_stdstream_copy", None)) is not None:
+    os.dup2(kept, 2)
+
 
 def bar(items: Iterable[T] | None, description: str, total: int | None = None) -> "tqdm[T]":
     """A progress bar on standard error: redrawn in place on a terminal, a line every 30 s elsewhere."""
-    stream = _standard_error()
+    stream = sys.__stderr__
     return tqdm(items, desc=description, total=total, file=stream, mininterval=0.2 if stream.isatty() else 30)
 
 
-def _standard_error() -> TextIOBase:
-    # A notebook's kernel publishes what is written to standard error, and keeps the real one aside.
-    kept = getattr(sys.stderr, "_original_stdstream_copy", None)
-    return sys.__stderr__ if kept is None else os.fdopen(os.dup(kept), "w")
+def parallel(jobs: Iterable[Any], workers: int | None = None, description: str = "") -> list[Any]:
+    """The results of `joblib.delayed` calls, in order, each in one of `workers` processes (None: one a core).
+
+    With a `description`, a bar counts the results.
+
+    The processes end here: a kernel that is shut down under them leaves a trace of each in the log.
+    """
+    if workers == 1:
+        return [function(*arguments, **options) for function, arguments, options in jobs]
+    with ProcessPoolExecutor(workers) as pool:
+        waiting = [pool.submit(function, *arguments, **options) for function, arguments, options in jobs]
+        return [future.result() for future in (bar(waiting, description) if description else waiting)]

@@ -16,7 +16,7 @@ import torch
 import transformers
 from filelock import FileLock
 from jaxtyping import Float, Int
-from joblib import Parallel, delayed
+from joblib import delayed
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -192,7 +192,7 @@ def train(
     widest_first = sorted(set(hidden_sizes), reverse=True)
     jobs = [delayed(_one)(root, d, options, tokenizer, stream, test, build, on, kept) for d in widest_first]
     workers = min(len(jobs), os.cpu_count() or 1) if on.type == "cpu" else 1
-    return pd.DataFrame([row for rows in Parallel(workers)(jobs)[::-1] for row in rows])
+    return pd.DataFrame([row for rows in progress.parallel(jobs, workers)[::-1] for row in rows])
 
 
 def _one(root, hidden_size, options, tokenizer, stream, test, build, on, kept):

@@ -12,9 +12,9 @@ from importlib.metadata import distribution, distributions, version
 from pathlib import Path
 
 import platformdirs
-from joblib import Parallel, delayed
+from joblib import delayed
 
-from headbound.progress import bar
+from headbound.progress import parallel
 
 # A fixed list in a fixed order: what else is installed does not change the text.
 PACKAGES = (
@@ -119,7 +119,7 @@ def _docstrings() -> list[str]:
             for file in sorted(distribution(name).files or [], key=str)
             if file.suffix == ".py" and "tests" not in file.parts  # test suites hold little prose
         ]
-        found = Parallel(n_jobs=-1, batch_size=64)(delayed(_file_docstrings)(f) for f in bar(files, "docstrings"))
+        found = parallel([delayed(_file_docstrings)(file) for file in files], description="docstrings")
         unique = dict.fromkeys(text for texts in found for text in texts)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(list(unique)))

@@ -39,7 +39,7 @@ def scikit_pairwise(x):
     from sklearn.metrics.pairwise import cosine_similarity
 
     rows, total = x.numpy(), 0.0  # in blocks: whole, its result alone is 10 GB
-    for first in range(0, TOKENS, 5000):
+    for first in range(0, len(rows), 5000):
         total += cosine_similarity(rows[first : first + 5000], rows).sum(dtype=np.float64)
     return (total - TOKENS) / (TOKENS * (TOKENS - 1))
 

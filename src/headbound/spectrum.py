@@ -6,8 +6,6 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.linalg import blas
-from scipy.linalg import eigvalsh as eigvalsh_cpu
 from torch import Tensor
 
 from headbound import device
@@ -40,7 +38,11 @@ def singular_values(
     where = device.precise(weight.device)
     if method == "svd":
         return torch.linalg.svdvals(weight.to(where, torch.float64) / scale).cpu().numpy() * scale
-    squares = _gram_eigenvalues(weight, scale, where)
+    gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=where)
+    for block in weight.split(ROWS):
+        block = block.to(where, torch.float64, copy=True).div_(scale)
+        gram.addmm_(block.T, block)
+    squares = torch.linalg.eigvalsh(gram).cpu().numpy()
     return np.sqrt(np.clip(squares[::-1], 0, None)) * scale
 
 
@@ -117,19 +119,3 @@ def marchenko_pastur(x: Float[np.ndarray, " points"], vocab: int, d: int, scale:
     with np.errstate(divide="ignore", invalid="ignore"):
         density = np.sqrt(inside) / (np.pi * ratio * x)
     return np.where(inside > 0, density, 0.0)
-
-
-def _gram_eigenvalues(weight: Tensor, scale: float, where: torch.device) -> np.ndarray:
-    d = weight.shape[1]
-    if where.type != "cpu":
-        gram = torch.zeros(d, d, dtype=torch.float64, device=where)
-        for block in weight.split(ROWS):
-            block = block.to(where, torch.float64) / scale
-            gram.addmm_(block.T, block)
-        return torch.linalg.eigvalsh(gram).cpu().numpy()
-    triangle = np.zeros((d, d), order="F")
-    for block in weight.split(ROWS):
-        # Half of a full product: BLAS's symmetric rank-k update, in place.
-        part = block.to(torch.float64, copy=True).div_(scale).numpy()
-        blas.dsyrk(1.0, part.T, beta=1.0, c=triangle, overwrite_c=True)
-    return eigvalsh_cpu(triangle, lower=False, overwrite_a=True, check_finite=False)

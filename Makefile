@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.headbound-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install book plan test bench lint serve lock clean
+.PHONY: help install book sign pdf linkcheck plan test screenshots bench lint serve lock clean
 
 help:  ## these explanations
 	@echo "Head-Bound, an executable companion to Godey et al. 2024. Commands:"
@@ -29,6 +29,15 @@ install: $(STAMP)  ## the pinned environment in .venv (the other commands do thi
 book: $(STAMP)  ## execute every chapter under PRESET and render the book into _build/html
 	@$(BIN)/python workflow/build.py --preset $(PRESET) --cores $(CORES)
 
+sign: $(STAMP)  ## accept the verdicts that PRESET's chapters now give; the diff of book/verdicts.yaml shows them
+	@PYTHONPATH=src $(BIN)/python workflow/results.py --preset $(PRESET)
+
+pdf: book  ## the book as _build/head-bound.pdf, printed by Chromium
+	@$(BIN)/python workflow/pdf.py
+
+linkcheck: book  ## do the links to other hosts still answer? needs the network
+	@PATH=$(abspath $(BIN)):$$PATH PYTHONPATH=src $(BIN)/python workflow/render.py --preset $(PRESET) --links
+
 plan: $(STAMP)  ## what PRESET=paper costs before it starts: jobs, bytes, GPU hours, disk
 	@$(BIN)/python workflow/plan.py --preset $(PRESET)
 
@@ -38,11 +47,15 @@ serve: book  ## the same, then serve the book on http://localhost:PORT (8000)
 test: $(STAMP) lint  ## lint, unit tests, every chapter under smoke, the book built and its pages checked
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
+screenshots: $(STAMP)  ## renew the stored pictures that the tests compare two pages with; look at them before committing
+	@HEADBOUND_RENEW_SCREENSHOTS=1 $(BIN)/python -m pytest -q -k pictures tests/test_pages.py
+
 bench: $(STAMP)  ## speed and memory beside what one would use instead
 	@for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
-lint: $(STAMP)  ## ruff over code and notebooks
+lint: $(STAMP)  ## ruff over code and notebooks, codespell over every text
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
+	@$(BIN)/codespell
 
 lock: $(STAMP)  ## write requirements.lock from what is installed, after a change of pyproject.toml
 	@$(BIN)/python -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//' > requirements.lock

@@ -79,8 +79,8 @@ def test_findings_are_shown_and_kept_as_json(shown):
     for text in (
         "0.250 [0.200, 0.300] (n = 40)",
         "0.1235",
-        "agrees",
-        "disagrees",
+        ">reproduced<",
+        "not reproduced",
         "not testable here",
         "another model",
     ):
@@ -121,7 +121,7 @@ def test_the_end_shows_where_the_numbers_come_from(shown):
     assert kept["preset"] == "smoke"
     assert kept["torch"] == torch.__version__.split("+")[0] or kept["torch"] == torch.__version__
     assert kept["sample: tokens"] == "12,345"
-    assert {"run time", "device", "headbound", "Python"} <= kept.keys()
+    assert {"run time", "peak memory", "device", "headbound", "Python"} <= kept.keys()
     assert "How this page was made" in html
 
 

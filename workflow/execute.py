@@ -5,6 +5,7 @@ import ast
 import hashlib
 import json
 import logging
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -44,6 +45,15 @@ def source_hash(notebook: nbformat.NotebookNode) -> str:
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
 
+def commit() -> str:
+    """The commit of this checkout, and whether anything differs from it."""
+    try:
+        told = subprocess.run(["git", "describe", "--always", "--dirty=, changed"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown (no git)"
+    return told.stdout.strip() if told.returncode == 0 else "unknown (not a git checkout)"
+
+
 def describe_figures(notebook: nbformat.NotebookNode) -> None:
     """Move captions and alt texts from the outputs, where code computed them, to where myst-nb reads them."""
     for cell in notebook.cells:
@@ -72,7 +82,8 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
         )
         content = nbformat.read(finished, as_version=4)
         describe_figures(content)
-        content.metadata["headbound"] = {"preset": preset, "source": source_hash(nbformat.read(notebook, as_version=4))}
+        source = source_hash(nbformat.read(notebook, as_version=4))
+        content.metadata["headbound"] = {"preset": preset, "source": source, "commit": commit()}
         nbformat.write(content, finished)
         finished.replace(output)
 

@@ -1,4 +1,4 @@
-"""The pages: gate the executed chapters, stage them in book/chapters, build with jupyter-book, swap the site in."""
+"""The pages: gate the executed chapters, stage them with what is computed from all of them, build with jupyter-book."""
 
 import argparse
 import shutil
@@ -6,41 +6,65 @@ import subprocess
 import sys
 from pathlib import Path
 
+import generate
+import results
 import yaml
 from gates import faults
+
+STAGED, GENERATED, STAGING, SITE = map(Path, ("book/chapters", "book/generated", "_build/staging", "_build/html"))
+
+
+def stage(preset: str) -> list[str]:
+    """Put the executed chapters and the computed pages into the book; what stands against it, if anything."""
+    names = yaml.safe_load(Path(f"presets/{preset}.yaml").read_text())
+    executed = [Path("_build/executed") / preset / f"{name}.ipynb" for name in names]
+    found = [fault for path in executed for fault in faults(path, Path("notebooks") / path.name)]
+    chapters = [results.read(path) for path in executed]
+    found += results.faults(preset, chapters)
+    if not found:
+        for folder in (STAGED, GENERATED):
+            shutil.rmtree(folder, ignore_errors=True)
+        STAGED.mkdir(parents=True)
+        for path in executed:
+            shutil.copy(path, STAGED)
+        generate.write(chapters, preset, GENERATED)
+    return found
+
+
+def sphinx(builder: str) -> int:
+    """Build the staged book into the staging folder, every warning an error; its messages where there were any."""
+    shutil.rmtree(STAGING, ignore_errors=True)
+    # Absolute, since sphinx-external-toc takes relative paths as relative to the book's folder.
+    files = ["--config", Path("_config.yml").resolve(), "--toc", Path("_toc.yml").resolve()]
+    how = [] if builder == "html" else ["--builder", "custom", "--custom-builder", builder]
+    command = ["jupyter-book", "build", "book", *files, "-n", "-W", "--keep-going", *how]
+    log = Path("_build/sphinx.log")
+    with log.open("w") as file:
+        built = subprocess.run([*command, "--path-output", STAGING], stdout=file, stderr=subprocess.STDOUT)
+    if built.returncode:
+        said = ("WARNING", "ERROR", "broken ")
+        lines = [line for line in log.read_text().splitlines() if any(word in line for word in said)]
+        print(f"headbound: Sphinx refused the book ({log}):", *lines, sep="\n  ", file=sys.stderr)
+    return built.returncode
 
 
 def main() -> int:
     """Build the site beside the old one and put it in place only when Sphinx had nothing to warn of."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", required=True)
-    preset = parser.parse_args().preset
-    chapters = yaml.safe_load(Path(f"presets/{preset}.yaml").read_text())
-    executed = {name: Path("_build/executed") / preset / f"{name}.ipynb" for name in chapters}
-    found = [fault for name, path in executed.items() for fault in faults(path, Path("notebooks") / f"{name}.ipynb")]
+    parser.add_argument("--links", action="store_true", help="check the links to other hosts instead")
+    arguments = parser.parse_args()
+    found = stage(arguments.preset)
     if found:
         print("headbound: not published:", *found, sep="\n  ", file=sys.stderr)
         return 1
-    staged, staging, site = Path("book/chapters"), Path("_build/staging"), Path("_build/html")
-    for folder in (staged, staging):
-        shutil.rmtree(folder, ignore_errors=True)
-    staged.mkdir(parents=True)
-    for path in executed.values():
-        shutil.copy(path, staged)
-    # Absolute, since sphinx-external-toc takes relative paths as relative to the book's folder.
-    files = ["--config", Path("_config.yml").resolve(), "--toc", Path("_toc.yml").resolve()]
-    command = ["jupyter-book", "build", "book", *files, "-n", "-W", "--keep-going"]
-    log = Path("_build/sphinx.log")
-    with log.open("w") as file:
-        built = subprocess.run([*command, "--path-output", staging], stdout=file, stderr=subprocess.STDOUT)
-    if built.returncode:
-        lines = [line for line in log.read_text().splitlines() if "WARNING" in line or "ERROR" in line]
-        print(f"headbound: Sphinx refused the book ({log}):", *lines, sep="\n  ", file=sys.stderr)
-        return built.returncode
-    shutil.rmtree(site, ignore_errors=True)
-    (staging / "_build" / "html").replace(site)
-    shutil.rmtree(staging)
-    return 0
+    status = sphinx("linkcheck" if arguments.links else "html")
+    if not status and not arguments.links:
+        shutil.rmtree(SITE, ignore_errors=True)
+        (STAGING / "_build" / "html").replace(SITE)
+    if not status:
+        shutil.rmtree(STAGING)
+    return status
 
 
 if __name__ == "__main__":

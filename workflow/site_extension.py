@@ -1,11 +1,24 @@
-"""What the theme brings along and this book has no use for is left out of the pages."""
+"""What the theme adds and this book has no use for is left out; what hosts and readers expect is put in."""
 
+import html
+import os
 import shutil
 from pathlib import Path
 
 from sphinx.application import Sphinx
 
 KEPT = ("tex-chtml.js", "output/chtml/fonts", "input/tex/extensions")  # of MathJax, 24 MB otherwise
+LOCAL = "http://localhost:8000/"  # where `make serve` shows the book
+NOT_FOUND = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Not found: {title}</title>
+<style>:root {{ color-scheme: light dark; }}
+body {{ font: 1.1rem/1.6 sans-serif; max-width: 40rem; margin: 15vh auto; padding: 0 1rem; }}
+a {{ color: LinkText; }}</style></head>
+<body><main><h1>There is no such page</h1><p>It may have moved with a new edition of {title}.
+<a href="{home}">The start page</a> has a map of the chapters,
+and <a href="{home}search.html">the search</a> finds words.</p></main></body></html>
+"""
 
 
 def drop_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
@@ -18,6 +31,63 @@ def mend_citations(app: Sphinx, pagename: str, templatename: str, context: dict,
     """docutils calls the bibliography a list, yet not its entries list items: screen readers stumble over that."""
     if "body" in context:
         context["body"] = context["body"].replace('role="list" class="citation-list"', 'class="citation-list"')
+
+
+def offer_notebooks(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
+    """One button downloads a chapter's notebook; no other source is offered."""
+    buttons = []
+    for button in context.get("header_buttons", []):
+        if button.get("label") == "download-buttons":
+            for entry in button["buttons"]:
+                if entry["label"] == "download-notebook-button":
+                    buttons.append(entry | {"icon": "fas fa-download", "tooltip": "Download this chapter's notebook"})
+        else:
+            buttons.append(button)
+    context["header_buttons"] = buttons
+
+
+def describe_page(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
+    """What a link to this page looks like elsewhere: title, tagline and the start page's figure."""
+    tagline = app.config.html_context.get("tagline", "")
+    base = app.config.html_baseurl
+    picture = f"{base}_static/social.png" if base else context["pathto"]("_static/social.png", 1)
+    title = context.get("title") or app.config.html_title
+    about = {"og:title": title, "og:type": "article", "og:site_name": app.config.html_title}
+    about |= {"og:description": tagline, "og:image": picture, "og:image:alt": tagline}
+    if base:
+        about["og:url"] = f"{base}{pagename}.html"
+    named = {
+        "description": tagline,
+        "twitter:card": "summary_large_image",
+        "twitter:title": title,
+        "twitter:image": picture,
+    }
+    tags = [f'<meta property="{k}" content="{html.escape(str(v), quote=True)}">' for k, v in about.items()]
+    tags += [f'<meta name="{k}" content="{html.escape(str(v), quote=True)}">' for k, v in named.items()]
+    context["metatags"] = "\n".join([context.get("metatags", ""), *tags])
+
+
+def take_address(app: Sphinx, config: object) -> None:
+    """Where the site will live, if whoever builds it says so."""
+    address = os.environ.get("HEADBOUND_URL") or app.config.html_baseurl
+    app.config.html_baseurl = address.rstrip("/") + "/" if address else ""
+
+
+def write_site_files(app: Sphinx, exception: Exception | None) -> None:
+    """A sitemap, a page for wrong addresses and the picture of link previews."""
+    if exception or app.builder.name != "html":
+        return
+    out, base = Path(app.outdir), app.config.html_baseurl or LOCAL
+    picture = Path(app.srcdir) / "generated" / "social.png"
+    if picture.exists():
+        shutil.copy(picture, out / "_static")
+    pages = [name for name in sorted(app.env.found_docs) if (out / f"{name}.html").exists()]
+    entries = "".join(f"<url><loc>{html.escape(base)}{name}.html</loc></url>\n" for name in pages)
+    schema = "http://www.sitemaps.org/schemas/sitemap/0.9"
+    sitemap = f'<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="{schema}">\n{entries}</urlset>\n'
+    (out / "sitemap.xml").write_text(sitemap)
+    home = app.config.html_baseurl or "/"
+    (out / "404.html").write_text(NOT_FOUND.format(title=html.escape(app.config.html_title), home=home))
 
 
 def prune_mathjax(app: Sphinx, exception: Exception | None) -> None:
@@ -35,7 +105,9 @@ def prune_mathjax(app: Sphinx, exception: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect, after the extensions whose work this corrects."""
-    app.connect("html-page-context", drop_thebe, priority=999)
-    app.connect("html-page-context", mend_citations, priority=999)
+    app.connect("config-inited", take_address)
+    for change in (drop_thebe, mend_citations, offer_notebooks, describe_page):
+        app.connect("html-page-context", change, priority=999)
+    app.connect("build-finished", write_site_files)
     app.connect("build-finished", prune_mathjax, priority=999)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -3,6 +3,8 @@
 import math
 import os
 import platform
+import resource
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -10,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 from IPython.display import display
 
@@ -18,7 +19,7 @@ import headbound
 from headbound import device, plot
 from headbound.stats import Estimate
 
-VERDICTS = {True: "agrees", False: "disagrees", None: "not testable here"}
+VERDICTS = {True: "reproduced", False: "not reproduced", None: "not testable here"}
 
 
 class Run(NamedTuple):
@@ -93,7 +94,8 @@ def findings(rows: Sequence[Finding]) -> None:
 
 def end(run: Run, samples: Mapping[str, int | str]) -> None:
     """Close a chapter with its provenance: preset, seed, versions, device, run time, memory, sample sizes."""
-    peak = psutil.Process().memory_info().rss / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     rows = {
         "preset": run.parameters["preset"],
         "seed": run.parameters["seed"],
@@ -103,7 +105,7 @@ def end(run: Run, samples: Mapping[str, int | str]) -> None:
         "device": device.describe(),
         "CPU cores": os.cpu_count(),
         "run time": f"{time.time() - run.started:.0f} s",
-        "memory at the end": f"{peak:.1f} GiB",
+        "peak memory": f"{peak:.1f} GiB",
         **{f"sample: {name}": f"{n:,}" if isinstance(n, int) else n for name, n in samples.items()},
     }
     frame = pd.DataFrame([(k, str(v)) for k, v in rows.items()], columns=["what", "value"])

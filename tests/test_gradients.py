@@ -1,0 +1,149 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+
+from headbound import gradients, heads
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def examples(hidden_states, vocab, seed=0, texts=2):
+    targets = np.random.default_rng(seed).integers(vocab, size=len(hidden_states))
+    return heads.Examples(hidden_states, targets, np.arange(len(targets)) % texts)
+
+
+def logit_gradient(data, weight):
+    """G itself, N × V, in float64."""
+    logits = torch.tensor(np.asarray(data.hidden_states)).double() @ weight.double().T
+    target = torch.nn.functional.one_hot(torch.tensor(data.targets), len(weight)).bool()
+    p = torch.softmax(logits, 1).masked_fill(target, 0)
+    return torch.where(target, -p.sum(1, keepdim=True), p)
+
+
+@st.composite
+def cases(draw):
+    """Heads of any rank, tiny or huge, columns of unequal scale; one token or several; logits up to 1e5."""
+    vocab, d, tokens = draw(st.integers(2, 60)), draw(st.integers(1, 12)), draw(st.integers(1, 20))
+    rank = draw(st.integers(0, min(vocab, d)))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    weight = rng.normal(size=(vocab, rank)) @ rng.normal(size=(rank, d))
+    weight *= np.geomspace(1, draw(st.sampled_from([1.0, 1e-9])), d) * draw(st.sampled_from([1e-20, 1.0, 1e3]))
+    if draw(st.booleans()):
+        weight += weight.mean() * 30  # a mean row that dominates
+    states = rng.normal(size=(tokens, d)) * draw(st.sampled_from([1e-3, 1.0, 1e2]))
+    return examples(states, vocab), torch.tensor(weight), draw(st.sampled_from([1, 7, 128]))
+
+
+@given(cases())
+@settings(max_examples=60)
+def test_equals_brute_force(case):
+    data, weight, block = case
+    found = gradients.share_kept(data, weight, block)
+    gradient = logit_gradient(data, weight)
+    scaled = weight / torch.where(weight.norm(dim=0) > 0, weight.norm(dim=0), 1)
+    left, values, _ = torch.linalg.svd(scaled, full_matrices=False)
+    projected = gradient @ left[:, values > 1e-6 * max(values[0], 1e-30)]
+    step = gradient @ weight @ weight.T
+    inner = (gradient * step).sum(1)
+    moved = step.square().sum(1)
+    along = torch.where(moved > 0, inner**2 / moved, 0)
+    whole, kept = (x.square().sum(1).numpy() for x in (gradient, projected))
+    np.testing.assert_allclose(found.gradient, whole, rtol=1e-10, atol=1e-280)
+    for one, other in ((found.kept, kept), (found.along, along.numpy())):
+        assert (abs(one - other) <= 1e-9 * whole + 1e-280).all()
+    assert (found.along <= found.kept + 1e-9 * whole).all()  # the step lies in the span of W's columns
+    reference = np.zeros(len(gradient))
+    reference[: min(gradient.shape)] = torch.linalg.svdvals(gradient)
+    np.testing.assert_allclose(gradients.singular_values(data, weight), reference, atol=1e-7 * reference[0] + 1e-280)
+
+
+class Largest(TorchFunctionMode):
+    """The number of entries of the largest tensor that any torch function returns."""
+
+    entries = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for one in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(one, torch.Tensor):
+                self.entries = max(self.entries, one.numel())
+        return result
+
+
+def test_streams_at_a_real_vocabulary_and_is_exact_there():
+    vocab, d, tokens, block = 49_152, 8, 150, 16
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(vocab, d, generator=generator)
+    data = examples(torch.randn(tokens, d, generator=generator).numpy(), vocab)
+    with Largest() as largest:
+        found = gradients.share_kept(data, weight, block)
+    assert largest.entries == block * vocab  # never tokens × vocab
+    with Largest() as largest:
+        values = gradients.singular_values(data, weight)
+    assert largest.entries <= max(tokens * gradients.ROWS, vocab * d)
+    gradient = logit_gradient(data, weight)
+    kept = (gradient @ torch.linalg.qr(weight.double()).Q).square().sum(1)
+    np.testing.assert_allclose(found.kept, kept, rtol=1e-9)
+    np.testing.assert_allclose(values, torch.linalg.eigvalsh(gradient @ gradient.T).flip(0).sqrt(), rtol=1e-9)
+
+
+def test_shares_of_a_batch_of_a_choice_and_of_the_norm():
+    data = examples(np.random.default_rng(1).normal(size=(40, 4)), 30, texts=8)
+    weight = torch.randn(30, 4, generator=torch.Generator().manual_seed(1)).double()
+    found, gradient = gradients.share_kept(data, weight), logit_gradient(data, weight)
+    projector = weight @ torch.linalg.pinv(weight)
+    share = found.share()
+    assert share.n == 8
+    assert share.value == pytest.approx(float((gradient @ projector).norm() / gradient.norm()) ** 2)
+    assert share.low < share.value < share.high
+    assert found.share(power=0.5)[:3] == pytest.approx([np.sqrt(x) for x in share[:3]])
+    odd = data.texts % 2 == 1
+    part = gradient[torch.tensor(odd)]
+    assert found.share(where=odd).n == 4
+    assert found.share(where=odd).value == pytest.approx(float((part @ projector).norm() / part.norm()) ** 2)
+    with pytest.raises(ValueError, match="where chooses no token"):
+        found.share(where=data.texts > 8)
+    assert np.isnan(found._replace(gradient=np.zeros(40)).share().value)
+
+
+def test_a_mean_row_takes_a_dimension_that_the_softmax_ignores():
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(50, 6, generator=generator).double()
+    weight -= weight.mean(0)
+    data = examples(np.random.default_rng(2).normal(size=(20, 6)), 50)
+    shifted = weight + torch.randn(6, generator=generator)
+    bare, with_mean = (gradients.share_kept(data, w) for w in (weight, shifted))
+    np.testing.assert_allclose(bare.gradient, with_mean.gradient, rtol=1e-9)  # the same predictions
+    assert (with_mean.kept < bare.kept).all()
+
+
+def test_a_random_subspace_keeps_d_of_v():
+    rng, vocab, d = np.random.default_rng(3), 400, 40
+    data = examples(0.01 * rng.normal(size=(300, d)), vocab, texts=300)
+    share = gradients.share_kept(data, torch.tensor(rng.normal(size=(vocab, d)))).share()
+    assert share.value == pytest.approx(d / vocab, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": np.array([0, 9])}, "targets from 0 to 9: the head has 5 rows"),
+        ({"targets": np.array([0])}, "2 hidden states, 1 targets"),
+        ({"hidden_states": np.zeros((2, 4))}, "states of width 4"),
+        ({"hidden_states": np.full((2, 3), np.nan)}, "NaN or Inf"),
+    ],
+)
+def test_bad_input(change, message):
+    data = examples(np.zeros((2, 3)), 5)._replace(**change)
+    for measure in (gradients.share_kept, gradients.singular_values):
+        with pytest.raises(ValueError, match=message):
+            measure(data, torch.ones(5, 3))

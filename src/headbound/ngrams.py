@@ -4,7 +4,9 @@ Row c of the matrix W is p(next token | context c), from counts. W-error depends
 contexts: these are split by a hash, a partition at a time is counted by sorting, added up in float64, and forgotten.
 """
 
+import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -175,8 +177,12 @@ def gram(
         alone, rows = rows[single], rows[~single]
         diagonal += np.bincount(alone.indices, alone.data**2, vocab_size)
         columns = rows.T.tocsr()
-        for first in range(0, vocab_size, COLUMNS):
+
+        def add(first: int, columns: csr_array = columns, rows: csr_array = rows) -> None:
             total[first : first + COLUMNS] += (columns[first : first + COLUMNS] @ rows).toarray()
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # scipy multiplies without holding Python's lock
+            list(pool.map(add, range(0, vocab_size, COLUMNS)))
     total[np.diag_indices(vocab_size)] += diagonal
     if smoothing:
         blocks = (tokens[i : i + BLOCK] for i in range(0, len(tokens), BLOCK))

@@ -24,6 +24,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, Pre
 from headbound import anisotropy, device, hidden, models, progress, spectrum, stats, text, tokens
 
 SAVE_EVERY = 20.0  # seconds between two saves of the training state: what a kill costs at most
+LOGITS = 1 << 25  # held at once while a loss is measured: what bounds the memory
 HELD_OUT = 0.1  # more than the book's two per cent, which are among it: the last-word task needs many texts
 
 
@@ -94,8 +95,8 @@ def _order(windows, kept, epoch, seed):
 @torch.inference_mode()
 def text_losses(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> Float[np.ndarray, " texts"]:
     """The mean loss of each text, nats a token: what a comparison of two models, text by text, needs."""
-    losses = []
-    for some in rows.to(model.device).split(16):
+    losses, at_once = [], max(1, LOGITS // (rows.shape[1] * model.config.vocab_size))
+    for some in rows.to(model.device).split(at_once):
         logits = model(some[:, :-1], use_cache=False).logits.float()
         losses.append(cross_entropy(logits.mT, some[:, 1:], reduction="none").mean(1))
     return torch.cat(losses).double().cpu().numpy()
@@ -108,11 +109,11 @@ def measure(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> dict[s
     The entropy is NaN for a head that is not one matrix.
     """
     losses = text_losses(model, rows)
-    states = torch.cat([s.cpu() for s in hidden.stream(model, rows[:, :-1], layers=[-2, -1])], dim=1)
+    before, after = anisotropy.by_layer(hidden.stream(model, rows[:, :-1], layers=[-2, -1]))[0]
     estimates = {
         "loss": stats.bootstrap(lambda weights: float(weights @ losses / len(losses)), len(losses)),
-        "anisotropy_before_norm": anisotropy.mean_cosine(list(states[0])),
-        "anisotropy_after_norm": anisotropy.mean_cosine(list(states[1])),
+        "anisotropy_before_norm": before,
+        "anisotropy_after_norm": after,
     }
     values = {f"{k}{end}": e[i] for k, e in estimates.items() for i, end in enumerate(("", "_low", "_high"))}
     one_matrix = isinstance(getattr(model.get_output_embeddings(), "weight", None), Tensor)

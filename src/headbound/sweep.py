@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +13,9 @@ import pandas as pd
 import torch
 import yaml
 from numpy.linalg import norm
-from torch.nn.functional import cross_entropy
 
 import headbound
-from headbound import anisotropy, checkpoints, device, hidden, models, spectrum, stats, text
+from headbound import checkpoints, device, hidden, models, spectrum, suite, text
 from headbound.progress import bar
 
 SAMPLE = 64  # entries of the head kept with each result, evenly spread
@@ -149,41 +148,13 @@ def _head(model: str, revision: str, settings: Settings, keep: bool) -> tuple[ch
     return head.listed, {**_spectrum(head.weight[:real]), "fetched": head.fetched, "checked": "ranges"}
 
 
-@torch.inference_mode()
 def _whole(model: str, revision: str, settings: Settings, keep: bool) -> tuple[checkpoints.Listing, dict[str, Any]]:
     held_out = text.split(text.load(settings.source))[1]
     with checkpoints.local(model, revision, keep) as (path, listed):
         network, tokenizer = models.load(str(path), dtype=getattr(torch, settings.dtype))
         rows = hidden.sequences(tokenizer, held_out, settings.texts, settings.length)
-        numbers = _spectrum(models.head_weight(network, tokenizer))
-        losses: list[float] = []
-        estimates = {
-            "anisotropy_before_norm": anisotropy.mean_cosine(_states(network, rows, -2)),
-            "anisotropy_after_norm": anisotropy.mean_cosine(_states(network, rows, -1, losses)),
-        }
-        logits = network(rows[:1].to(network.device)).logits[0, :-1].float()
-        plain = float(cross_entropy(logits, rows[0, 1:].to(logits.device)))
-        if abs(losses[0] - plain) > 1e-3 * plain:
-            raise ValueError(f"model = {model!r}: its logits are not its head times its last state; not for this sweep")
-    values = np.array(losses)
-    estimates["loss"] = stats.bootstrap(lambda weights: float(weights @ values / weights.sum()), len(values))
-    for name, estimate in estimates.items():
-        numbers |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-    return listed, {**numbers, "n": len(values), "checked": "whole files"}
-
-
-def _states(
-    network: torch.nn.Module, rows: torch.Tensor, layer: int, losses: list[float] | None = None
-) -> Iterator[torch.Tensor]:
-    """A layer's states text by text; with `losses`, each text's loss joins it, so that no text's logits stay."""
-    rest = rows.to(network.device)
-    for batch in hidden.stream(network, rows, [layer]):
-        for states, ids in zip(batch[0], rest, strict=False):
-            if losses is not None:
-                logits = network.get_output_embeddings()(states[:-1]).float()
-                losses.append(float(cross_entropy(logits, ids[1:])))
-            yield states
-        rest = rest[len(batch[0]) :]
+        head = _spectrum(models.head_weight(network, tokenizer))
+        return listed, {**suite.measure(network, rows), **head, "checked": "whole files"}
 
 
 def _spectrum(weight: torch.Tensor) -> dict[str, Any]:

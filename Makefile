@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 CORES  ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 PORT   ?= 8000
+export HEADBOUND_URL ?=
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.headbound-installed
 

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import io
 import shutil
 import threading
 from collections.abc import Iterator
@@ -9,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, sync_playwright
+from PIL import Image, ImageChops, ImageFilter
+from playwright.sync_api import Browser, Page, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-WIDTHS = (1280, 390)
+VIEWS = ((1280, "light"), (390, "dark"))
 IN_PAGE = """() => {
   const found = [];
   for (const image of document.images) {
@@ -66,10 +68,53 @@ def browser() -> Iterator[Browser]:
         chromium.close()
 
 
-def problems(chromium: Browser, address: str, page_name: str, width: int, axe: bool = True) -> list[str]:
-    """Everything wrong with one page at one width, each as one line."""
+def settle(page: Page, address: str) -> None:
+    """Open a page and wait until formulas, fonts and pictures are there."""
+    page.goto(address, wait_until="load")
+    page.wait_for_function("() => !window.MathJax || (MathJax.startup && MathJax.startup.promise)")
+    page.evaluate("async () => { if (window.MathJax) await MathJax.startup.promise; await document.fonts.ready; }")
+    # Pictures below the fold load lazily.
+    page.evaluate(
+        "() => Promise.all([...document.images].map(i => { i.loading = 'eager'; return i.decode().catch(() => 0); }))"
+    )
+
+
+def heavy(site: Path, whole: float = 30e6, page: float = 1.5e6) -> list[str]:
+    """What makes a site too large, in bytes: all files together, or one page."""
+    files = [p for p in site.rglob("*") if p.is_file()]
+    total = sum(p.stat().st_size for p in files)
+    found = [f"the site has {total / 1e6:.1f} MB"] if total > whole else []
+    large = [p for p in files if p.suffix == ".html" and p.stat().st_size > page]
+    return found + [f"{p.relative_to(site)} has {p.stat().st_size / 1e6:.1f} MB" for p in large]
+
+
+def picture(chromium: Browser, address: str, hide: str = "") -> Image.Image:
+    """The first screen of a page as a small grey picture, in which layout shows and letters do not."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
+    page = context.new_page()
+    page.set_default_timeout(120_000)
+    settle(page, address)
+    if hide:
+        page.add_style_tag(content=hide)
+    shot = Image.open(io.BytesIO(page.screenshot()))
+    context.close()
+    return shot.convert("L").resize((320, 225), Image.Resampling.BOX)
+
+
+def difference(one: Image.Image, other: Image.Image) -> float:
+    """Share of the picture where two of them differ in tone, blurred so that a font or a line's end does not count."""
+    blurred = (image.resize((32, 22), Image.Resampling.BOX).filter(ImageFilter.BoxBlur(1)) for image in (one, other))
+    apart = ImageChops.difference(*blurred)
+    return sum(apart.histogram()[12:]) / (32 * 22)
+
+
+def problems(
+    chromium: Browser, address: str, page_name: str, width: int, theme: str = "light", axe: bool = True
+) -> list[str]:
+    """Everything wrong with one page at one width and in one theme, each as one line."""
     found: list[str] = []
-    context = chromium.new_context(viewport={"width": width, "height": 900}, reduced_motion="reduce")
+    size = {"width": width, "height": 900}
+    context = chromium.new_context(viewport=size, color_scheme=theme, reduced_motion="reduce")
     page = context.new_page()
     page.set_default_timeout(120_000)  # a loaded machine is slow; no time is measured here
 
@@ -84,13 +129,7 @@ def problems(chromium: Browser, address: str, page_name: str, width: int, axe: b
     page.on("console", lambda message: message.type == "error" and found.append(f"console error: {message.text}"))
     page.on("pageerror", lambda error: found.append(f"script error: {error}"))
     page.on("response", lambda r: r.status >= 400 and found.append(f"{r.status} for {r.url.removeprefix(address)}"))
-    page.goto(f"{address}/{page_name}", wait_until="load")
-    page.wait_for_function("() => !window.MathJax || (MathJax.startup && MathJax.startup.promise)")
-    page.evaluate("async () => { if (window.MathJax) await MathJax.startup.promise; await document.fonts.ready; }")
-    # Pictures below the fold load lazily.
-    page.evaluate(
-        "() => Promise.all([...document.images].map(i => { i.loading = 'eager'; return i.decode().catch(() => 0); }))"
-    )
+    settle(page, f"{address}/{page_name}")
     found += page.evaluate(IN_PAGE)
     links = page.eval_on_selector_all("a[href]", "links => links.map(a => a.href.split('#')[0].split('?')[0])")
     for link in sorted({link for link in links if link.startswith(address)}):
@@ -102,4 +141,4 @@ def problems(chromium: Browser, address: str, page_name: str, width: int, axe: b
                 where = ", ".join(node["target"][0] for node in violation["nodes"][:3] if node["target"])
                 found.append(f"{violation['impact']} accessibility violation {violation['id']} at {where}")
     context.close()
-    return [f"{page_name} at {width}: {problem}" for problem in dict.fromkeys(found)]
+    return [f"{page_name} at {width}, {theme}: {problem}" for problem in dict.fromkeys(found)]

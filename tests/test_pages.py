@@ -1,24 +1,28 @@
 """The book itself: built from a clean copy under smoke, then every page opened in a browser with the network cut."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pages
 import pytest
 import yaml
+from filelock import FileLock
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "tests" / "screenshots"
 pytestmark = pytest.mark.xdist_group("book")
 needs_chromium = pytest.mark.skipif(not pages.CHROMIUM, reason="no Chromium on this machine: pages are not opened")
 
 
-@pytest.fixture(scope="session")
-def site(tmp_path_factory):
+def build(copy: Path) -> None:
     """The smoke book, built by the README's own path from what git would commit."""
-    copy = tmp_path_factory.mktemp("clone")
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -32,7 +36,24 @@ def site(tmp_path_factory):
     command = [sys.executable, "workflow/build.py", "--preset", "smoke"]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return copy / "_build" / "html"
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory, worker_id):
+    """A copy of the repository with the smoke book in it, built once however many workers there are."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "book-clone"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "built").exists():
+            assert not folder.exists(), "another worker could not build the book"
+            build(folder)
+            (folder / "built").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def site(clone):
+    return clone / "_build" / "html"
 
 
 @pytest.fixture(scope="session")
@@ -51,9 +72,46 @@ def test_every_chapter_is_a_page(site):
 
 
 def test_the_site_is_small(site):
-    assert sum(p.stat().st_size for p in site.rglob("*") if p.is_file()) < 30e6
-    large = {p: (site / p).stat().st_size for p in html_pages(site) if (site / p).stat().st_size > 1.5e6}
-    assert not large
+    assert pages.heavy(site) == []
+
+
+def test_a_heavy_page_and_a_heavy_site_are_found(tmp_path):
+    (tmp_path / "page.html").write_bytes(b" " * 1_600_000)
+    (tmp_path / "picture.png").write_bytes(b" " * 29_000_000)
+    assert pages.heavy(tmp_path) == ["the site has 30.6 MB", "page.html has 1.6 MB"]
+
+
+def test_what_hosts_and_other_sites_look_for_is_there(site):
+    named = {"s": "http://www.sitemaps.org/schemas/sitemap/0.9"}
+    listed = [e.text for e in ET.parse(site / "sitemap.xml").findall("s:url/s:loc", named)]
+    kept = {name for name in html_pages(site) if not re.match(r"(404|genindex|search|prf-prf)", name)}
+    assert {address.removeprefix("http://localhost:8000/") for address in listed} == kept
+    assert "There is no such page" in (site / "404.html").read_text()
+    index = (site / "index.html").read_text()
+    for tag in ('property="og:title"', 'property="og:image"', 'name="twitter:card"', 'name="description"'):
+        assert tag in index
+    with Image.open(site / "_static" / "social.png") as card:
+        assert card.size == (1200, 630)
+
+
+def test_only_notebooks_are_offered_and_they_are_what_ran(site):
+    chapters = yaml.safe_load((ROOT / "presets" / "smoke.yaml").read_text())
+    for name in html_pages(site):
+        offered = re.findall(r'href="([^"]*_sources/[^"]*)"', (site / name).read_text())
+        assert all(link.endswith(".ipynb") for link in offered), name
+        if Path(name).stem in chapters:
+            (link,) = set(offered)
+            assert (site / name).parent.joinpath(link).is_file()
+
+
+def test_previous_and_next_follow_the_table_of_contents(site):
+    index, seen = "index.html", []
+    while index:
+        seen.append(index)
+        following = re.search(r'class="right-next"\s+href="([^"]+)"', (site / index).read_text())
+        index = os.path.relpath((site / index).parent / following[1], site) if following else None
+    listed = re.findall(r"file: (\S+)", (ROOT / "_toc.yml").read_text())
+    assert seen == ["index.html", *(f"{name}.html" for name in listed)]
 
 
 @needs_chromium
@@ -62,10 +120,63 @@ def test_every_page_opens_whole_with_the_network_cut(site, chromium):
         found = [
             problem
             for name in html_pages(site)
-            for width in pages.WIDTHS
-            for problem in pages.problems(chromium, address, name, width)
+            for width, theme in pages.VIEWS
+            for problem in pages.problems(chromium, address, name, width, theme)
         ]
     assert not found, "\n".join(found)
+
+
+@needs_chromium
+def test_the_search_finds_words_offline(site, chromium):
+    with pages.served(site) as address:
+        page = chromium.new_page()
+        page.set_default_timeout(120_000)
+        page.route(re.compile(rf"^(?!{address})"), lambda route: route.abort())
+        page.goto(f"{address}/index.html")
+        page.keyboard.press("Control+k")
+        page.keyboard.type("anisotropy")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#search-results li a")
+        found = page.eval_on_selector_all("#search-results li a", "links => links.map(a => a.getAttribute('href'))")
+        page.close()
+    assert any("anisotropy" in link for link in found)
+
+
+@needs_chromium
+def test_the_start_page_is_usable_within_a_second(site, chromium):
+    with pages.served(site) as address:
+        page = chromium.new_page()
+        page.goto(f"{address}/index.html")  # the browser itself warms up here
+        best = min(_seconds_to_load(page, address) for _ in range(3))
+        page.close()
+    assert best < 1
+
+
+def _seconds_to_load(page, address):
+    started = time.perf_counter()
+    page.goto(f"{address}/index.html", wait_until="domcontentloaded")
+    page.locator("h1").first.wait_for()
+    return time.perf_counter() - started
+
+
+@needs_chromium
+@pytest.mark.parametrize("name", ["index", "chapters/03_head_spectrum"])
+def test_pictures_of_two_pages_are_like_the_stored_ones(site, chromium, name):
+    stored = STORED / f"{Path(name).name}.png"
+    with pages.served(site) as address:
+        now = pages.picture(chromium, f"{address}/{name}.html")
+        if os.environ.get("HEADBOUND_RENEW_SCREENSHOTS"):
+            STORED.mkdir(exist_ok=True)
+            now.save(stored, optimize=True)
+        plain = pages.picture(chromium, f"{address}/{name}.html", hide="* { all: revert !important; }")
+        without = pages.picture(chromium, f"{address}/{name}.html", hide=".bd-sidebar-primary { display: none; }")
+    with Image.open(stored) as known:
+        apart = {
+            k: pages.difference(known, image) for k, image in {"as is": now, "bare": plain, "cut": without}.items()
+        }
+    renew = "look at the page, then `make screenshots`"
+    assert apart["as is"] < 0.08, f"{name} does not look as it did ({apart}): {renew}"
+    assert min(apart["bare"], apart["cut"]) > 0.16, f"a planted fault is not seen: {apart}"
 
 
 PLANTED = {
@@ -74,7 +185,7 @@ PLANTED = {
     '<figure><img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" alt=""></figure>': "image without alt text",
     '<a href="nowhere.html">a link</a>': "broken link",
     '<a href="#nowhere">a link</a>': "link to a missing place",
-    '<div style="width: 3000px">wide</div>': "wider than the page",
+    '<table><tr><td style="min-width: 3000px">wide</td></tr></table>': "wider than the page",
     '<span class="math">\\(x</span>': "formula not rendered",
     '<script>throw new Error("planted")</script>': "script error",
     "<button></button>": "accessibility violation button-name",
@@ -90,3 +201,81 @@ def test_each_planted_fault_is_found(chromium, tmp_path, fault, message):
     with pages.served(tmp_path) as address:
         assert pages.problems(chromium, address, "index.html", 390) == []
         assert any(message in problem for problem in pages.problems(chromium, address, "faulty.html", 390))
+
+
+@pytest.fixture
+def small_book(tmp_path, clone):
+    """A book of one executed chapter, rendered in seconds."""
+    for name in ("workflow", "book/_static", "notebooks"):
+        shutil.copytree(clone / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("_config.yml", "book/references.bib"):
+        shutil.copy(clone / name, tmp_path / name)
+    chapter = "_build/executed/smoke/10_pythia.ipynb"
+    (tmp_path / chapter).parent.mkdir(parents=True)
+    shutil.copy(clone / chapter, tmp_path / chapter)
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "smoke.yaml").write_text("10_pythia: {}\n")
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n- file: chapters/10_pythia\n")
+    (tmp_path / "book" / "index.md").write_text("# A start\n\nWords.\n\n```{bibliography}\n```\n")
+    return tmp_path
+
+
+def render(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PATH": programs}
+    command = [sys.executable, "workflow/render.py", "--preset", "smoke", *options]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+@needs_chromium
+def test_title_and_colour_are_one_line_each_and_a_host_one_variable(small_book, chromium, monkeypatch):
+    config, style = small_book / "_config.yml", small_book / "book" / "_static" / "headbound.css"
+    config.write_text(re.sub(r"^title: .*$", "title: Another Name", config.read_text(), flags=re.M))
+    style.write_text(style.read_text().replace("--headbound-colour: #0b4f99", "--headbound-colour: #7a1f1f"))
+    monkeypatch.setenv("HEADBOUND_URL", "https://example.org/book")
+    done = render(small_book)
+    assert done.returncode == 0, done.stderr
+    site = small_book / "_build" / "html"
+    for page in ("index.html", "404.html", "chapters/10_pythia.html"):
+        assert "Another Name" in (site / page).read_text()
+    assert "https://example.org/book/_static/social.png" in (site / "index.html").read_text()
+    assert "<loc>https://example.org/book/index.html</loc>" in (site / "sitemap.xml").read_text()
+    with pages.served(site) as address:
+        page = chromium.new_page(color_scheme="light")
+        page.goto(f"{address}/chapters/10_pythia.html")
+        colour = page.eval_on_selector(".bd-article a.reference", "link => getComputedStyle(link).color")
+        page.close()
+    assert colour == "rgb(122, 31, 31)"
+
+
+def test_a_broken_link_to_another_host_is_found(small_book):
+    (small_book / "book" / "index.md").write_text("# A start\n\n[gone](http://127.0.0.1:9/gone)\n")
+    (small_book / "_toc.yml").write_text("format: jb-book\nroot: index\n")
+    done = render(small_book, "--links")
+    assert done.returncode != 0
+    assert "127.0.0.1:9/gone" in done.stderr
+
+
+@needs_chromium
+def test_the_whole_book_prints_as_one_document(clone):
+    done = subprocess.run([sys.executable, "workflow/pdf.py"], cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    printed = (clone / "_build" / "head-bound.pdf").read_bytes()
+    assert printed.startswith(b"%PDF")
+    assert printed.count(b"/Type /Page\n") > 30
+    assert b"/Outlines" in printed
+
+
+def test_without_chromium_no_pdf_and_one_sentence(clone):
+    alone = {**os.environ, "PATH": ""}
+    done = subprocess.run([sys.executable, "workflow/pdf.py"], cwd=clone, capture_output=True, text=True, env=alone)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+    assert "no Chromium on this machine" in done.stdout
+
+
+def test_a_misspelt_word_is_found(tmp_path):
+    (tmp_path / "page.md").write_text("Teh spectrum.\n")
+    check = [str(Path(sys.executable).with_name("codespell")), "--toml", str(ROOT / "pyproject.toml")]
+    assert subprocess.run([*check, str(tmp_path)], capture_output=True, text=True).stdout.count("Teh") == 1
+    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -38,6 +38,12 @@ def corpus(
 
     **Raises:** `ValueError` if the text is too short.
     """
+    changed = Path(source).stat().st_mtime_ns if Path(source).is_file() else None
+    return _corpus(source, vocab_size, context, held_out_texts, text.cache_dir(), changed)
+
+
+@functools.lru_cache(maxsize=2)  # a process that trains many models reads and checks the text once
+def _corpus(source, vocab_size, context, held_out_texts, cache, changed):
     train_texts, test_texts = text.split(text.load(source), HELD_OUT)
     tokenizer = tokens.train_bpe(train_texts, vocab_size)
     stream = tokens.encode(tokenizer, train_texts)
@@ -103,8 +109,20 @@ def text_losses(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> Fl
 
 
 @torch.inference_mode()
+def output_rank(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> float:
+    """The effective rank of the log-probabilities, modulo a constant a context, at 16 places of each of 16 texts.
+
+    It is defined for any head; a linear one has at most as many dimensions as the hidden state.
+    """
+    places = torch.linspace(0, rows.shape[1] - 2, 16).long().unique()
+    logits = model(rows[:16, :-1].to(model.device), use_cache=False).logits[:, places.to(model.device)].flatten(0, 1)
+    logits = logits.to(device.precise(logits.device), torch.float64)
+    return spectrum.effective_rank(spectrum.singular_values(logits - logits.mean(1, keepdim=True)))
+
+
+@torch.inference_mode()
 def measure(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> dict[str, float]:
-    """Held-out loss and last-layer anisotropy with intervals over texts, and the head's singular entropy.
+    """Held-out loss and last-layer anisotropy with intervals over texts, the head's singular entropy, `output_rank`.
 
     The entropy is NaN for a head that is not one matrix.
     """
@@ -119,7 +137,7 @@ def measure(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> dict[s
     one_matrix = isinstance(getattr(model.get_output_embeddings(), "weight", None), Tensor)
     head = spectrum.singular_values(models.head_weight(model)) if one_matrix else None
     entropy = math.nan if head is None else spectrum.singular_entropy(head)
-    return {**values, "singular_entropy": entropy, "texts": len(losses)}
+    return {**values, "singular_entropy": entropy, "output_rank": output_rank(model, rows), "texts": len(losses)}
 
 
 def train(

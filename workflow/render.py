@@ -8,6 +8,7 @@ from pathlib import Path
 
 import generate
 import results
+import slides
 import yaml
 from gates import faults
 
@@ -28,6 +29,7 @@ def stage(preset: str) -> list[str]:
         for path in executed:
             shutil.copy(path, STAGED)
         generate.write(chapters, preset, GENERATED)
+        slides.write(chapters, GENERATED)
     return found
 
 

@@ -4,12 +4,15 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,10 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "workflow"))
 
 import execute  # noqa: E402
+import slides  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 DIRECTIVE = re.compile(r"^(`{3,})\{(exercise|solution)\} *(.*?)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Not prose: fences and titles, formulas, code, and roles but those of terms.
+NO_PROSE = re.compile(
+    r"^(?:#|```|\(|:\w+:)[^\n]*$|\$\$.*?\$\$|\$[^$]*\$|(\{[\w:]+\})?`[^`\n]*`", re.MULTILINE | re.DOTALL
+)
 PROSE = {p: p.read_text() for p in [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md"))]}
 
 
@@ -126,9 +134,87 @@ def test_the_unbiased_gram_of_the_exercise_is_the_package_s(stream):
 
 def test_the_papermill_commands_of_the_book_fit_the_notebooks():
     text = "\n".join([*PROSE.values(), *map(exercises_cell, NOTEBOOKS)])
-    commands = re.findall(r"^papermill (notebooks/\S+) \S+\.ipynb((?: -p \S+ \S+)*)$", text, re.MULTILINE)
-    assert len(commands) == len(re.findall(r"^papermill ", text, re.MULTILINE)) >= 5
-    for notebook, options in commands:
-        given = re.findall(r"-p (\S+) (\S+)", options)
-        numbers = {k: json.loads(v) if re.fullmatch(r"[\d.]+", v) else v for k, v in given}
-        execute.check_parameters(ROOT / notebook, numbers)
+    commands = [shlex.split(line) for line in re.findall(r"^papermill .*", text, re.MULTILINE)]
+    assert len(commands) > 5
+    for _, notebook, output, *options in commands:
+        assert output.endswith(".ipynb")
+        assert set(options[::3]) <= {"-p"}
+        values = [json.loads(v) if re.fullmatch(r"[\d.]+", v) else v for v in options[2::3]]
+        execute.check_parameters(ROOT / notebook, dict(zip(options[1::3], values, strict=True)))
+
+
+def glossary() -> list[str]:
+    blocks = re.findall(r"```\{glossary\}\n(.*?)```", (ROOT / "book" / "glossary.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line and line[0] != " "]
+
+
+def test_every_term_is_linked_from_its_first_use():
+    parts = yaml.safe_load((ROOT / "_toc.yml").read_text())["parts"]
+    files = [chapter["file"] for part in parts for chapter in part["chapters"]]
+    paths = [ROOT / "notebooks" / f"{Path(file).name}.ipynb" for file in files if file.startswith("chapters/")]
+    cells = [cell for path in paths if path.exists() for cell in json.loads(path.read_text())["cells"]]
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    text = NO_PROSE.sub(lambda found: found[0] if found[1] == "{term}" else " ", text)
+    unlinked = re.sub(r"\{term\}`[^`]*`", lambda found: " " * len(found[0]), text)
+    for term in glossary():
+        loose = re.escape(term).replace(r"\ ", r"[\s-]+").replace(r"\-", r"[\s-]")
+        link = re.search(rf"\{{term\}}`(?:[^`]*<)?{re.escape(term)}>?`", text)
+        assert link, f"{term}: in the glossary, and linked from no chapter"
+        use = re.search(rf"\b{loose}(?:s|es)?\b", unlinked, re.IGNORECASE)
+        assert not use or use.start() > link.start(), (
+            f"{term}: used before its link: …{text[use.start() - 60 : use.end() + 40]}…"
+        )
+
+
+def test_the_deck_names_figures_and_chapters_that_exist():
+    sources = "".join("".join(c["source"]) for p in NOTEBOOKS for c in json.loads(p.read_text())["cells"])
+    places = slides.PLACE.findall((ROOT / slides.DECK).read_text())
+    assert len(places) > 10
+    for kind, name in places:
+        assert f'"{name}"' in sources if kind == "figure" else name in {p.stem for p in NOTEBOOKS}
+
+
+@pytest.fixture
+def executed(tmp_path, monkeypatch):
+    """An executed chapter with a figure and findings, and a place for a deck."""
+    about = {"name": "fig-line", "caption": "A line_of [4] $ signs.", "alt": 'A "line".'}
+    findings = [
+        {
+            "quantity": "drop",
+            "paper": "2",
+            "measured": {"value": 2.5, "low": None, "high": None, "n": 1},
+            "agrees": True,
+        },
+        {"quantity": "rise", "paper": "none", "measured": 0.12345, "agrees": False},
+        {"quantity": "causes", "paper": "not given", "measured": "?", "agrees": None},
+    ]
+    outputs = [
+        nbformat.v4.new_output("display_data", {"image/png": "iVBORw0K"}, metadata={"headbound": about}),
+        nbformat.v4.new_output("display_data", {}, metadata={"headbound": {"findings": findings}}),
+    ]
+    code = nbformat.v4.new_code_cell('plot.show(fig, "fig-line"); plot.show(fig, name="fig-absent")', outputs=outputs)
+    nbformat.write(nbformat.v4.new_notebook(cells=[code]), tmp_path / "01_tiny.ipynb")
+    (tmp_path / "book").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return [tmp_path / "01_tiny.ipynb"]
+
+
+def test_slides_show_the_figures_and_findings_of_this_edition(executed, tmp_path):
+    deck = "# Deck\n\n<!-- figure: fig-line -->\n\n<!-- figure: fig-absent -->\n\n<!-- findings: 01_tiny -->\n"
+    slides.DECK.write_text(deck)
+    slides.write(executed, tmp_path)
+    made = (tmp_path / "slides.md").read_text()
+    assert ':alt: "A \\"line\\"."\n\nA line\\_of \\[4] \\$ signs.' in made
+    assert (tmp_path / "fig-line.png").read_bytes() == b"\x89PNG\r\n"
+    assert slides.ABSENT in made
+    assert "- drop: **2.50 \\[nan, nan] (n = 1)**; the paper: 2; *agrees*" in made
+    assert "- rise: **0.1235**; the paper: none; *disagrees*" in made
+    assert made.endswith("not given by the paper: 1.\n")
+
+
+def test_a_deck_that_names_what_no_chapter_has_is_refused(executed, tmp_path):
+    slides.write(executed, tmp_path)
+    assert not (tmp_path / "slides.md").exists()
+    slides.DECK.write_text("<!-- figure: fig-lime -->\n")
+    with pytest.raises(ValueError, match="no chapter has the figure 'fig-lime'"):
+        slides.write(executed, tmp_path)

@@ -32,8 +32,8 @@ def _list(findings: list[dict]) -> str:
     """The findings with a verdict, an item each: a table would be wider than a phone."""
     tested = [row for row in findings if row["agrees"] is not None]
     lines = [
-        f"- {badge(results.verdict(row))} {escaped(row['quantity'])}: **{escaped(results.measured(row['measured']))}**; "
-        f"the paper: {escaped(row['paper'])}"
+        f"- {badge(results.verdict(row))} {escaped(row['quantity'])}: "
+        f"**{escaped(results.measured(row['measured']))}**; the paper: {escaped(row['paper'])}"
         for row in tested
     ]
     return "\n".join([*lines, f"- Not testable here, or not given by the paper: {len(findings) - len(tested)}."])

@@ -147,3 +147,50 @@ def test_bad_input(change, message):
     for measure in (gradients.share_kept, gradients.singular_values):
         with pytest.raises(ValueError, match=message):
             measure(data, torch.ones(5, 3))
+
+
+@given(st.data())
+@settings(max_examples=30)
+def test_no_step_moves_the_logits_by_more_than_rank_2d(data):
+    """(H + ΔH)(W + ΔW)ᵀ − H Wᵀ, the second-order term in it: rank at most 2d, and 2d for generic steps."""
+    d, seed = data.draw(st.integers(1, 5)), data.draw(st.integers(0, 10**6))
+    tokens, vocab = data.draw(st.integers(1, 24)), data.draw(st.integers(2, 24))
+    rng = np.random.default_rng(seed)
+    states, weight = rng.normal(size=(tokens, d)), rng.normal(size=(vocab, d))
+    gradient = logit_gradient(examples(states, vocab, seed), torch.tensor(weight)).numpy()
+    rate = data.draw(st.sampled_from([0.1, 1.0, 10.0]))
+    new_states, new_weight = states - rate * gradient @ weight, weight - rate * gradient.T @ states
+    if data.draw(st.booleans()):  # any other step
+        new_states, new_weight = rng.normal(size=(tokens, d)), rng.normal(size=(vocab, d))
+    change = new_states @ new_weight.T - states @ weight.T
+    values = np.linalg.svd(change, compute_uv=False)
+    rank = int((values > 1e-11 * values[0]).sum())
+    assert rank <= 2 * d
+    if tokens > 2 * d and vocab > 2 * d:
+        assert rank == 2 * d
+
+
+@pytest.mark.parametrize("vocab", [2, 3, 64, 4096])
+@pytest.mark.parametrize("loss", [1e-6, 0.5])
+def test_a_circle_solves_the_repetition_in_two_dimensions(vocab, loss):
+    states, head = gradients.circle(vocab, loss)
+    logits, target = states @ head.T, torch.arange(vocab)
+    assert states.shape == head.shape == (vocab, 2)
+    assert (logits.argmax(1) == target).all()
+    assert torch.nn.functional.cross_entropy(logits, target) <= loss * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("options", [{"peak": 0.1}, {"peak": 1.0, "momentum": 0.9}, {"peak": 0.1, "layers": 1}])
+def test_repetition_is_learned_from_a_random_head(options):
+    rows = gradients.learn_repeats(64, 8, steps=120, **options)
+    first, last = rows.iloc[0], rows.iloc[-1]
+    assert (rows["step"].iloc[0], rows["step"].iloc[-1]) == (0, 120)
+    assert first["loss"] == pytest.approx(np.log(64), rel=0.02)
+    assert first["kept"] == pytest.approx(8 / 64, rel=0.05)
+    assert last["loss"] < 0.1
+    assert last["learned"] == 1
+
+
+def test_a_diverging_run_says_so():
+    with pytest.raises(FloatingPointError, match=r"peak = 1e\+30: diverged before step"):
+        gradients.learn_repeats(64, 8, 1e30, steps=20, momentum=0.9)

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from headbound import device, progress, stats
+from headbound import device, progress, stats, suite
 from headbound.heads import Examples
 from headbound.spectrum import ROWS
 
@@ -116,6 +119,67 @@ def singular_values(data: Examples, weight: Float[Tensor, "vocab d"]) -> Float64
         g -= (targets[:, None] == token).double()
         gram.addmm_(g, g.T)
     return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt().cpu().numpy()
+
+
+def circle(vocab: int, loss: float) -> tuple[Float64[Tensor, "vocab 2"], Float64[Tensor, "vocab 2"]]:
+    """Hidden states and a head of rank 2 for "the next token is this one", with at most `loss` nats of loss.
+
+    Both lie on a circle at angles 2πv/V: the logit z_xv = s cos(2π(x − v)/V) is largest at v = x, by at least
+    s (1 − cos(2π/V)), so that log(1 + Σ_{v≠x} e^{z_xv − z_xx}) ≤ (V − 1) e^{−s (1 − cos(2π/V))} = `loss`.
+    """
+    angles = 2 * math.pi * torch.arange(vocab, dtype=torch.float64) / vocab
+    head = torch.stack([angles.cos(), angles.sin()], 1)
+    return head * math.log((vocab - 1) / loss) / (2 * math.sin(math.pi / vocab) ** 2), head
+
+
+def learn_repeats(
+    vocab: int,
+    d: int,
+    peak: float,
+    *,
+    steps: int = 300,
+    layers: int = 0,
+    momentum: float | None = None,
+    batch: int = 256,
+    checkpoints: int = 5,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Train a GPT-NeoX to say the token before once more, every token equally likely, and watch its gradients.
+
+    **Arguments:**
+
+    - `vocab`, `d`: V and the hidden size. `layers`: with 0, embedding, final norm and head are all there is.
+    - `peak`: of the learning rate, with 5 % of warm-up and a cosine (`suite.learning_rate`).
+    - `momentum`: of plain gradient descent; None trains with Adam. `batch`: tokens a step.
+    - `checkpoints`: see `suite.checkpoint_steps`; measured on up to 512 tokens, evenly spaced in the vocabulary.
+
+    **Returns:** a row a checkpoint: step, loss (nats), learned (share of tokens said), kept (squared norm).
+
+    **Raises:** `FloatingPointError` if it diverges.
+    """
+    config = {"vocab_size": vocab, "hidden_size": d, "intermediate_size": 4 * d, "num_hidden_layers": layers}
+    torch.manual_seed(seed)
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**config, num_attention_heads=1, max_position_embeddings=1))
+    weights, where = model.to(device.pick()).parameters(), model.device
+    choices = {"betas": (0.9, 0.95)} if momentum is None else {"momentum": momentum}
+    optimizer = (torch.optim.Adam if momentum is None else torch.optim.SGD)(weights, peak, **choices)
+    shown, rows = torch.arange(0, vocab, max(1, vocab // 512), device=where)[:512], []
+    for step in range(steps + 1):
+        if step in suite.checkpoint_steps(steps, checkpoints):
+            states = model.base_model(shown[:, None]).last_hidden_state[:, 0].detach()
+            logits, said = model.lm_head(states).detach(), shown.cpu().numpy()
+            if not torch.isfinite(logits).all():
+                raise FloatingPointError(f"peak = {peak}: diverged before step {step} at V = {vocab}; lower it")
+            squares = share_kept(Examples(states.cpu().numpy(), said, said), model.lm_head.weight.detach())
+            learned = float((logits.argmax(1) == shown).double().mean())
+            kept = squares.kept.sum() / squares.gradient.sum()
+            rows.append((step, cross_entropy(logits, shown).item(), learned, kept))
+        optimizer.param_groups[0]["lr"] = suite.learning_rate(step, steps, peak, "cosine", 0.05)
+        drawn = torch.randint(vocab, (batch, 1), device=where)
+        optimizer.zero_grad()
+        cross_entropy(model(drawn, use_cache=False).logits[:, 0], drawn[:, 0]).backward()
+        optimizer.step()
+    return pd.DataFrame(rows, columns=["step", "loss", "learned", "kept"])
 
 
 def _rows(weight: Tensor) -> Iterator[Tensor]:

@@ -22,13 +22,13 @@ LOCAL_ONLY = Config(KernelManager={"transport": "ipc"})  # the kernel listens on
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
     """Every parameter given exists in the notebook, with the type of its default.
 
-    papermill itself only logs an unknown parameter and goes on.
+    papermill itself only logs an unknown parameter and goes on, and takes a line of a long literal for a parameter.
 
     **Raises:** `ValueError` naming the parameter and what would fit.
     """
-    defaults = {
-        name: ast.literal_eval(known["default"]) for name, known in papermill.inspect_notebook(str(notebook)).items()
-    }
+    cells = nbformat.read(notebook, as_version=4).cells
+    source = next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), "")
+    defaults = {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(source).body}
     for name, value in parameters.items():
         if name not in defaults:
             raise ValueError(f"{notebook.stem}: unknown parameter {name!r}; it has {', '.join(defaults)}")

@@ -17,9 +17,9 @@ if (kept := getattr(sys.stderr, "_original_stdstream_copy", None)) is not None:
 
 
 def bar(items: Iterable[T] | None, description: str, total: int | None = None) -> "tqdm[T]":
-    """A progress bar on standard error: redrawn in place on a terminal, a line every 30 s elsewhere."""
+    """A progress bar on standard error once 2 s have passed: redrawn on a terminal, a line every 30 s elsewhere."""
     stream = sys.__stderr__
-    return tqdm(items, desc=description, total=total, file=stream, mininterval=0.2 if stream.isatty() else 30)
+    return tqdm(items, desc=description, total=total, file=stream, mininterval=0.2 if stream.isatty() else 30, delay=2)
 
 
 def parallel(jobs: Iterable[Any], workers: int | None = None, description: str = "") -> list[Any]:

@@ -31,6 +31,7 @@ def parallel(jobs: Iterable[Any], workers: int | None = None, description: str =
     """
     if workers == 1:
         return [function(*arguments, **options) for function, arguments, options in jobs]
-    with ProcessPoolExecutor(workers) as pool:
+    # One thread a process: as many processes as cores already.
+    with ProcessPoolExecutor(workers, env={"OMP_NUM_THREADS": "1"}) as pool:
         waiting = [pool.submit(function, *arguments, **options) for function, arguments, options in jobs]
         return [future.result() for future in (bar(waiting, description) if description else waiting)]

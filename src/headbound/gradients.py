@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
@@ -136,50 +135,43 @@ def learn_repeats(
     vocab: int,
     d: int,
     peak: float,
-    *,
     steps: int = 300,
     layers: int = 0,
     momentum: float | None = None,
-    batch: int = 256,
-    checkpoints: int = 5,
     seed: int = 0,
-) -> pd.DataFrame:
-    """Train a GPT-NeoX to say the token before once more, every token equally likely, and watch its gradients.
+) -> dict[str, float]:
+    """Train a GPT-NeoX to say the token before once more, every token equally likely, 256 of them a step.
 
     **Arguments:**
 
     - `vocab`, `d`: V and the hidden size. `layers`: with 0, embedding, final norm and head are all there is.
-    - `peak`: of the learning rate, with 5 % of warm-up and a cosine (`suite.learning_rate`).
-    - `momentum`: of plain gradient descent; None trains with Adam. `batch`: tokens a step.
-    - `checkpoints`: see `suite.checkpoint_steps`; measured on up to 512 tokens, evenly spaced in the vocabulary.
+    - `peak`: of the learning rate, after 5 % of warm-up, then a cosine (`suite.learning_rate`).
+    - `momentum`: of plain gradient descent; None trains with Adam.
 
-    **Returns:** a row a checkpoint: step, loss (nats), learned (share of tokens said), kept (squared norm).
-
-    **Raises:** `FloatingPointError` if it diverges.
+    **Returns:** loss (nats), learned (share of tokens said right), kept (share of the squared gradient), at the end,
+    over up to 512 tokens spread evenly over the vocabulary. **Raises:** `FloatingPointError` if it diverges.
     """
-    config = {"vocab_size": vocab, "hidden_size": d, "intermediate_size": 4 * d, "num_hidden_layers": layers}
     torch.manual_seed(seed)
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(**config, num_attention_heads=1, max_position_embeddings=1))
+    size = {"vocab_size": vocab, "hidden_size": d, "intermediate_size": 4 * d, "num_hidden_layers": layers}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**size, num_attention_heads=1, max_position_embeddings=1))
     weights, where = model.to(device.pick()).parameters(), model.device
-    choices = {"betas": (0.9, 0.95)} if momentum is None else {"momentum": momentum}
-    optimizer = (torch.optim.Adam if momentum is None else torch.optim.SGD)(weights, peak, **choices)
-    shown, rows = torch.arange(0, vocab, max(1, vocab // 512), device=where)[:512], []
-    for step in range(steps + 1):
-        if step in suite.checkpoint_steps(steps, checkpoints):
-            states = model.base_model(shown[:, None]).last_hidden_state[:, 0].detach()
-            logits, said = model.lm_head(states).detach(), shown.cpu().numpy()
-            if not torch.isfinite(logits).all():
-                raise FloatingPointError(f"peak = {peak}: diverged before step {step} at V = {vocab}; lower it")
-            squares = share_kept(Examples(states.cpu().numpy(), said, said), model.lm_head.weight.detach())
-            learned = float((logits.argmax(1) == shown).double().mean())
-            kept = squares.kept.sum() / squares.gradient.sum()
-            rows.append((step, cross_entropy(logits, shown).item(), learned, kept))
+    adam, descent = torch.optim.Adam, torch.optim.SGD
+    optimizer = adam(weights, betas=(0.9, 0.95)) if momentum is None else descent(weights, momentum=momentum)
+    for step in range(steps):
         optimizer.param_groups[0]["lr"] = suite.learning_rate(step, steps, peak, "cosine", 0.05)
-        drawn = torch.randint(vocab, (batch, 1), device=where)
+        drawn = torch.randint(vocab, (256, 1), device=where)
         optimizer.zero_grad()
         cross_entropy(model(drawn, use_cache=False).logits[:, 0], drawn[:, 0]).backward()
         optimizer.step()
-    return pd.DataFrame(rows, columns=["step", "loss", "learned", "kept"])
+    shown = torch.arange(0, vocab, max(1, vocab // 512), device=where)[:512]
+    states = model.base_model(shown[:, None]).last_hidden_state[:, 0].detach()
+    logits, numbers = model.lm_head(states).detach(), shown.cpu().numpy()
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError(f"peak = {peak}: training diverged at V = {vocab}; lower it")
+    squares = share_kept(Examples(states.cpu().numpy(), numbers, numbers), model.lm_head.weight.detach())
+    right = (logits.argmax(1) == shown).double().mean()
+    loss, kept = cross_entropy(logits, shown), squares.kept.sum() / squares.gradient.sum()
+    return {"loss": loss.item(), "learned": right.item(), "kept": float(kept)}
 
 
 def _rows(weight: Tensor) -> Iterator[Tensor]:
@@ -194,15 +186,12 @@ def _gram(weight: Tensor, basis: Tensor | None = None) -> Tensor:
 
 def _check(data: Examples, weight: Tensor, block: int) -> None:
     states, targets = data.hidden_states, data.targets
-    if block < 1 or not len(targets) or len(states) != len(targets):
+    fits = len(states) == len(targets) > 0 and states.shape[1] == weight.shape[1] and block > 0
+    if not fits or targets.min() < 0 or targets.max() >= len(weight):
         raise ValueError(
-            f"block = {block}, {len(states)} hidden states, {len(targets)} targets: need at least one of each, and "
-            "one target a state"
-        )
-    if states.shape[1] != weight.shape[1] or not 0 <= targets.min() <= targets.max() < len(weight):
-        raise ValueError(
-            f"states of width {states.shape[1]}, targets from {targets.min()} to {targets.max()}: the head has "
-            f"{len(weight)} rows of width {weight.shape[1]}; take data and head from one model"
+            f"block = {block}, states {states.shape}, targets {min(targets, default='none')} to "
+            f"{max(targets, default='none')}: they must fit a head of shape {tuple(weight.shape)}, at least one token; "
+            "take head, states and targets from one model"
         )
     if not (torch.isfinite(weight).all() and np.isfinite(states).all()):
         raise ValueError("NaN or Inf in the head or the hidden states; check the checkpoint, run it in float32")

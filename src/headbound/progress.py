@@ -17,9 +17,9 @@ if (kept := getattr(sys.stderr, "_original_stdstream_copy", None)) is not None:
 
 
 def bar(items: Iterable[T] | None, description: str, total: int | None = None) -> "tqdm[T]":
-    """A progress bar on standard error: redrawn in place on a terminal, a line every 30 s elsewhere."""
+    """A progress bar on standard error once 2 s have passed: redrawn on a terminal, a line every 30 s elsewhere."""
     stream = sys.__stderr__
-    return tqdm(items, desc=description, total=total, file=stream, mininterval=0.2 if stream.isatty() else 30)
+    return tqdm(items, desc=description, total=total, file=stream, mininterval=0.2 if stream.isatty() else 30, delay=2)
 
 
 def parallel(jobs: Iterable[Any], workers: int | None = None, description: str = "") -> list[Any]:
@@ -31,6 +31,7 @@ def parallel(jobs: Iterable[Any], workers: int | None = None, description: str =
     """
     if workers == 1:
         return [function(*arguments, **options) for function, arguments, options in jobs]
-    with ProcessPoolExecutor(workers) as pool:
+    # One thread a process: as many processes as cores already.
+    with ProcessPoolExecutor(workers, env={"OMP_NUM_THREADS": "1"}) as pool:
         waiting = [pool.submit(function, *arguments, **options) for function, arguments, options in jobs]
         return [future.result() for future in (bar(waiting, description) if description else waiting)]

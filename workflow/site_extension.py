@@ -14,7 +14,7 @@ NOT_FOUND = """<!doctype html>
 <title>Not found: {title}</title>
 <style>:root {{ color-scheme: light dark; }}
 body {{ font: 1.1rem/1.6 sans-serif; max-width: 40rem; margin: 15vh auto; padding: 0 1rem; }}
-a {{ color: LinkText; }}</style></head>
+a {{ color: light-dark(#0b4f99, #a9cdf5); }}</style></head>
 <body><main><h1>There is no such page</h1><p>It may have moved with a new edition of {title}.
 <a href="{home}">The start page</a> has a map of the chapters,
 and <a href="{home}search.html">the search</a> finds words.</p></main></body></html>
@@ -39,7 +39,7 @@ def offer_notebooks(app: Sphinx, pagename: str, templatename: str, context: dict
     for button in context.get("header_buttons", []):
         if button.get("label") == "download-buttons":
             for entry in button["buttons"]:
-                if entry["label"] == "download-notebook-button":
+                if entry.get("url", "").endswith(".ipynb"):
                     buttons.append(entry | {"icon": "fas fa-download", "tooltip": "Download this chapter's notebook"})
         else:
             buttons.append(button)

@@ -19,6 +19,13 @@ from traitlets.config import Config
 LOCAL_ONLY = Config(KernelManager={"transport": "ipc"})  # the kernel listens on no network port
 
 
+def literals(source: str) -> dict[str, Any]:
+    """The names that a cell sets and their values, which are plain literals. (papermill's own reading of a cell
+    breaks off a literal at the end of its first line.)"""
+    lines = [line for line in ast.parse(source).body if isinstance(line, ast.Assign)]
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
+
+
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
     """Every parameter given exists in the notebook, with the type of its default.
 
@@ -26,9 +33,8 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
 
     **Raises:** `ValueError` naming the parameter and what would fit.
     """
-    defaults = {
-        name: ast.literal_eval(known["default"]) for name, known in papermill.inspect_notebook(str(notebook)).items()
-    }
+    cells = nbformat.read(notebook, as_version=4).cells
+    defaults = literals(next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])))
     for name, value in parameters.items():
         if name not in defaults:
             raise ValueError(f"{notebook.stem}: unknown parameter {name!r}; it has {', '.join(defaults)}")

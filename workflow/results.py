@@ -1,7 +1,6 @@
 """What the executed chapters found, joined with the paper's claims and held against the signed verdicts."""
 
 import argparse
-import ast
 import base64
 import math
 import sys
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 import nbformat
 import yaml
+from execute import literals
 
 CLAIMS, SIGNED = Path("book/claims.yaml"), Path("book/verdicts.yaml")
 VERDICTS = {True: "reproduced", False: "not reproduced", None: "not testable here"}
@@ -40,9 +40,7 @@ def read(path: Path) -> Chapter:
     parameters, findings, figures, provenance = {}, [], {}, {}
     for cell in content.cells:
         if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
-            for line in ast.parse(cell.source).body:
-                if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
-                    parameters[line.targets[0].id] = ast.literal_eval(line.value)
+            parameters |= literals(cell.source)
         for output in cell.get("outputs", []):
             about = output.get("metadata", {}).get("headbound", {})
             findings += about.get("findings", [])

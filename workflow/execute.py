@@ -89,7 +89,8 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
         content = nbformat.read(finished, as_version=4)
         describe_figures(content)
         source = source_hash(nbformat.read(notebook, as_version=4))
-        content.metadata["headbound"] = {"preset": preset, "source": source, "commit": commit()}
+        made = {"preset": preset, "source": source, "commit": commit()}
+        content.metadata["headbound"] = {**content.metadata.get("headbound", {}), **made}
         nbformat.write(content, finished)
         finished.replace(output)
 

@@ -3,6 +3,7 @@
 import argparse
 import base64
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ class Chapter(NamedTuple):
     figures: dict[str, dict[str, Any]]
     provenance: dict[str, str]
     run: dict[str, Any]
+    question: str = ""
 
 
 def read(path: Path) -> Chapter:
@@ -48,7 +50,9 @@ def read(path: Path) -> Chapter:
             if "alt" in about and "image/png" in output.get("data", {}):
                 figures[about["name"]] = {**about, "png": base64.b64decode(output["data"]["image/png"])}
     run = {**content.metadata.get("papermill", {}), **content.metadata.get("headbound", {})}
-    return Chapter(path.stem, heading[2:].strip(), parameters, findings, figures, provenance, run)
+    asked = re.findall(r"[^.?!]*\?", " ".join(content.cells[0].source.split("\n", 1)[-1].split()))
+    question = run.get("question") or (asked[0].strip() if asked else "")
+    return Chapter(path.stem, heading[2:].strip(), parameters, findings, figures, provenance, run, question)
 
 
 def verdict(finding: dict[str, Any]) -> str:

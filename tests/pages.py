@@ -102,10 +102,13 @@ def picture(chromium: Browser, address: str, hide: str = "") -> Image.Image:
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
-    """Share of the picture where two of them differ in tone, blurred so that a font or a line's end does not count."""
-    blurred = (image.resize((32, 22), Image.Resampling.BOX).filter(ImageFilter.BoxBlur(1)) for image in (one, other))
-    apart = ImageChops.difference(*blurred)
-    return sum(apart.histogram()[12:]) / (32 * 22)
+    """Share of the picture where two of them differ in ink, blurred so that another font does not count."""
+
+    def ink(picture: Image.Image) -> Image.Image:
+        strong = picture.point(lambda tone: max(0, 255 - 6 * (255 - tone)))
+        return strong.resize((24, 17), Image.Resampling.BOX).filter(ImageFilter.BoxBlur(1))
+
+    return sum(ImageChops.difference(ink(one), ink(other)).histogram()[24:]) / (24 * 17)
 
 
 def problems(

@@ -39,7 +39,7 @@ def chapter(*findings, name="01_a"):
     provenance = {"preset": "laptop", "sample: texts": "64", "device": "cpu", "torch": "2"}
     run = {"end_time": "2026-01-02T03:04:05.678", "commit": "abc1234"}
     parameters = {"model": "some/model"}
-    return results.Chapter(name, "A: a title?", parameters, list(findings), {"fig-a": figure}, provenance, run)
+    return results.Chapter(name, "A: a title?", parameters, list(findings), {"fig-a": figure}, provenance, run, "Why?")
 
 
 @pytest.fixture
@@ -133,6 +133,7 @@ def test_the_pages_have_a_row_for_each_claim_and_link_what_answers_it(book, monk
     assert "tests 1 of 2 claims and numbers of the paper: 1 divided, 1 not testable here" in answer
     assert "q of a.two: **1.5**" in answer
     assert "numbers mean nothing" in generate.story(CLAIMS, chapters, "smoke")[1]
+    assert "Why?\n  - {doc}`A </chapters/02_b>`" in generate.chapter_map(chapters)
     status = generate.status_page(chapters, "laptop")
     for text in ("2026-01-02 03:04", "abc1234", "/chapters/02_b"):
         assert text in status

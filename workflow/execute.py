@@ -19,16 +19,22 @@ from traitlets.config import Config
 LOCAL_ONLY = Config(KernelManager={"transport": "ipc"})  # the kernel listens on no network port
 
 
+def literals(source: str) -> dict[str, Any]:
+    """The names that a cell sets and their values, which are plain literals. (papermill's own reading of a cell
+    breaks off a literal at the end of its first line.)"""
+    lines = [line for line in ast.parse(source).body if isinstance(line, ast.Assign)]
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
+
+
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
     """Every parameter given exists in the notebook, with the type of its default.
 
-    papermill itself only logs an unknown parameter and goes on, and takes a line of a long literal for a parameter.
+    papermill itself only logs an unknown parameter and goes on.
 
     **Raises:** `ValueError` naming the parameter and what would fit.
     """
     cells = nbformat.read(notebook, as_version=4).cells
-    source = next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), "")
-    defaults = {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(source).body}
+    defaults = literals(next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])))
     for name, value in parameters.items():
         if name not in defaults:
             raise ValueError(f"{notebook.stem}: unknown parameter {name!r}; it has {', '.join(defaults)}")
@@ -83,7 +89,8 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
         content = nbformat.read(finished, as_version=4)
         describe_figures(content)
         source = source_hash(nbformat.read(notebook, as_version=4))
-        content.metadata["headbound"] = {"preset": preset, "source": source, "commit": commit()}
+        made = {"preset": preset, "source": source, "commit": commit()}
+        content.metadata["headbound"] = {**content.metadata.get("headbound", {}), **made}
         nbformat.write(content, finished)
         finished.replace(output)
 

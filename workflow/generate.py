@@ -193,6 +193,13 @@ def story(claims: dict[str, Any], chapters: list[Chapter], preset: str) -> tuple
     return figure, "\n".join(answer) + "\n"
 
 
+def chapter_map(chapters: list[Chapter]) -> str:
+    """The chapters by question: the one in the notebook's metadata, else the first that it asks."""
+    table = ["```{list-table}", ":header-rows: 1", ":widths: 65 35", "* - question\n  - chapter"]
+    table += [f"* - {c.question}\n  - {{doc}}`{c.title.split(':')[0]} </chapters/{c.name}>`" for c in chapters]
+    return "\n".join([*table, "```\n"])
+
+
 def social_picture(png: bytes | None, title: str, tagline: str) -> bytes:
     """The 1200 by 630 picture that link previews show: title, tagline and the start page's figure."""
     from matplotlib import font_manager
@@ -227,5 +234,6 @@ def write(chapters: list[Chapter], preset: str, folder: Path) -> None:
         "status": status_page(chapters, preset),
         "figure": figure,
         "answer": answer,
+        "map": chapter_map(chapters),
     }.items():
         (folder / f"{name}.md").write_text(text)

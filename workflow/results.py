@@ -1,15 +1,16 @@
 """What the executed chapters found, joined with the paper's claims and held against the signed verdicts."""
 
 import argparse
-import ast
 import base64
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nbformat
 import yaml
+from execute import literals
 
 CLAIMS, SIGNED = Path("book/claims.yaml"), Path("book/verdicts.yaml")
 VERDICTS = {True: "reproduced", False: "not reproduced", None: "not testable here"}
@@ -31,6 +32,7 @@ class Chapter(NamedTuple):
     figures: dict[str, dict[str, Any]]
     provenance: dict[str, str]
     run: dict[str, Any]
+    question: str = ""
 
 
 def read(path: Path) -> Chapter:
@@ -40,9 +42,7 @@ def read(path: Path) -> Chapter:
     parameters, findings, figures, provenance = {}, [], {}, {}
     for cell in content.cells:
         if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
-            for line in ast.parse(cell.source).body:
-                if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
-                    parameters[line.targets[0].id] = ast.literal_eval(line.value)
+            parameters |= literals(cell.source)
         for output in cell.get("outputs", []):
             about = output.get("metadata", {}).get("headbound", {})
             findings += about.get("findings", [])
@@ -50,7 +50,9 @@ def read(path: Path) -> Chapter:
             if "alt" in about and "image/png" in output.get("data", {}):
                 figures[about["name"]] = {**about, "png": base64.b64decode(output["data"]["image/png"])}
     run = {**content.metadata.get("papermill", {}), **content.metadata.get("headbound", {})}
-    return Chapter(path.stem, heading[2:].strip(), parameters, findings, figures, provenance, run)
+    asked = re.findall(r"[^.?!]*\?", " ".join(content.cells[0].source.split("\n", 1)[-1].split()))
+    question = run.get("question") or (asked[0].strip() if asked else "")
+    return Chapter(path.stem, heading[2:].strip(), parameters, findings, figures, provenance, run, question)
 
 
 def verdict(finding: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 KEPT = ("tex-chtml.js", "output/chtml/fonts", "input/tex/extensions")  # of MathJax, 24 MB otherwise
@@ -14,7 +15,7 @@ NOT_FOUND = """<!doctype html>
 <title>Not found: {title}</title>
 <style>:root {{ color-scheme: light dark; }}
 body {{ font: 1.1rem/1.6 sans-serif; max-width: 40rem; margin: 15vh auto; padding: 0 1rem; }}
-a {{ color: LinkText; }}</style></head>
+a {{ color: light-dark(#0b4f99, #a9cdf5); }}</style></head>
 <body><main><h1>There is no such page</h1><p>It may have moved with a new edition of {title}.
 <a href="{home}">The start page</a> has a map of the chapters,
 and <a href="{home}search.html">the search</a> finds words.</p></main></body></html>
@@ -39,7 +40,7 @@ def offer_notebooks(app: Sphinx, pagename: str, templatename: str, context: dict
     for button in context.get("header_buttons", []):
         if button.get("label") == "download-buttons":
             for entry in button["buttons"]:
-                if entry["label"] == "download-notebook-button":
+                if entry.get("url", "").endswith(".ipynb"):
                     buttons.append(entry | {"icon": "fas fa-download", "tooltip": "Download this chapter's notebook"})
         else:
             buttons.append(button)
@@ -71,6 +72,18 @@ def take_address(app: Sphinx, config: object) -> None:
     """Where the site will live, if whoever builds it says so."""
     address = os.environ.get("HEADBOUND_URL") or app.config.html_baseurl
     app.config.html_baseurl = address.rstrip("/") + "/" if address else ""
+
+
+def excuse_missing_figures(app: Sphinx, env: object, node: nodes.Element, content: nodes.Element) -> nodes.Node | None:
+    """A figure that a chapter can make and did not, for want of data, is named where others refer to it; a figure
+    that no chapter knows stays an error."""
+    name = node.get("reftarget", "")
+    if node.get("reftype") not in ("numref", "ref") or not name.startswith("fig-"):
+        return None
+    chapters = (Path(app.srcdir) / "chapters").glob("*.ipynb")
+    if any(f'\\"{name}\\"' in chapter.read_text() for chapter in chapters):
+        return nodes.inline("", "a figure that this build could not make")
+    return None
 
 
 def write_site_files(app: Sphinx, exception: Exception | None) -> None:
@@ -108,6 +121,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", take_address)
     for change in (drop_thebe, mend_citations, offer_notebooks, describe_page):
         app.connect("html-page-context", change, priority=999)
+    app.connect("missing-reference", excuse_missing_figures)
     app.connect("build-finished", write_site_files)
     app.connect("build-finished", prune_mathjax, priority=999)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.stats import ttest_rel
@@ -44,6 +44,7 @@ def log_probabilities(head, d, contexts=60, vocab=40, seed=0):
     return torch.log_softmax(made(states), -1).detach()
 
 
+@settings(max_examples=10)
 @given(d=st.integers(1, 6), seed=st.integers(0, 99))
 def test_lifted_heads_exceed_rank_d_plus_one_and_linear_ones_do_not(d, seed):
     def rank(name):
@@ -58,6 +59,7 @@ def test_lifted_heads_exceed_rank_d_plus_one_and_linear_ones_do_not(d, seed):
     assert int(torch.linalg.matrix_rank(usual - usual.mean(1, keepdim=True))) == d
 
 
+@settings(max_examples=10)
 @given(d=st.integers(1, 5), components=st.integers(1, 4), seed=st.integers(0, 99))
 def test_heads_are_their_formulas(d, components, seed):
     torch.manual_seed(seed)
@@ -172,12 +174,12 @@ def test_outcomes_of_a_planted_course():
         loss=[6.0, 4.0, 3.0, 3.5], anisotropy_after_norm=[0, 1, 0.3, 0.4], singular_entropy=entropy, output_rank=ranks
     )
     found = interventions.outcomes(run.sample(frac=1, random_state=0)).iloc[0]
-    expected = {"loss": 3.5, "loss_rise": 0.5, "anisotropy": 0.4, "head_entropy": 0.6, "head_rise": 0.1}
-    expected |= {"output_entropy": 0.5, "output_rise": 0.3}
+    expected = {"loss": 3.5, "loss_late": 0.5, "anisotropy": 0.4, "head_entropy": 0.6, "head_late": 0.1}
+    expected |= {"output_entropy": 0.5, "output_late": 0.3}
     assert found[list(QUANTITIES)].to_dict() == pytest.approx(expected)
     without = interventions.outcomes(run.assign(singular_entropy=math.nan)).iloc[0]
     assert math.isnan(without["head_entropy"])
-    assert math.isnan(without["head_rise"])
+    assert math.isnan(without["head_late"])
 
 
 def planted(widths, replicates, shift, noise, seed=0):
@@ -191,6 +193,7 @@ def planted(widths, replicates, shift, noise, seed=0):
     return pd.DataFrame(rows)
 
 
+@settings(max_examples=10)
 @given(seed=st.integers(0, 999))
 def test_effects_of_one_width_are_paired_t_tests(seed):
     runs = planted([8], 5, 0.5, 1.0, seed)
@@ -221,7 +224,7 @@ def test_intervals_cover_at_their_rate():
     rng = np.random.default_rng(0)
     hits = [
         interventions.effects(planted([8, 16, 32], 3, 0.0, 1.0, int(s))).eval("low <= 0 <= high").mean()
-        for s in rng.integers(10**6, size=60)
+        for s in rng.integers(10**6, size=40)
     ]
     assert np.mean(hits) == pytest.approx(0.96, abs=0.03)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from joblib import Parallel, delayed
+from joblib import delayed
 from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.nn.functional import gelu, log_softmax, logsigmoid
@@ -16,13 +16,11 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from headbound import device, progress, suite
 
+QUANTITIES = ("loss", "loss_late", "anisotropy", "head_entropy", "head_late", "output_entropy", "output_late")
+
 
 class Factored(nn.Module):
-    """W = A·B through an inner width k: rank at most min(k, d), whatever k; with an `activation` no such limit.
-
-    The inner width is `ratio` times the hidden size: below one it cuts the rank without touching the width, above
-    one it only adds parameters, unless an activation stands between the two factors.
-    """
+    """W = A·B, inner width `ratio` · d: of rank d and that width at most, unless an `activation` lifts the limit."""
 
     def __init__(self, d: int, vocab: int, ratio: float, activation: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
@@ -31,7 +29,7 @@ class Factored(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "vocab d"] | None:
-        """The head as one matrix, or None where there is none."""
+        """The head as one matrix, None where it is not one."""
         return None if self.activation else self.up.weight @ self.down.weight
 
     def forward(self, hidden_states: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
@@ -41,26 +39,20 @@ class Factored(nn.Module):
 
 
 class SigSoftmax(nn.Module):
-    """p ∝ exp(z)·sigmoid(z), z = W h: a softmax of the logits z + ln sigmoid(z), without a new parameter.
-
-    **Source:** Kanai et al. 2018, section 3.
-    """
+    """p ∝ exp(z)·sigmoid(z), z = W h: the softmax of z + ln sigmoid(z), without a new parameter (Kanai et al. 2018)."""
 
     def __init__(self, d: int, vocab: int):
         super().__init__()
         self.weight = _linear(d, vocab, 0.02).weight
 
     def forward(self, hidden_states: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
-        """Logarithms of probabilities, up to a constant a row."""
+        """Log-probabilities up to a constant a row."""
         z = hidden_states @ self.weight.T
         return z + logsigmoid(z)
 
 
 class MixtureOfSoftmaxes(nn.Module):
-    """p = Σ_k π_k softmax(W tanh(U_k h)), π = softmax(P h): the components share W, the mixture is of probabilities.
-
-    **Source:** Yang et al. 2018, section 2.3.
-    """
+    """p = Σ_k π_k softmax(W tanh(U_k h)), π = softmax(P h): a mixture of probabilities (Yang et al. 2018)."""
 
     def __init__(self, d: int, vocab: int, components: int = 2):
         super().__init__()
@@ -74,7 +66,7 @@ class MixtureOfSoftmaxes(nn.Module):
         return (log_softmax(states @ self.weight.T, -1) + prior[..., None]).logsumexp(-2)
 
 
-# A change is made of arguments of `suite.train`, and `head`: from hidden size and vocabulary to a module.
+# A change has arguments of `suite.train`, and `head`: from hidden size and vocabulary to a module.
 INTERVENTIONS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "head of rank d/2": {"head": partial(Factored, ratio=0.5)},
@@ -90,11 +82,8 @@ INTERVENTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-QUANTITIES = ("loss", "loss_rise", "anisotropy", "head_entropy", "head_rise", "output_entropy", "output_rise")
-
-
 def with_head(config: GPTNeoXConfig, head: Callable[[int, int], nn.Module]) -> GPTNeoXForCausalLM:
-    """A GPT-NeoX with another head, all its other weights those of the same seed's model with the usual one."""
+    """A GPT-NeoX with another head; its other weights start as those of the same seed's model with the usual one."""
     model = GPTNeoXForCausalLM(config)
     model.set_output_embeddings(head(config.hidden_size, config.vocab_size))
     return model
@@ -109,23 +98,21 @@ def sweep(
     batch_size: int = 16,
     **options: Any,
 ) -> pd.DataFrame:
-    """Train every intervention at every width, `replicates` times, all on as many tokens; kept by `suite.train`.
+    """Train every intervention at every width, `replicates` times, on as many tokens; `suite.train` keeps the runs.
 
-    An intervention and the baseline share their seeds (first weights, order of the text); no two widths do, so that
-    the pairs of runs are independent of each other.
+    All interventions share a width's seeds (first weights, order of the text); no two widths share one.
 
     **Arguments:**
 
-    - `interventions`: name to change, as in `INTERVENTIONS`. A head is kept under its name: a changed head needs a
-      new one.
-    - `steps`, `batch_size`: of the baseline; where a change has other batches, steps make up for it.
+    - `interventions`: name to change, as `INTERVENTIONS`. A head is kept under its name: a changed one needs another.
+    - `steps`, `batch_size`: where a change has other batches, its steps make up for it.
     - `options`: of `suite.train`, for all.
 
-    **Returns:** `suite.train`'s rows with a column `intervention`.
+    **Returns:** `suite.train`'s rows, with a column `intervention`.
 
     **Raises:** `ValueError` where the tokens can't be equal, and as `suite.train` does.
     """
-    jobs = []
+    names, jobs = [], []
     for name, change in interventions.items():
         arguments = {**options, "batch_size": batch_size, **change}
         now, over = divmod(steps * batch_size, arguments["batch_size"])
@@ -136,81 +123,82 @@ def sweep(
             )
         if head := arguments.pop("head", None):
             arguments |= {"build": partial(with_head, head=head), "variant": re.sub(r"\W+", "-", name)}
-        for i, d in enumerate(hidden_sizes):
-            seeds = range(seed + i * replicates, seed + (i + 1) * replicates)
-            jobs += [delayed(_named)(name, [d], now, seed=one, **arguments) for one in seeds]
-    workers = -1 if device.pick(options.get("where", "auto")).type == "cpu" else 1
-    done = Parallel(workers, return_as="generator")(jobs)
-    return pd.concat(progress.bar(done, "runs", len(jobs)), ignore_index=True)
+        for place in range(len(hidden_sizes) * replicates):
+            d = hidden_sizes[place // replicates]
+            jobs.append(delayed(suite.train)([d], now, seed=seed + place, **arguments))
+            names.append(name)
+    workers = None if device.pick(options.get("where", "auto")).type == "cpu" else 1
+    tables = progress.parallel(jobs, workers, "runs")
+    return pd.concat([t.assign(intervention=n) for n, t in zip(names, tables, strict=True)], ignore_index=True)
 
 
 def outcomes(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a run: what the last checkpoint is like, and what rose late.
+    """One row a run of a `sweep`: its last checkpoint, and its late course.
 
     `loss`, `anisotropy` (after the norm) and `head_entropy` (singular entropy of the head, NaN if it is not one
-    matrix) are `suite.measure`'s. `output_entropy` is ln(d / `output_rank`): for a linear head the outputs' singular
+    matrix) are `suite.measure`'s. `output_entropy` = ln(d / `output_rank`): of a linear head's outputs the singular
     entropy over d dimensions, at least 0; below 0 only where the outputs have more dimensions than the hidden state.
-    `loss_rise`: the last loss minus the best one before. `head_rise`, `output_rise`: the last entropy minus the
-    least one after the early peak.
+    The three `…_late`: the last value minus the least one between the early peak and the last. Above 0: saturation.
     """
     rows = []
-    for (name, d, seed), run in table.groupby(["intervention", "hidden_size", "seed"], sort=False):
-        run, last = run.sort_values("step"), run.loc[run["step"].idxmax()]
-        output = np.log(d / run["output_rank"].to_numpy())
-        head = run["singular_entropy"].to_numpy()
-        rise = last["loss"] - run["loss"].iloc[:-1].min()
-        values = (last["loss"], rise, last["anisotropy_after_norm"], head[-1], _turn(head), output[-1], _turn(output))
-        keys = {"intervention": name, "hidden_size": d, "seed": seed, "parameters": last["parameters"]}
-        rows.append({**keys, **dict(zip(QUANTITIES, map(float, values), strict=True))})
-    return pd.DataFrame(rows)
+    for key, run in table.groupby(["intervention", "hidden_size", "seed"], sort=False):
+        run = run.sort_values("step")
+        loss, head = run["loss"].to_numpy(), run["singular_entropy"].to_numpy()
+        output, last = np.log(key[1] / run["output_rank"].to_numpy()), run.iloc[-1]
+        values = (
+            loss[-1],
+            _late(loss),
+            last["anisotropy_after_norm"],
+            head[-1],
+            _late(head),
+            output[-1],
+            _late(output),
+        )
+        rows.append((*key, last["parameters"], *map(float, values)))
+    return pd.DataFrame(rows, columns=["intervention", "hidden_size", "seed", "parameters", *QUANTITIES])
 
 
 def effects(outcomes: pd.DataFrame, against: str = "baseline") -> pd.DataFrame:
     """What each intervention changes: differences to the run of the same width and seed, averaged over widths.
 
-    Each width keeps a mean of its own, so only the scatter of seeds counts; t intervals with Welch's degrees of
-    freedom. `adjusted` are the p-values after Holm's correction for all tests of the table.
+    Each width has a mean of its own and all widths one scatter, so that seeds alone make the t intervals.
 
-    **Returns:** a row an intervention and quantity: value, low, high, n (pairs), p, adjusted.
+    **Returns:** a row an intervention and quantity: value, low, high, n (pairs of runs), p, and `adjusted`, p after
+    Holm's correction for all tests of the table.
 
     **Raises:** `ValueError` if a run has no partner.
 
-    **Source:** Holm 1979; Satterthwaite 1946 for the degrees of freedom.
+    **Source:** Holm 1979.
     """
     runs = outcomes.set_index(["intervention", "hidden_size", "seed"])[list(QUANTITIES)]
     changes = []
     for name in dict.fromkeys(outcomes["intervention"]):
-        if name == against:
-            continue
-        if not runs.loc[name].index.sort_values().equals(runs.loc[against].index.sort_values()):
+        pairs = runs.loc[name] - runs.loc[against]
+        if len(pairs) > min(len(runs.loc[name]), len(runs.loc[against])):
             raise ValueError(f"{name!r} and {against!r} have other widths or seeds; run both with the same ones")
-        pairs = (runs.loc[name] - runs.loc[against]).groupby("hidden_size")
-        variance = pairs.var().to_numpy() / pairs.size().to_numpy()[:, None]
-        parts = (variance**2 / (pairs.size().to_numpy()[:, None] - 1).clip(min=1)).sum(0)
-        change = pairs.mean().mean(skipna=False).rename("value").rename_axis("quantity").reset_index()
-        change["error"] = np.maximum(np.sqrt(variance.sum(0)) / len(variance), 1e-12)
-        change["freedom"] = variance.sum(0) ** 2 / np.maximum(parts, 1e-300)
-        changes.append(change.assign(intervention=name, n=pairs.size().sum()))
-    table = pd.concat(changes, ignore_index=True)
-    value, error, freedom = (table.pop(name) for name in ("value", "error", "freedom"))
-    half = error * student.ppf(0.975, freedom.clip(lower=1))
-    table = table.assign(value=value, low=value - half, high=value + half)
-    table["p"] = 2 * student.sf(abs(value) / error, freedom.clip(lower=1))
+        widths = pairs.groupby("hidden_size")
+        freedom = len(pairs) - len(widths)
+        scatter = ((pairs - widths.transform("mean")) ** 2).sum(skipna=False) / max(freedom, 1)
+        error = (scatter * (1 / widths.size()).sum()).pow(0.5).clip(lower=1e-12) / len(widths)
+        change = pd.DataFrame({"value": widths.mean().mean(skipna=False), "error": error}).rename_axis("quantity")
+        changes.append(change.reset_index().assign(intervention=name, n=len(pairs), freedom=freedom or np.nan))
+    table = pd.concat([c for c in changes if c["intervention"].iloc[0] != against], ignore_index=True)
+    error, freedom = table.pop("error"), table.pop("freedom")
+    half = error * student.ppf(0.975, freedom)
+    table["low"], table["high"] = table["value"] - half, table["value"] + half
+    table["p"] = 2 * student.sf(table["value"].abs() / error, freedom)
     order = table["p"].dropna().sort_values()
     table["adjusted"] = (order * np.arange(len(order), 0, -1)).cummax().clip(upper=1)
     return table
 
 
-def _named(name: str, *arguments: Any, **options: Any) -> pd.DataFrame:
-    return suite.train(*arguments, **options).assign(intervention=name)
-
-
-def _turn(entropy: Float[np.ndarray, " checkpoints"]) -> float:
-    return entropy[-1] - entropy[entropy.argmax() :].min()
+def _late(course: Float[np.ndarray, " checkpoints"]) -> float:
+    between = course[course.argmax() : -1]
+    return course[-1] - between.min() if len(between) else 0.0
 
 
 def _linear(width: int, to: int, deviation: float | None = None) -> nn.Linear:
-    # As in GPT-NeoX, 0.02 for what makes logits; inner maps keep the size of what they are given.
+    # 0.02, as in GPT-NeoX, for what makes logits; an inner map keeps the size of what it is given.
     layer = nn.Linear(width, to, bias=False)
-    nn.init.normal_(layer.weight, std=width**-0.5 if deviation is None else deviation)
+    nn.init.normal_(layer.weight, std=deviation or width**-0.5)
     return layer

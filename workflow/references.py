@@ -12,14 +12,13 @@ import transformers
 from diagnosis import NOTEBOOK, ROOT
 from execute import execute
 
-from headbound import models, suite, text
+from headbound import suite, text
 
 TABLE = ROOT / "src" / "headbound" / "references.csv"
 SMOL, TUNNEL = "SmolLM2-135M-Instruct, 4-bit", "wind tunnel"
 PARAMETERS: dict[str, dict[str, Any]] = {
     SMOL: {},
-    **{f"{SMOL}, head cut to {r}": {"planted_rank": r} for r in (256, 64, 16)},
-    f"{SMOL}, untrained": {},
+    **{f"{SMOL}, head cut to {r}": {"planted_rank": r} for r in (256, 64)},
     **{f"{TUNNEL}, d = {d}": {} for d in (16, 64)},
     f"{TUNNEL}, d = 64, head cut to 8": {"planted_rank": 8},
     f"{TUNNEL}, d = 64, untrained": {},
@@ -28,27 +27,21 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 
 def model(name: str) -> str:
     """A reference as `models.load` takes it, trained or drawn at random here where need be."""
-    small = name.startswith(TUNNEL)
-    folder = text.cache_dir() / "references" / "".join(c if c.isalnum() else "-" for c in name)
-    if "untrained" in name and not folder.exists():
-        if small:
-            tokenizer = suite.corpus()[0]
-            config = transformers.GPTNeoXConfig(
-                **{"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2},
-                **{"vocab_size": len(tokenizer), "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0},
-            )
-        else:
-            network, tokenizer = models.load("smollm2-135m")
-            config = network.config
+    if name.startswith(SMOL):
+        return "smollm2-135m"
+    if "untrained" not in name:
+        width = int(name.split("d = ")[1].split(",")[0])
+        return suite.train([8, 16, 32, 64], 2000).query(f"hidden_size == {width}")["path"].iloc[-1]
+    folder = text.cache_dir() / "references" / "tunnel-untrained"
+    if not folder.exists():
+        config = transformers.GPTNeoXConfig(
+            **{"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2},
+            **{"vocab_size": 2048, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0},
+        )
         transformers.set_seed(0)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    if "untrained" in name:
-        return str(folder)
-    if not small:
-        return "smollm2-135m"
-    width = int(name.split("d = ")[1].split(",")[0])
-    return suite.train([8, 16, 32, 64], 2000).query(f"hidden_size == {width}")["path"].iloc[-1]
+        suite.corpus()[0].save_pretrained(folder)
+    return str(folder)
 
 
 def measure(name: str) -> pd.DataFrame:

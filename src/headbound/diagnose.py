@@ -106,9 +106,10 @@ def lift(
 ) -> list[stats.Estimate]:
     """Held-out nats a token that a higher rank gains over a lower one, all else equal, for each pair of ranks.
 
-    All heads read the same 2d inputs x: the d coordinates u = B h of `head` (of `heads.low_rank` at full rank) and d
-    fixed random features GELU(R u). All start as `head` cut to the lower rank and are trained alike for one epoch
-    (`heads.train`). As logits are A·B·x for each, they differ in rank alone, not in what is known or may be bent.
+    All heads read the same inputs x: a one, the d coordinates u = B h of `head` (of `heads.low_rank` at full rank),
+    and d fixed random features GELU(R u), centred. All start as `head` cut to the lower rank, with a dimension more
+    for the text's own token frequencies, and are trained alike for one epoch (`heads.train`). As logits are A·B·x for
+    each, they differ in rank alone, not in what is known or may be bent.
 
     **Arguments:** `pairs`, ranks up to d and 2d; `others`: the vocabulary is cut to the tokens that occur and this many
     more, drawn at random; the rest as of `heads.train`.
@@ -124,11 +125,12 @@ def lift(
     mixing, parts = torch.from_numpy((rng.standard_normal((d, d)) * 2 / np.sqrt(d)).astype(np.float32)), []
     for data in (train, test):
         u = torch.from_numpy(data.hidden_states @ head.B.cpu().numpy().T)
-        inputs = torch.cat([u, nn.functional.gelu(u @ mixing)], 1).numpy()
+        bent = nn.functional.gelu(u @ mixing)
+        inputs = torch.cat([torch.ones(len(u), 1), u, bent - bent.mean(0)], 1).numpy()
         parts.append(Examples(inputs, np.searchsorted(kept, data.targets), data.texts))
     ranks = sorted({(low, rank) for low, high in pairs for rank in (low, high)})
-    A, reads = head.A.cpu()[torch.from_numpy(kept)], torch.eye(2 * d)
-    starts = [Head(nn.functional.pad(A[:, :low], (0, rank - low)), reads[:rank]) for low, rank in ranks]
+    A, reads = head.A.cpu()[torch.from_numpy(kept)], torch.eye(1 + 2 * d)
+    starts = [Head(nn.functional.pad(A[:, :low], (1, rank - low)), reads[: 1 + rank]) for low, rank in ranks]
     options = {"epochs": 1, "batch": batch, "learning_rate": learning_rate, "sampled": sampled, "seed": seed}
     trained = heads.train(parts[0].hidden_states, parts[0].targets, starts, **options)
     losses = dict(zip(ranks, heads.token_losses(parts[1], trained), strict=True))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 TEXT = "the quick brown fox jumps over the lazy dog; to be or not to be, that is the question. "
 VOCAB = 270  # the tokenizer's; the models' heads have 7 padding rows more
@@ -21,6 +21,12 @@ CONFIGS = {
     "gpt2": lambda: transformers.GPT2Config(n_embd=16, n_layer=3, n_head=2, n_positions=64, **COMMON),
     "neox": lambda: transformers.GPTNeoXConfig(**ROTARY),
     "llama": lambda: transformers.LlamaConfig(**ROTARY),
+    "gemma": lambda: transformers.GemmaConfig(num_key_value_heads=1, head_dim=8, **ROTARY),
+    "gemma2": lambda: transformers.Gemma2Config(
+        num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.02, **ROTARY
+    ),
+    "granite": lambda: transformers.GraniteConfig(logits_scaling=8.0, **ROTARY),
+    "gptj": lambda: transformers.GPTJConfig(n_embd=16, n_layer=3, n_head=2, rotary_dim=4, n_positions=64, **COMMON),
     "opt": lambda: transformers.OPTConfig(
         hidden_size=16,
         ffn_dim=32,
@@ -76,3 +82,12 @@ def save(folder: Path, kind: str = "llama", tied: bool = False, **options) -> Pa
     network(kind, tied).save_pretrained(folder, **options)
     fast_tokenizer().save_pretrained(folder)
     return folder
+
+
+def starting_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One that puts its first token before every text, as Llama's and Gemma's do."""
+    made = tokenizer()
+    made.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|endoftext|>")

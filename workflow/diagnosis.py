@@ -1,0 +1,73 @@
+"""Diagnose a model: the report of chapter 9 as one self-contained HTML page, and the notebook it was made from."""
+
+import argparse
+import base64
+import html
+import logging
+import sys
+from pathlib import Path
+
+import nbformat
+from execute import execute
+from nbconvert import HTMLExporter
+from papermill.exceptions import PapermillExecutionError
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "notebooks" / "09_diagnose.ipynb"
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 0 1rem; overflow-wrap: anywhere }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 0.9rem; margin: 1rem 0 }
+td, th { border-bottom: 1px solid #ccc; padding: 0.2rem 0.6rem; text-align: left }
+caption, figcaption { color: #444; font-size: 0.9rem; text-align: left }
+figure { margin: 1rem 0 } img { max-width: 100%; height: auto } .anchor-link { display: none }
+"""
+
+
+def page(report: nbformat.NotebookNode) -> str:
+    """An executed diagnosis as a page that asks nothing of the network: no scripts, figures inside, captions below.
+
+    Code, and cells tagged `book`, are left out.
+    """
+    report.cells = [cell for cell in report.cells if "book" not in cell.metadata.get("tags", [])]
+    for cell in report.cells:
+        for output in cell.get("outputs", []):
+            about = output.get("metadata", {}).get("headbound", {})
+            if "alt" in about:
+                alt, caption = (html.escape(about[key]) for key in ("alt", "caption"))
+                data = base64.b64encode(base64.b64decode(output.data["image/png"])).decode()
+                image = f'<img src="data:image/png;base64,{data}" alt="{alt}">'
+                output.data = {"text/html": f"<figure>{image}<figcaption>{caption}</figcaption></figure>"}
+    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True)
+    body, _ = exporter.from_notebook_node(report)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}<title>Diagnosis</title></head><body>{body}</body></html>'
+
+
+def main() -> int:
+    """The command line: one clear line for what went wrong, and a status that is not zero."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a folder, a .gguf file, a Hub id, or smollm2-135m")
+    parser.add_argument("--text", default="docstrings", help="a UTF-8 file, docstrings, or hf:NAME")
+    parser.add_argument("--revision", default="", help="of a Hub id")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="other parameters, passages=288")
+    parser.add_argument("--output", type=Path, default=Path("report.html"))
+    arguments = parser.parse_args()
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    try:
+        others = dict(pair.split("=") for pair in arguments.set)
+        others = {name: float(value) if "." in value else int(value) for name, value in others.items()}
+        parameters = {"model": arguments.model, "text": arguments.text, "revision": arguments.revision, **others}
+        execute(NOTEBOOK, arguments.output.with_suffix(".ipynb"), "laptop", parameters)
+    except PapermillExecutionError as error:
+        print(f"headbound: {error.ename}: {error.evalue}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"headbound: {error}", file=sys.stderr)
+        return 2
+    arguments.output.write_text(page(nbformat.read(arguments.output.with_suffix(".ipynb"), 4)), encoding="utf-8")
+    print(f"The report is ready: open {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

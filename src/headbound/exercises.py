@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from scipy.stats import pearsonr, spearmanr
 
-from headbound import anisotropy, bounds, heads, saturation, spectrum
+from headbound import anisotropy, bounds, gradients, heads, saturation, spectrum
 
 Function = Callable[..., Any]
 
@@ -80,6 +80,16 @@ def _root(c: np.ndarray) -> np.ndarray:
 
 def _tail(z: np.ndarray, first: int, power: int = 2) -> float:
     return float((np.linalg.svd(z, compute_uv=False)[first:] ** power).sum() / (4 * len(z)))
+
+
+def _passed(h: np.ndarray, w: np.ndarray, y: np.ndarray, by: np.ndarray, target: int = 1) -> np.ndarray:
+    p = np.exp(h @ w.T)
+    g = p / p.sum(1, keepdims=True) - target * np.eye(len(w))[y]
+    return np.array([((g @ by) ** 2).sum(1), (g**2).sum(1)])
+
+
+def _onto(w: np.ndarray) -> np.ndarray:
+    return w @ np.linalg.pinv(w)
 
 
 # What is right, inputs to try it on, and hints, each with a function that makes the mistake it is about.
@@ -156,6 +166,21 @@ EXERCISES: dict[str, tuple[Function, Sequence[tuple], dict[str, Function]]] = {
             "the tail starts after the first d values": lambda z, d: _tail(z - z.mean(1, keepdims=True), d - 1),
             "the values are squared": lambda z, d: _tail(z - z.mean(1, keepdims=True), d, 1),
             "the mean over contexts: divide by N": lambda z, d: len(z) * bounds.textbook_upper(z, [d])[0],
+        },
+    ),
+    "share_kept": (
+        lambda h, w, y: gradients.share_kept(heads.Examples(h, y, y), torch.from_numpy(w)).share().value,
+        [(_random(3, size=(4, 2)), _random(size=(7, 2)) * [3, 1], np.array([0, 6, 2, 2])) for _ in range(2)],
+        {
+            "this is the share of the norm: the squared norms are compared": lambda h, w, y: (
+                np.divide(*_passed(h, w, y, _onto(w)).sum(1)) ** 0.5
+            ),
+            "this is what is lost": lambda h, w, y: 1 - np.divide(*_passed(h, w, y, _onto(w)).sum(1)),
+            "add up over the tokens before you divide": lambda *c: np.divide(*_passed(*c, _onto(c[1]))).mean(),
+            "W Wᵀ is no projection: its columns are not orthonormal": lambda h, w, y: np.divide(
+                *_passed(h, w, y, w @ w.T).sum(1)
+            ),
+            "the target is missing: g = p − e_y": lambda h, w, y: np.divide(*_passed(h, w, y, _onto(w), 0).sum(1)),
         },
     ),
 }

@@ -246,6 +246,18 @@ def test_title_and_colour_are_one_line_each_and_a_host_one_variable(small_book, 
     assert colour == "rgb(122, 31, 31)"
 
 
+def test_a_figure_for_want_of_data_is_no_error_and_an_unknown_one_is(small_book):
+    index = small_book / "book" / "index.md"
+    index.write_text(index.read_text().replace("Words.", "See {numref}`fig-pythia-curves`."))
+    done = render(small_book)
+    assert done.returncode == 0, done.stderr
+    assert "a figure that this build could not make" in (small_book / "_build" / "html" / "index.html").read_text()
+    index.write_text(index.read_text().replace("fig-pythia-curves", "fig-pythia-curve"))
+    done = render(small_book)
+    assert done.returncode == 1
+    assert "fig-pythia-curve" in done.stderr
+
+
 def test_a_broken_link_to_another_host_is_found(small_book):
     (small_book / "book" / "index.md").write_text("# A start\n\n[gone](http://127.0.0.1:9/gone)\n")
     (small_book / "_toc.yml").write_text("format: jb-book\nroot: index\n")

@@ -14,7 +14,7 @@ from scipy.stats import ttest_rel
 from statsmodels.stats.multitest import multipletests
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from headbound import interventions, suite
+from headbound import interventions, progress, suite
 from headbound.interventions import INTERVENTIONS, QUANTITIES, Factored, MixtureOfSoftmaxes, SigSoftmax
 
 WORDS = ["model", "learns", "head", "rank", "small", "forgets", "ideal", "would", "say", "some"]
@@ -106,14 +106,16 @@ def test_output_rank_is_what_the_definition_says(source):
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "intermediate_size": 32, "num_attention_heads": 1, "num_hidden_layers": 1}
     model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=300, tie_word_embeddings=False, **sizes)).eval()
-    _, _, rows = suite.corpus(source, 300, 16, 20)
+    _, _, rows = suite.corpus(source, 300, 16, 12)
     logits = model(rows[:16, :-1]).logits.flatten(0, 1).double().detach()
     values = torch.linalg.svdvals(logits - logits.mean(1, keepdim=True))
     p = (values / values.sum())[:8]
     assert suite.output_rank(model, rows) == pytest.approx(float(torch.exp(-(p * p.log()).sum())), rel=1e-5)
 
 
-def test_runs_share_tokens_and_seeds_in_pairs(source):
+def test_runs_share_tokens_and_seeds_in_pairs(source, monkeypatch):
+    every = progress.parallel
+    monkeypatch.setattr(progress, "parallel", lambda jobs, *_: every(jobs, workers=1))
     names = ["baseline", "batches of a quarter", "sigsoftmax"]
     chosen = {name: INTERVENTIONS[name] for name in names}
     options = {"source": source, "batch_size": 8} | TINY
@@ -214,6 +216,10 @@ def test_effects_keep_widths_apart_and_find_what_is_planted():
     assert (found.loc["b", "adjusted"] > 0.05).all()
     other = interventions.effects(runs, against="a").set_index("intervention")
     assert other.loc["baseline", "value"].to_numpy() == pytest.approx(-found.loc["a", "value"].to_numpy())
+    # What is the same in all pairs has an interval of no width, and no test.
+    same = interventions.effects(planted([8, 16], 2, 0.0, 0.0))
+    assert (same[["value", "low", "high"]] == 0).all(axis=None)
+    assert same["adjusted"].isna().all()
     # A quantity that some runs lack is left open, and counts in no correction.
     runs.loc[runs["intervention"] == "a", "head_entropy"] = np.nan
     found = interventions.effects(runs)
@@ -234,7 +240,7 @@ def test_the_chapters_own_example_works_and_is_short(source):
     (cell,) = (c for c in notebook["cells"] if "own-intervention" in c["metadata"].get("tags", []))
     lines = "".join(cell["source"])
     assert len([line for line in lines.splitlines() if line.strip()]) < 10
-    shown = {"interventions": interventions, "torch": torch, "hidden_sizes": [8], "steps": 4}
+    shown = {"interventions": interventions, "torch": torch, "hidden_sizes": [8], "steps": 12}
     shown["options"] = {"source": source, "replicates": 2, "batch_size": 4} | TINY
     exec(lines, shown)
     own = set(shown["own_runs"]["intervention"]) - {"baseline"}

@@ -20,7 +20,7 @@ QUANTITIES = ("loss", "loss_late", "anisotropy", "head_entropy", "head_late", "o
 
 
 class Factored(nn.Module):
-    """W = A·B, inner width `ratio` · d: of rank d and that width at most, unless an `activation` lifts the limit."""
+    """W = A·B, inner width k = `ratio` · d: of rank min(d, k) at most; with an `activation` in between, of rank k."""
 
     def __init__(self, d: int, vocab: int, ratio: float, activation: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
@@ -179,7 +179,7 @@ def effects(outcomes: pd.DataFrame, against: str = "baseline") -> pd.DataFrame:
         widths = pairs.groupby("hidden_size")
         freedom = len(pairs) - len(widths)
         scatter = ((pairs - widths.transform("mean")) ** 2).sum(skipna=False) / max(freedom, 1)
-        error = (scatter * (1 / widths.size()).sum()).pow(0.5).clip(lower=1e-12) / len(widths)
+        error = (scatter * (1 / widths.size()).sum()).pow(0.5) / len(widths)
         change = pd.DataFrame({"value": widths.mean().mean(skipna=False), "error": error}).rename_axis("quantity")
         changes.append(change.reset_index().assign(intervention=name, n=len(pairs), freedom=freedom or np.nan))
     table = pd.concat([c for c in changes if c["intervention"].iloc[0] != against], ignore_index=True)

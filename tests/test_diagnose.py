@@ -41,16 +41,27 @@ def planted(
     return (*parts, heads.Head(A, torch.eye(d)))
 
 
+SURE = Estimate(1.0, 0.9, 1.1, 9)
+
+
+def test_a_model_that_does_not_beat_token_frequencies_is_not_judged():
+    train, test, head = planted(useful=16)
+    assert diagnose.ahead(heads.token_losses(test, [head])[0], train, test).low > 0
+    blind = heads.Head(torch.zeros_like(head.A), head.B)
+    lead = diagnose.ahead(heads.token_losses(test, [blind])[0], train, test)
+    assert diagnose.verdict(SURE, SURE, lead, 1.0, 0.01) == "undecided"
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_head_cut_on_purpose_is_a_bottleneck_and_the_same_head_uncut_is_not(seed):
     train, test, head = planted(useful=16, seed=seed)
     whole, control = diagnose.lift(train, test, head, [(16, 24), (4, 12)], sampled=0, batch=64)
     assert control.low > 0.01
     assert whole.high < 0.01
-    assert diagnose.verdict(whole, control, 1.0, 0.01) == "no bottleneck found"
+    assert diagnose.verdict(whole, control, SURE, 1.0, 0.01) == "no bottleneck found"
     cut = heads.Head(head.A * (torch.arange(16) < 4), head.B)
     (gain,) = diagnose.lift(train, test, cut, [(4, 12)], sampled=0, batch=64)
-    assert diagnose.verdict(gain, control, 0.25, 0.01) == "bottleneck"
+    assert diagnose.verdict(gain, control, SURE, 0.25, 0.01) == "bottleneck"
 
 
 def test_a_narrow_head_that_leaves_out_nothing_useful_is_no_bottleneck():
@@ -70,14 +81,15 @@ def test_states_that_say_nothing_gain_nothing():
 @given(st.tuples(*[st.floats(-1, 1)] * 4), st.floats(0, 1))
 def test_the_verdict_follows_its_rule(bounds, used):
     gain, control = (Estimate((a + b) / 2, min(a, b), max(a, b), 9) for a, b in (bounds[:2], bounds[2:]))
-    found = diagnose.verdict(gain, control, used, 0.01)
+    found = diagnose.verdict(gain, control, SURE, used, 0.01)
     assert (found == "bottleneck") == (gain.low > 0.01)
     assert (found == "no bottleneck found") == (gain.high < 0.01 and control.low > 0.01 and used >= 0.9)
 
 
 def test_an_interval_that_is_unknown_decides_nothing():
     nan = Estimate(1.0, float("nan"), float("nan"), 1)
-    assert diagnose.verdict(nan, nan, 1.0, 0.01) == "undecided"
+    assert diagnose.verdict(nan, nan, SURE, 1.0, 0.01) == "undecided"
+    assert diagnose.verdict(SURE, SURE, nan, 1.0, 0.01) == "undecided"
 
 
 def test_ranks_that_cannot_be_are_refused():

@@ -29,7 +29,8 @@ DIRECTIVE = re.compile(r"^(`{3,})\{(exercise|solution)\} *(.*?)\n(.*?)^\1$", re.
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Not prose: fences and titles, formulas, code, and roles but those of terms.
 NO_PROSE = re.compile(
-    r"^(?:#|```|\(|:\w+:)[^\n]*$|\$\$.*?\$\$|\$[^$]*\$|(\{[\w:]+\})?`[^`\n]*`", re.MULTILINE | re.DOTALL
+    r"^```(?:python|sh)\n.*?^```$|^(?:#|```|\([\w-]+\)=|:\w+:)[^\n]*$|\$\$.*?\$\$|\$[^$]*\$|(\{[\w:]+\})?`[^`\n]*`",
+    re.MULTILINE | re.DOTALL,
 )
 PROSE = {p: p.read_text() for p in [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md"))]}
 
@@ -153,8 +154,8 @@ def test_every_term_is_linked_from_its_first_use():
     files = [chapter["file"] for part in parts for chapter in part["chapters"]]
     paths = [ROOT / "notebooks" / f"{Path(file).name}.ipynb" for file in files if file.startswith("chapters/")]
     cells = [cell for path in paths if path.exists() for cell in json.loads(path.read_text())["cells"]]
-    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
-    text = NO_PROSE.sub(lambda found: found[0] if found[1] == "{term}" else " ", text)
+    prose = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    text = "\n".join(NO_PROSE.sub(lambda found: found[0] if found[1] == "{term}" else " ", part) for part in prose)
     unlinked = re.sub(r"\{term\}`[^`]*`", lambda found: " " * len(found[0]), text)
     for term in glossary():
         loose = re.escape(term).replace(r"\ ", r"[\s-]+").replace(r"\-", r"[\s-]")

@@ -89,13 +89,13 @@ def heavy(site: Path, whole: float = 30e6, page: float = 1.5e6) -> list[str]:
 
 
 def picture(chromium: Browser, address: str, hide: str = "") -> Image.Image:
-    """The first screen of a page as a small grey picture, in which layout shows and letters do not."""
+    """The first screen of a page as a small grey picture, in which layout shows and letters do not, nor the list of
+    chapters, which grows."""
     context = chromium.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
     page = context.new_page()
     page.set_default_timeout(120_000)
     settle(page, address)
-    if hide:
-        page.add_style_tag(content=hide)
+    page.add_style_tag(content=".bd-sidebar-primary nav { visibility: hidden; } " + hide)
     shot = Image.open(io.BytesIO(page.screenshot()))
     context.close()
     return shot.convert("L").resize((320, 225), Image.Resampling.BOX)

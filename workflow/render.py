@@ -17,7 +17,8 @@ STAGED, GENERATED, STAGING, SITE = map(Path, ("book/chapters", "book/generated",
 
 def stage(preset: str) -> list[str]:
     """Put the executed chapters and the computed pages into the book; what stands against it, if anything."""
-    names = yaml.safe_load(Path(f"presets/{preset}.yaml").read_text())
+    toc = Path("_toc.yml").read_text()
+    names = sorted(yaml.safe_load(Path(f"presets/{preset}.yaml").read_text()), key=lambda name: toc.find(f"/{name}"))
     executed = [Path("_build/executed") / preset / f"{name}.ipynb" for name in names]
     found = [fault for path in executed for fault in faults(path, Path("notebooks") / path.name)]
     chapters = [results.read(path) for path in executed]

@@ -14,7 +14,8 @@ NOT_FOUND = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Not found: {title}</title>
 <style>:root {{ color-scheme: light dark; }}
-body {{ font: 1.1rem/1.6 sans-serif; max-width: 40rem; margin: 15vh auto; padding: 0 1rem; }}
+body {{ background: light-dark(#fff, #121212); color: light-dark(#111, #eee);
+font: 1.1rem/1.6 sans-serif; max-width: 40rem; margin: 15vh auto; padding: 0 1rem; }}
 a {{ color: light-dark(#0b4f99, #a9cdf5); }}</style></head>
 <body><main><h1>There is no such page</h1><p>It may have moved with a new edition of {title}.
 <a href="{home}">The start page</a> has a map of the chapters,

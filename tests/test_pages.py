@@ -9,6 +9,7 @@ import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import nbformat
 import pages
 import pytest
 import yaml
@@ -17,6 +18,10 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "tests" / "screenshots"
+sys.path.insert(0, str(ROOT / "workflow"))
+
+import execute  # noqa: E402
+
 needs_chromium = pytest.mark.skipif(not pages.CHROMIUM, reason="no Chromium on this machine: pages are not opened")
 
 
@@ -202,19 +207,26 @@ def test_each_planted_fault_is_found(chromium, tmp_path, fault, message):
 
 
 @pytest.fixture
-def small_book(tmp_path, clone):
-    """A book of one executed chapter, rendered in seconds."""
-    for name in ("workflow", "book/_static", "notebooks"):
-        shutil.copytree(clone / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+def small_book(tmp_path):
+    """A book of one chapter, rendered in seconds."""
+    for name in ("workflow", "book/_static"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("_config.yml", "book/references.bib"):
-        shutil.copy(clone / name, tmp_path / name)
-    chapter = "_build/executed/smoke/10_pythia.ipynb"
-    (tmp_path / chapter).parent.mkdir(parents=True)
-    shutil.copy(clone / chapter, tmp_path / chapter)
+        shutil.copy(ROOT / name, tmp_path / name)
+    chapter = nbformat.v4.new_notebook()
+    chapter.cells = [
+        nbformat.v4.new_markdown_cell("# A chapter: small?\n\nBack to [the start](../index.md)."),
+        nbformat.v4.new_code_cell('rare = "fig-rare"'),
+    ]
+    chapter.metadata = {"language_info": {"name": "python"}, "headbound": {"source": execute.source_hash(chapter)}}
+    for folder in ("notebooks", "_build/executed/smoke"):
+        (tmp_path / folder).mkdir(parents=True)
+        nbformat.write(chapter, tmp_path / folder / "01_small.ipynb")
     (tmp_path / "presets").mkdir()
-    (tmp_path / "presets" / "smoke.yaml").write_text("10_pythia: {}\n")
-    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n- file: chapters/10_pythia\n")
-    (tmp_path / "book" / "index.md").write_text("# A start\n\nWords.\n\n```{bibliography}\n```\n")
+    (tmp_path / "presets" / "smoke.yaml").write_text("01_small: {}\n")
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n- file: chapters/01_small\n")
+    cited = "{cite}`godey2024saturation`\n\n```{bibliography}\n```\n"
+    (tmp_path / "book" / "index.md").write_text(f"# A start\n\nWords.\n\n{cited}")
     return tmp_path
 
 
@@ -234,13 +246,13 @@ def test_title_and_colour_are_one_line_each_and_a_host_one_variable(small_book, 
     done = render(small_book)
     assert done.returncode == 0, done.stderr
     site = small_book / "_build" / "html"
-    for page in ("index.html", "404.html", "chapters/10_pythia.html"):
+    for page in ("index.html", "404.html", "chapters/01_small.html"):
         assert "Another Name" in (site / page).read_text()
     assert "https://example.org/book/_static/social.png" in (site / "index.html").read_text()
     assert "<loc>https://example.org/book/index.html</loc>" in (site / "sitemap.xml").read_text()
     with pages.served(site) as address:
         page = chromium.new_page(color_scheme="light")
-        page.goto(f"{address}/chapters/10_pythia.html")
+        page.goto(f"{address}/chapters/01_small.html")
         colour = page.eval_on_selector(".bd-article a.reference", "link => getComputedStyle(link).color")
         page.close()
     assert colour == "rgb(122, 31, 31)"
@@ -248,14 +260,14 @@ def test_title_and_colour_are_one_line_each_and_a_host_one_variable(small_book, 
 
 def test_a_figure_for_want_of_data_is_no_error_and_an_unknown_one_is(small_book):
     index = small_book / "book" / "index.md"
-    index.write_text(index.read_text().replace("Words.", "See {numref}`fig-pythia-curves`."))
+    index.write_text(index.read_text().replace("Words.", "See {numref}`fig-rare`."))
     done = render(small_book)
     assert done.returncode == 0, done.stderr
     assert "a figure that this build could not make" in (small_book / "_build" / "html" / "index.html").read_text()
-    index.write_text(index.read_text().replace("fig-pythia-curves", "fig-pythia-curve"))
+    index.write_text(index.read_text().replace("fig-rare", "fig-raw"))
     done = render(small_book)
     assert done.returncode == 1
-    assert "fig-pythia-curve" in done.stderr
+    assert "fig-raw" in done.stderr
 
 
 def test_a_broken_link_to_another_host_is_found(small_book):

@@ -81,14 +81,15 @@ def examples(model: nn.Module, input_ids: Int[Tensor, "texts length"], bias: boo
 
 
 def working_rank(head: Head, data: Examples, tolerance: float = 1e-3) -> int:
-    """The least rank, by bisection, at which a cut of `head` (of `heads.low_rank`) costs at most `tolerance` nats.
+    """The least rank, by bisection, at which a cut of `head` (of `heads.low_rank`) predicts as the whole does.
 
-    Unlike a numerical rank it does not take the rounding of stored weights for dimensions.
+    That is, ½ E[Δ²] ≤ `tolerance` nats, Δ the change of a token's loss: to second order the divergence, which unlike
+    E[Δ] does not cancel. Unlike a numerical rank it does not take the rounding of stored weights for dimensions.
     """
-    whole, low, high = heads.token_losses(data, [head]).mean(), 1, len(head.B)
+    whole, low, high = heads.token_losses(data, [head]), 1, len(head.B)
     while low < high:
         middle = (low + high) // 2
-        enough = heads.token_losses(data, [head.cut(middle)]).mean() <= whole + tolerance
+        enough = np.square(heads.token_losses(data, [head.cut(middle)]) - whole).mean() / 2 <= tolerance
         low, high = (low, middle) if enough else (middle + 1, high)
     return low
 

@@ -1,5 +1,6 @@
 """The diagnosis: its rule, its experiment on planted cases, and the whole report on architectures new to the book."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -170,37 +171,33 @@ def test_the_target_rank_says_what_it_reduced():
 SMALL = ["length=24", "passages=48", "judged=16", "rank_vocab=64", "rank_tokens=20000", "gradient_tokens=200"]
 
 
+def run(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
+    """The command, in a folder of its own: kernels of one folder share their sockets' names."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "workflow" / "diagnosis.py", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma"])
-def test_the_report_on_a_folder_and_a_file_opens_with_the_network_cut(kind, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    folder, source, output = (
-        tiny.save(tmp_path / kind, kind, tied=kind != "llama"),
-        tmp_path / "mine.txt",
-        tmp_path / "report.html",
-    )
-    source.write_text("\n\n".join(PARAGRAPHS))
-    arguments = [str(folder), "--text", str(source), "--output", str(output), "--set", *SMALL]
-    done = subprocess.run(
-        [sys.executable, ROOT / "workflow" / "diagnosis.py", *arguments], capture_output=True, text=True
-    )
+def test_the_report_on_a_folder_and_a_file_opens_with_the_network_cut(kind, tmp_path):
+    tiny.save(tmp_path / kind, kind, tied=kind != "llama")
+    (tmp_path / "mine.txt").write_text("\n\n".join(PARAGRAPHS))
+    done = run(tmp_path, kind, "--text", "mine.txt", "--set", *SMALL)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert any(
-        f"**{verdict.capitalize()}.**" in str(nbformat.read(output.with_suffix(".ipynb"), 4))
-        for verdict in diagnose.VERDICTS
-    )
-    assert "<script" not in output.read_text()
+    made = str(nbformat.read(tmp_path / "report.ipynb", 4))
+    assert any(f"**{verdict.capitalize()}.**" in made for verdict in diagnose.VERDICTS)
+    assert "<script" not in (tmp_path / "report.html").read_text()
     if pages.CHROMIUM:
         with pages.browser() as chromium, pages.served(tmp_path) as address:
-            assert pages.problems(chromium, address, output.name, 1280) == []
+            assert pages.problems(chromium, address, "report.html", 1280) == []
 
 
 def test_what_does_not_fit_ends_in_one_line(tmp_path):
     tiny.save(tmp_path / "bert", "bert")
-    run = [sys.executable, ROOT / "workflow" / "diagnosis.py"]
-    done = subprocess.run([*run, tmp_path / "bert", "--output", tmp_path / "x.html"], capture_output=True, text=True)
+    done = run(tmp_path, "bert")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "no LM head; use a causal language model" in done.stderr
-    assert not (tmp_path / "x.html").exists()
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_the_bundled_references_hold_the_planted_cases():
@@ -210,7 +207,8 @@ def test_the_bundled_references_hold_the_planted_cases():
     assert known[references.SMOL] != "bottleneck"
 
 
-def test_a_bundled_reference_is_found_again():
+def test_a_bundled_reference_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     name = f"{references.TUNNEL}, d = 64, untrained"
     kept = diagnose.references().query("reference == @name").set_index("quantity")
     again = references.measure(name).set_index("quantity")

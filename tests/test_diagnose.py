@@ -153,6 +153,8 @@ def test_a_text_or_model_too_short_is_named():
     network, tokenizer = tiny.network("llama"), tiny.fast_tokenizer()
     with pytest.raises(ValueError, match="give more text, or ask for fewer or shorter ones"):
         diagnose.sample(network, tokenizer, PARAGRAPHS[:3], (12, 4), 30)
+    with pytest.raises(ValueError, match="no LM head; use a causal language model"):
+        diagnose.sample(tiny.network("bert"), tokenizer, PARAGRAPHS, (12, 4), 30)
     with pytest.raises(ValueError, match="length = 65: this model reads 64 tokens at most"):
         diagnose.sample(network, tokenizer, PARAGRAPHS, (12, 4), 65)
 

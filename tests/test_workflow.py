@@ -236,3 +236,15 @@ def test_notebooks_are_committed_clean():
             assert cell.get("execution_count") is None, f"{path.name}: execution counts committed"
             lines = "".join(cell["source"]).count("\n") + 1
             assert cell["cell_type"] != "code" or lines <= 30, f"{path.name}: a code cell of {lines} lines"
+
+
+def test_chapters_executed_at_once_in_one_folder_do_not_meet(tmp_path):
+    notebook(tmp_path / "chapter.ipynb", "import time; time.sleep(2); print(n)")
+    command = [sys.executable, str(ROOT / "workflow" / "execute.py"), "chapter.ipynb"]
+    runs = [
+        subprocess.Popen([*command, f"{n}.ipynb", "--parameters", json.dumps({"n": n})], cwd=tmp_path) for n in range(3)
+    ]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    for n in range(3):
+        assert nbformat.read(tmp_path / f"{n}.ipynb", 4).cells[-1].outputs[0].text == f"{n}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.ipynb", "1.ipynb", "2.ipynb", "chapter.ipynb"]

@@ -16,8 +16,6 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-LOCAL_ONLY = Config(KernelManager={"transport": "ipc"})  # the kernel listens on no network port
-
 
 def literals(source: str) -> dict[str, Any]:
     """The names that a cell sets and their values, which are plain literals. (papermill's own reading of a cell
@@ -81,10 +79,13 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
     if preset != "laptop":  # laptop is what the notebooks say themselves
         parameters = {"preset": preset, **parameters}
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".running-") as scratch:
+    scratches = tempfile.TemporaryDirectory(dir=output.parent, prefix=".running-"), tempfile.TemporaryDirectory()
+    with scratches[0] as scratch, scratches[1] as sockets:
         finished = Path(scratch) / output.name
+        # The kernel listens on no network port, and kernels of several chapters share no socket.
+        local_only = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
         papermill.execute_notebook(
-            notebook, finished, parameters, kernel_name="python3", progress_bar=False, config=LOCAL_ONLY
+            notebook, finished, parameters, kernel_name="python3", progress_bar=False, config=local_only
         )
         content = nbformat.read(finished, as_version=4)
         describe_figures(content)

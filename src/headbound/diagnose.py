@@ -37,8 +37,9 @@ def sample(
 
     A token that the tokenizer puts before every text (Llama's, Gemma's) is put before every passage.
 
-    **Raises:** `ValueError` if the texts are too few or too short, or the passages too long for the model.
+    **Raises:** `ValueError` for a model without an LM head, texts too few or short, or passages too long for it.
     """
+    models.head_weight(model)
     limit = getattr(model.config, "max_position_embeddings", None) or length
     if length > limit:
         raise ValueError(f"length = {length}: this model reads {limit} tokens at most; choose a length up to that")

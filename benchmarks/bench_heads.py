@@ -84,7 +84,8 @@ def training_rows():
 
 def loss_rows(tokens):
     full = contest.contend("loss", "full", tokens, tokens)
-    for name, got in {"full": full} | {f"{b}": contest.contend("loss", "blocked", tokens, b) for b in BLOCKS}.items():
+    blocked = {f"{b}": contest.contend("loss", "blocked", tokens, b) for b in BLOCKS}
+    for name, got in {"full": full, **blocked}.items():
         pairs = zip(got["probes"], full["probes"], strict=True)
         apart = max(np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b) for a, b in pairs)
         times = f"{got['MB'] / got['block MB']:.2f}"

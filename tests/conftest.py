@@ -1,4 +1,6 @@
 import matplotlib as mpl
+import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 
@@ -7,3 +9,26 @@ torch.set_num_threads(2)
 # A shared machine is slow at times; a deadline on one example would test the machine, not the code.
 settings.register_profile("headbound", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("headbound")
+
+WORDS = ["model", "learns", "head", "rank", "small", "forgets", "ideal", "would", "say", "some"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A text that a tiny suite can learn from, beside a cache of its own."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    texts = (" ".join(rng.choice(WORDS, 500)) for _ in range(200))
+    (folder / "text.txt").write_text("\n\n".join(texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEADBOUND_CACHE", str(folder / "cache"))
+        yield str(folder / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Hundreds of tiny steps: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import close_session, constants
 
-from headbound import checkpoints
+from headbound import checkpoints, remote
 
 ROWS, WIDTH = 2048, 96
 TOKENIZER = hub.tokenizer_files(300)
@@ -20,7 +20,7 @@ TOKENIZER = hub.tokenizer_files(300)
 def served(monkeypatch, tmp_path):
     monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(checkpoints, "WAIT", 0.01)
+    monkeypatch.setattr(remote, "WAIT", 0.01)
     with hub.Hub() as server:
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -95,7 +95,7 @@ def test_a_third_of_the_answers_failing_changes_nothing(served, kind):
 
 def test_a_hub_that_never_answers_well_is_named(served, monkeypatch):
     put(served, "main")
-    monkeypatch.setattr(checkpoints, "TRIES", 3)
+    monkeypatch.setattr(remote, "TRIES", 3)
     for kind in ("429", "503", "cut", "wrong"):
         served.fail_often(1, [kind])
         with pytest.raises(ConnectionError, match=r"a/m at main: .*run again later"):
@@ -108,7 +108,7 @@ def test_whole_checkpoints_are_checked_and_removed(served):
     with checkpoints.local("a/m") as (folder, listed):
         for path, file in listed.files.items():
             if not path.endswith(".bin"):
-                assert checkpoints._intact((folder / path).open("rb"), file)
+                assert remote._intact((folder / path).open("rb"), file)
         assert not list(folder.glob("*.bin"))
     assert not folder.exists()
     with checkpoints.local("a/m", keep=True) as (folder, _):
@@ -121,7 +121,7 @@ def test_whole_checkpoints_are_checked_and_removed(served):
 
 def test_a_branch_that_moves_is_read_at_one_commit(served, monkeypatch):
     old = put(served, "main", seed=1)
-    listing = checkpoints.listing
+    listing = remote.listing
 
     def moving(*arguments):
         listed = listing(*arguments)
@@ -157,7 +157,7 @@ def test_what_cannot_be_read_is_said_in_one_line(served, monkeypatch):
     with pytest.raises(ValueError, match="code of its own"), checkpoints.local("a/code"):
         pass
     usage = shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OSError, match="1,000 free"), checkpoints.local("a/m"):
         pass
 

@@ -7,13 +7,7 @@ from torch.overrides import TorchFunctionMode
 
 from headbound import gradients, heads
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def examples(hidden_states, vocab, seed=0, texts=2):

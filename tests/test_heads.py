@@ -8,14 +8,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from headbound import heads
 from headbound.losses import blocked_cross_entropy
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Hundreds of tiny steps: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def states(tokens, d, scale=1.0, seed=0):

@@ -14,24 +14,12 @@ from scipy.stats import ttest_rel
 from statsmodels.stats.multitest import multipletests
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from headbound import interventions, progress, suite
+from headbound import interventions, measurements, progress, suite
 from headbound.interventions import INTERVENTIONS, QUANTITIES, Factored, MixtureOfSoftmaxes, SigSoftmax
 
-WORDS = ["model", "learns", "head", "rank", "small", "forgets", "ideal", "would", "say", "some"]
 TINY = {"vocab_size": 300, "layers": 1, "context": 16, "checkpoints": 3, "held_out_texts": 8, "warmup": 0.1}
 LIFTED = ["two-layer head", "sigsoftmax", "mixture of softmaxes"]
 LINEAR = ["head of rank d/2", "head four times as wide"]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    rng = np.random.default_rng(0)
-    texts = (" ".join(rng.choice(WORDS, 500)) for _ in range(200))
-    (folder / "text.txt").write_text("\n\n".join(texts))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HEADBOUND_CACHE", str(folder / "cache"))
-        yield str(folder / "text.txt")
 
 
 def log_probabilities(head, d, contexts=60, vocab=40, seed=0):
@@ -110,7 +98,7 @@ def test_output_rank_is_what_the_definition_says(source):
     logits = model(rows[:16, :-1]).logits.flatten(0, 1).double().detach()
     values = torch.linalg.svdvals(logits - logits.mean(1, keepdim=True))
     p = (values / values.sum())[:8]
-    assert suite.output_rank(model, rows) == pytest.approx(float(torch.exp(-(p * p.log()).sum())), rel=1e-5)
+    assert measurements.output_rank(model, rows) == pytest.approx(float(torch.exp(-(p * p.log()).sum())), rel=1e-5)
 
 
 def test_runs_share_tokens_and_seeds_in_pairs(source, monkeypatch):

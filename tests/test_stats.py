@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from headbound.stats import Estimate, bootstrap, jackknife
+from headbound.stats import Estimate, bootstrap, jackknife, ratio
 
 
 def test_interval_of_a_mean_is_the_textbook_one():
@@ -53,3 +53,22 @@ def test_jackknife_of_a_mean_is_the_textbook_interval():
     assert estimate.high - estimate.value == pytest.approx(half, rel=1e-3)
     with pytest.raises(ValueError, match="1 groups"):
         jackknife([1.0], 1.0)
+
+
+def test_ratio_of_sums_resamples_texts_not_tokens():
+    rng = np.random.default_rng(3)
+    of_text = rng.normal(size=60)
+    texts = np.repeat(10 * np.arange(60), 50)  # numbers with gaps, fifty equal tokens in each
+    estimate = ratio(np.repeat(of_text, 50), texts)
+    assert estimate.value == pytest.approx(of_text.mean())
+    assert estimate.n == 60
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * of_text.std() / math.sqrt(60), rel=0.15)
+    values, weights = rng.random(3000), rng.random(3000)
+    assert ratio(values, texts, weights).value == pytest.approx(values.sum() / weights.sum(), rel=1e-12)
+    assert math.isnan(ratio(values, texts, 0 * weights).value)
+    with pytest.raises(ValueError, match="units = 0"):
+        ratio(np.zeros(0), np.zeros(0, int))
+
+
+def test_an_increasing_function_keeps_the_interval_around_the_value():
+    assert Estimate(0.0, -1.0, 1.0, 7).map(math.exp) == (1.0, math.exp(-1), math.e, 7)

@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from headbound import models, suite
+from headbound import measurements, models, suite
 
-WORDS = ["model", "learns", "head", "rank", "small", "forgets", "ideal", "would", "say", "some"]
 TINY = {
     "vocab_size": 300,
     "layers": 1,
@@ -25,17 +24,6 @@ TINY = {
     "held_out_texts": 8,
     "warmup": 0.1,
 }
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    rng = np.random.default_rng(0)
-    texts = (" ".join(rng.choice(WORDS, 500)) for _ in range(200))
-    (folder / "text.txt").write_text("\n\n".join(texts))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HEADBOUND_CACHE", str(folder / "cache"))
-        yield str(folder / "text.txt")
 
 
 def test_table_and_hub_layout(source, tmp_path):
@@ -53,7 +41,7 @@ def test_table_and_hub_layout(source, tmp_path):
     model, tokenizer = models.load(row.path)
     assert len(tokenizer) == 300
     _, _, rows = suite.corpus(source, 300, 16, 8)
-    again = suite.measure(model, rows)
+    again = measurements.measure(model, rows)
     assert {k: row[k] for k in again} == pytest.approx(again, rel=1e-5)
     before = (tmp_path / "neox-d8" / "step12" / "model.safetensors").stat().st_mtime_ns
     assert suite.train([8], 12, tmp_path, source=source, **TINY).equals(table[table.hidden_size == 8])

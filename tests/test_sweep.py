@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import close_session, constants
 
 import headbound
-from headbound import checkpoints, sweep
+from headbound import remote, sweep
 
 ROOT = Path(__file__).parents[1]
 STEPS = hub.STEPS[:4]
@@ -36,7 +36,7 @@ def served(filled, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", filled.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(checkpoints, "WAIT", 0.01)
+    monkeypatch.setattr(remote, "WAIT", 0.01)
     filled.fail([])
     branches = {model: dict(names) for model, names in filled.branches.items()}
     yield filled
@@ -91,7 +91,7 @@ def test_a_third_of_the_answers_failing_changes_no_result(served, table):
 
 
 def test_what_the_network_left_out_is_named(served, table, monkeypatch):
-    monkeypatch.setattr(checkpoints, "TRIES", 2)
+    monkeypatch.setattr(remote, "TRIES", 2)
     for model in table:
         sweep.audited(model, table[model], HEADS)
     served.fail(["503"] * 10**6)

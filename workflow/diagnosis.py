@@ -1,16 +1,15 @@
 """Diagnose a model: the report of chapter 9 as one self-contained HTML page, and the notebook it was made from."""
 
 import argparse
-import base64
 import html
-import logging
+import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import nbformat
-from execute import execute
+from execute import execute, report_failure
 from nbconvert import HTMLExporter
-from papermill.exceptions import PapermillExecutionError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "09_diagnose.ipynb"
@@ -34,8 +33,7 @@ def page(report: nbformat.NotebookNode) -> str:
             about = output.get("metadata", {}).get("headbound", {})
             if "alt" in about:
                 alt, caption = (html.escape(about[key]) for key in ("alt", "caption"))
-                data = base64.b64encode(base64.b64decode(output.data["image/png"])).decode()
-                image = f'<img src="data:image/png;base64,{data}" alt="{alt}">'
+                image = f'<img src="data:image/png;base64,{output.data["image/png"].strip()}" alt="{alt}">'
                 output.data = {"text/html": f"<figure>{image}<figcaption>{caption}</figcaption></figure>"}
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(report)
@@ -43,30 +41,31 @@ def page(report: nbformat.NotebookNode) -> str:
     return f'<!doctype html><html lang="en"><head>{head}<title>Diagnosis</title></head><body>{body}</body></html>'
 
 
+def diagnose(model: str, text: str, revision: str, others: list[str], output: Path) -> None:
+    """Execute the notebook on a model and a text, and write the page beside it.
+
+    **Raises:** `ValueError` for bad parameters, `PapermillExecutionError` for what the notebook can't do.
+    """
+    if odd := [pair for pair in others if not re.fullmatch(r"\w+=-?[\d.]+", pair)]:
+        raise ValueError(f"--set {odd[0]}: must be NAME=NUMBER, such as passages=288")
+    numbers = {name: float(value) if "." in value else int(value) for name, value in (x.split("=") for x in others)}
+    executed = output.with_suffix(".ipynb")
+    execute(NOTEBOOK, executed, "laptop", {"model": model, "text": text, "revision": revision, **numbers})
+    output.write_text(page(nbformat.read(executed, 4)), encoding="utf-8")
+    print(f"The report is ready: open {output}")
+
+
 def main() -> int:
-    """The command line: one clear line for what went wrong, and a status that is not zero."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="a folder, a .gguf file, a Hub id, or smollm2-135m")
     parser.add_argument("--text", default="docstrings", help="a UTF-8 file, docstrings, or hf:NAME")
     parser.add_argument("--revision", default="", help="of a Hub id")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="other parameters, passages=288")
     parser.add_argument("--output", type=Path, default=Path("report.html"))
-    arguments = parser.parse_args()
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    try:
-        others = dict(pair.split("=") for pair in arguments.set)
-        others = {name: float(value) if "." in value else int(value) for name, value in others.items()}
-        parameters = {"model": arguments.model, "text": arguments.text, "revision": arguments.revision, **others}
-        execute(NOTEBOOK, arguments.output.with_suffix(".ipynb"), "laptop", parameters)
-    except PapermillExecutionError as error:
-        print(f"headbound: {error.ename}: {error.evalue}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"headbound: {error}", file=sys.stderr)
-        return 2
-    arguments.output.write_text(page(nbformat.read(arguments.output.with_suffix(".ipynb"), 4)), encoding="utf-8")
-    print(f"The report is ready: open {arguments.output}")
-    return 0
+    asked = parser.parse_args()
+    work = partial(diagnose, asked.model, asked.text, asked.revision, asked.set, asked.output)
+    return report_failure(NOTEBOOK, work)
 
 
 if __name__ == "__main__":

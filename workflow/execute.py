@@ -8,6 +8,8 @@ import logging
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +81,8 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
     if preset != "laptop":  # laptop is what the notebooks say themselves
         parameters = {"preset": preset, **parameters}
     output.parent.mkdir(parents=True, exist_ok=True)
-    scratches = tempfile.TemporaryDirectory(dir=output.parent, prefix=".running-"), tempfile.TemporaryDirectory()
-    with scratches[0] as scratch, scratches[1] as sockets:
+    beside = {"dir": output.parent, "prefix": ".running-"}
+    with tempfile.TemporaryDirectory(**beside) as scratch, tempfile.TemporaryDirectory() as sockets:
         finished = Path(scratch) / output.name
         # The kernel listens on no network port, and kernels of several chapters share no socket.
         local_only = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
@@ -96,24 +98,30 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
         finished.replace(output)
 
 
-def main() -> int:
-    """The command line: one clear line for what went wrong, and a status that is not zero."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("notebook", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--preset", default="laptop")
-    parser.add_argument("--parameters", type=json.loads, default={}, help="JSON object")
-    arguments = parser.parse_args()
+def report_failure(notebook: Path, work: Callable[[], None]) -> int:
+    """Do the work of a command line: its exit status, and one clear line on standard error for what went wrong."""
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
-        execute(arguments.notebook, arguments.output, arguments.preset, arguments.parameters)
+        work()
     except PapermillExecutionError as error:
-        print(f"headbound: {arguments.notebook.stem}: {error.ename}: {error.evalue}", file=sys.stderr)
+        print(f"headbound: {notebook.stem}: {error.ename}: {error.evalue}", file=sys.stderr)
         return 1
     except ValueError as error:
         print(f"headbound: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--preset", default="laptop")
+    parser.add_argument("--parameters", type=json.loads, default={}, help="JSON object")
+    asked = parser.parse_args()
+    work = partial(execute, asked.notebook, asked.output, asked.preset, asked.parameters)
+    return report_failure(asked.notebook, work)
 
 
 if __name__ == "__main__":

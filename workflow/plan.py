@@ -4,14 +4,14 @@ import argparse
 import json
 import sys
 
-from headbound import checkpoints, evals, sweep
+from headbound import evals, remote, sweep
 
 
 def shape(model: str, revision: str) -> tuple[int, int, int, int, str]:
     """Layers, width, head rows, bytes of the whole checkpoint, and where they are known from."""
     try:
-        listed = checkpoints.listing(model, revision)
-        config = json.loads(checkpoints.small_file(listed, "config.json"))
+        listed = remote.listing(model, revision)
+        config = json.loads(remote.small_file(listed, "config.json"))
         sizes = [file.size for file in next(iter(listed.weights().values())).values()]
         return (
             config["num_hidden_layers"],
@@ -50,7 +50,7 @@ def main() -> int:
     if given.preset != "paper":
         print(f"PRESET={given.preset}: it has no sweep, nothing is fetched; use PRESET=paper")
         return 0
-    checkpoints.TRIES = 2
+    remote.TRIES = 2
     try:
         table, settings = sweep.read("workflow/sweep.yaml")
         shapes = {model: shape(model, names[-1]) for model, names in table.items()}

@@ -136,19 +136,13 @@ def lift(
     options = {"epochs": 1, "batch": batch, "learning_rate": learning_rate, "sampled": sampled, "seed": seed}
     trained = heads.train(parts[0].hidden_states, parts[0].targets, starts, **options)
     losses = dict(zip(ranks, heads.token_losses(parts[1], trained), strict=True))
-    return [difference(losses[low, low] - losses[low, high], test.texts) for low, high in pairs]
-
-
-def difference(nats: Float[np.ndarray, " tokens"], texts: Int[np.ndarray, " tokens"]) -> stats.Estimate:
-    """The mean over tokens, its interval by bootstrap over texts."""
-    sums, counts = np.bincount(texts, nats), np.bincount(texts)
-    return stats.bootstrap(lambda weights: float(weights @ sums / (weights @ counts)), len(sums))
+    return [stats.ratio(losses[low, low] - losses[low, high], test.texts) for low, high in pairs]
 
 
 def ahead(nats: Float[np.ndarray, " tokens"], train: Examples, test: Examples) -> stats.Estimate:
     """Nats a token that a model's losses on `test` save against the token frequencies of `train` (plus 0.1)."""
     counts = np.bincount(train.targets, minlength=int(test.targets.max()) + 1) + 0.1
-    return difference(np.log(counts.sum() / counts[test.targets]) - nats, test.texts)
+    return stats.ratio(np.log(counts.sum() / counts[test.targets]) - nats, test.texts)
 
 
 def verdict(gain: stats.Estimate, control: stats.Estimate, lead: stats.Estimate, used: float, margin: float) -> str:

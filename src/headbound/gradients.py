@@ -43,14 +43,8 @@ class Squares(NamedTuple):
         chosen = np.ones(len(self.texts), bool) if where is None else where
         if not chosen.any():
             raise ValueError("where chooses no token: a share needs at least one; widen it or give more text")
-        texts = np.unique(self.texts[chosen], return_inverse=True)[1]
-        passed, whole = (np.bincount(texts, x[chosen]) for x in (getattr(self, part), self.gradient))
-
-        def ratio(weights: Float[np.ndarray, " texts"]) -> float:
-            total = weights @ whole
-            return float((weights @ passed / total) ** power) if total > 0 else math.nan
-
-        return stats.bootstrap(ratio, len(whole))
+        passed, whole = getattr(self, part)[chosen], self.gradient[chosen]
+        return stats.ratio(passed, self.texts[chosen], whole).map(lambda share: share**power)
 
 
 @torch.inference_mode()

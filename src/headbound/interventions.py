@@ -136,8 +136,8 @@ def outcomes(table: pd.DataFrame) -> pd.DataFrame:
     """One row a run of a `sweep`: its last checkpoint, and its late course.
 
     `loss`, `anisotropy` (after the norm) and `head_entropy` (singular entropy of the head, NaN if it is not one
-    matrix) are `suite.measure`'s. `output_entropy` = ln(d / `output_rank`): of a linear head's outputs the singular
-    entropy over d dimensions, at least 0; below 0 only where the outputs have more dimensions than the hidden state.
+    matrix) are `measurements.measure`'s. `output_entropy` = ln(d / `output_rank`): of a linear head's outputs the
+    singular entropy over d dimensions, at least 0; below 0 only where they have more dimensions than the hidden state.
     The three `…_late`: the last value minus the least one between the early peak and the last. Above 0: saturation.
     """
     rows = []

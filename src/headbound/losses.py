@@ -1,6 +1,7 @@
 """Cross-entropy of a large head without ever holding its logits: tokens go through it block by block."""
 
 import importlib.util
+import math
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -65,18 +66,12 @@ def blocked_cross_entropy(
     )
 
 
-def perplexity(
-    losses: Float[np.ndarray, " tokens"], texts: Int[np.ndarray, " tokens"], resamples: int = 1000
-) -> stats.Estimate:
+def perplexity(losses: Float[np.ndarray, " tokens"], texts: Int[np.ndarray, " tokens"]) -> stats.Estimate:
     """exp(mean loss) over all tokens, its interval by bootstrap over texts (tokens of one text depend on each other).
 
-    **Arguments:**
-
-    - `losses`: nats, one a token.
-    - `texts`: which text each token belongs to, 0 to the number of texts − 1.
+    **Arguments:** `losses`: nats, one a token; `texts`: a number for the text that each token is from.
     """
-    sums, counts = np.bincount(texts, losses), np.bincount(texts)
-    return stats.bootstrap(lambda w: float(np.exp(w @ sums / (w @ counts))), len(sums), resamples)
+    return stats.ratio(losses, texts).map(math.exp)
 
 
 def _check_width(hidden_states: Tensor, weight: Tensor) -> None:

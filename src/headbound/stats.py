@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import stats
 
 
@@ -16,6 +16,10 @@ class Estimate(NamedTuple):
     low: float
     high: float
     n: int
+
+    def map(self, increasing: Callable[[float], float]) -> "Estimate":
+        """The estimate of an increasing function of the number, such as a perplexity from a loss."""
+        return Estimate(*map(increasing, self[:3]), self.n)
 
     def __str__(self) -> str:
         scale = max(abs(self.value), abs(self.high - self.low), 1e-12)
@@ -53,6 +57,26 @@ def bootstrap(
     # scipy's bootstrap warns where a resample has no value; here the interval is NaN then, which is what is known.
     low, high = np.quantile([statistic(draw.astype(float)) for draw in draws], [0.025, 0.975])
     return Estimate(value, float(low), float(high), units)
+
+
+def ratio(
+    values: Float[np.ndarray, " tokens"],
+    texts: Int[np.ndarray, " tokens"],
+    weights: Float[np.ndarray, " tokens"] | None = None,
+) -> Estimate:
+    """Σ values / Σ weights over all tokens, by default their mean; its interval by bootstrap over texts.
+
+    **Arguments:** `texts`: a number for the text each token is from. NaN where all weights are zero.
+
+    **Raises:** `ValueError` if there is no token.
+    """
+    units = np.unique(texts, return_inverse=True)[1]
+    sums, whole = np.bincount(units, values), np.bincount(units, weights)
+
+    def statistic(drawn: Float[np.ndarray, " texts"]) -> float:
+        return float(drawn @ sums / total) if (total := drawn @ whole) else math.nan
+
+    return bootstrap(statistic, len(sums))
 
 
 def jackknife(leave_one_out: Sequence[float], value: float) -> Estimate:

@@ -15,16 +15,15 @@ import pandas as pd
 import torch
 import transformers
 from filelock import FileLock
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from joblib import delayed
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from headbound import anisotropy, device, hidden, models, progress, spectrum, stats, text, tokens
+from headbound import device, hidden, measurements, progress, text, tokens
 
 SAVE_EVERY = 20.0  # seconds between two saves of the training state: what a kill costs at most
-LOGITS = 1 << 25  # held at once while a loss is measured: what bounds the memory
 HELD_OUT = 0.1  # more than the book's two per cent, which are among it: the last-word task needs many texts
 
 
@@ -98,48 +97,6 @@ def _order(windows, kept, epoch, seed):
     return np.random.default_rng(seed).choice(windows, kept, replace=False)[order] if kept else order
 
 
-@torch.inference_mode()
-def text_losses(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> Float[np.ndarray, " texts"]:
-    """The mean loss of each text, nats a token: what a comparison of two models, text by text, needs."""
-    losses, at_once = [], max(1, LOGITS // (rows.shape[1] * model.config.vocab_size))
-    for some in rows.to(model.device).split(at_once):
-        logits = model(some[:, :-1], use_cache=False).logits.float()
-        losses.append(cross_entropy(logits.mT, some[:, 1:], reduction="none").mean(1))
-    return torch.cat(losses).double().cpu().numpy()
-
-
-@torch.inference_mode()
-def output_rank(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> float:
-    """The effective rank of the log-probabilities, modulo a constant a context, at 16 places of each of 16 texts.
-
-    It is defined for any head; a linear one has at most as many dimensions as the hidden state.
-    """
-    places = torch.linspace(0, rows.shape[1] - 2, 16).long().unique()
-    logits = model(rows[:16, :-1].to(model.device), use_cache=False).logits[:, places.to(model.device)].flatten(0, 1)
-    logits = logits.to(device.precise(logits.device), torch.float64)
-    return spectrum.effective_rank(spectrum.singular_values(logits - logits.mean(1, keepdim=True)))
-
-
-@torch.inference_mode()
-def measure(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> dict[str, float]:
-    """Held-out loss and last-layer anisotropy with intervals over texts, the head's singular entropy, `output_rank`.
-
-    The entropy is NaN for a head that is not one matrix.
-    """
-    losses = text_losses(model, rows)
-    before, after = anisotropy.by_layer(hidden.stream(model, rows[:, :-1], layers=[-2, -1]))[0]
-    estimates = {
-        "loss": stats.bootstrap(lambda weights: float(weights @ losses / len(losses)), len(losses)),
-        "anisotropy_before_norm": before,
-        "anisotropy_after_norm": after,
-    }
-    values = {f"{k}{end}": e[i] for k, e in estimates.items() for i, end in enumerate(("", "_low", "_high"))}
-    one_matrix = isinstance(getattr(model.get_output_embeddings(), "weight", None), Tensor)
-    head = spectrum.singular_values(models.head_weight(model)) if one_matrix else None
-    entropy = math.nan if head is None else spectrum.singular_entropy(head)
-    return {**values, "singular_entropy": entropy, "output_rank": output_rank(model, rows), "texts": len(losses)}
-
-
 def train(
     hidden_sizes: Sequence[int],
     steps: int,
@@ -180,7 +137,7 @@ def train(
     - `build`: from a configuration to a GPT-NeoX with any head, kept under the name `variant`.
     - `where`: the device.
 
-    **Returns:** a row a checkpoint: model, step, tokens, `measure`'s numbers, `path` (in the Hub's layout).
+    **Returns:** a row a checkpoint: model, step, tokens, `measurements.measure`, `path` (in the Hub's layout).
 
     **Raises:** `ValueError` for arguments that cannot be; `FloatingPointError` with the step when the loss is
     not finite, the checkpoints before it kept.
@@ -267,7 +224,7 @@ def _fit(model, folder, wanted, options, tokenizer, stream, test, kept):
             )
         if step in wanted and not wanted[step].exists():
             row = {"tokens": step * size * context, "parameters": model.num_parameters()}
-            _keep(wanted[step], model, tokenizer, {**row, **measure(model, test)})
+            _keep(wanted[step], model, tokenizer, {**row, **measurements.measure(model, test)})
         if step in wanted or time.monotonic() - saved > SAVE_EVERY:
             with text.replacing(state) as temporary:
                 torch.save((step, model.state_dict(), optimizer.state_dict()), temporary)

@@ -15,7 +15,7 @@ import yaml
 from numpy.linalg import norm
 
 import headbound
-from headbound import checkpoints, device, hidden, models, spectrum, suite, text
+from headbound import checkpoints, device, hidden, measurements, models, remote, spectrum, text
 from headbound.progress import bar
 
 SAMPLE = 64  # entries of the head kept with each result, evenly spread
@@ -87,7 +87,7 @@ def measure(
     how the bytes were checked, and the numbers: `singular_entropy`, `effective_rank`, and of whole checkpoints
     `loss` (nats a token) and last-layer `anisotropy`, before and after the norm, with intervals over texts.
 
-    **Raises:** as `checkpoints.listing` does; `ValueError` if the checkpoint changed since the audit.
+    **Raises:** as `remote.listing` does; `ValueError` if the checkpoint changed since the audit.
     """
     if row := result(model, revision, settings):
         return row
@@ -98,7 +98,7 @@ def measure(
         if listed.commit != row["commit"]:
             where = folder(model, settings)
             raise ValueError(f"{model} at {revision}: changed on the Hub since its audit; remove {where} and run again")
-        vocabulary = json.dumps(sorted(checkpoints.tokenizer(listed).get_vocab().items()))
+        vocabulary = json.dumps(sorted(remote.tokenizer(listed).get_vocab().items()))
         row.update(numbers, vocabulary=hashlib.sha256(vocabulary.encode()).hexdigest()[:12])
     row["made_by"] = _made_by(settings)
     _write(folder(model, settings) / f"{revision}.json", row)
@@ -142,19 +142,19 @@ def run(table: Mapping[str, Sequence[str]], settings: Settings) -> pd.DataFrame:
     return frame.drop(columns=["made_by", "sample_of_head"], errors="ignore")
 
 
-def _head(model: str, revision: str, settings: Settings, keep: bool) -> tuple[checkpoints.Listing, dict[str, Any]]:
+def _head(model: str, revision: str, settings: Settings, keep: bool) -> tuple[remote.Listing, dict[str, Any]]:
     head = checkpoints.head(model, revision, settings.reads, keep)
-    real = checkpoints.tokenizer(head.listed).get_vocab_size()
+    real = remote.tokenizer(head.listed).get_vocab_size()
     return head.listed, {**_spectrum(head.weight[:real]), "fetched": head.fetched, "checked": "ranges"}
 
 
-def _whole(model: str, revision: str, settings: Settings, keep: bool) -> tuple[checkpoints.Listing, dict[str, Any]]:
+def _whole(model: str, revision: str, settings: Settings, keep: bool) -> tuple[remote.Listing, dict[str, Any]]:
     held_out = text.split(text.load(settings.source))[1]
     with checkpoints.local(model, revision, keep) as (path, listed):
         network, tokenizer = models.load(str(path), dtype=getattr(torch, settings.dtype))
         rows = hidden.sequences(tokenizer, held_out, settings.texts, settings.length)
         head = _spectrum(models.head_weight(network, tokenizer))
-        return listed, {**suite.measure(network, rows), **head, "checked": "whole files"}
+        return listed, {**measurements.measure(network, rows), **head, "checked": "whole files"}
 
 
 def _spectrum(weight: torch.Tensor) -> dict[str, Any]:

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from headbound.stats import Estimate, bootstrap, jackknife, ratio
+from headbound.stats import Estimate, bootstrap, jackknife, mean
 
 
 def test_interval_of_a_mean_is_the_textbook_one():
@@ -55,19 +55,21 @@ def test_jackknife_of_a_mean_is_the_textbook_interval():
         jackknife([1.0], 1.0)
 
 
-def test_ratio_of_sums_resamples_texts_not_tokens():
+def test_a_mean_resamples_texts_not_tokens():
     rng = np.random.default_rng(3)
     of_text = rng.normal(size=60)
     texts = np.repeat(10 * np.arange(60), 50)  # numbers with gaps, fifty equal tokens in each
-    estimate = ratio(np.repeat(of_text, 50), texts)
+    estimate = mean(np.repeat(of_text, 50), texts)
     assert estimate.value == pytest.approx(of_text.mean())
     assert estimate.n == 60
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * of_text.std() / math.sqrt(60), rel=0.15)
     values, weights = rng.random(3000), rng.random(3000)
-    assert ratio(values, texts, weights).value == pytest.approx(values.sum() / weights.sum(), rel=1e-12)
-    assert math.isnan(ratio(values, texts, 0 * weights).value)
+    assert mean(values, texts, weights).value == pytest.approx(values.sum() / weights.sum(), rel=1e-12)
+    assert math.isnan(mean(values, texts, 0 * weights).value)
+    alone = mean(values)
+    assert (alone.value, alone.n) == (pytest.approx(values.mean()), 3000)
     with pytest.raises(ValueError, match="units = 0"):
-        ratio(np.zeros(0), np.zeros(0, int))
+        mean(np.zeros(0))
 
 
 def test_an_increasing_function_keeps_the_interval_around_the_value():

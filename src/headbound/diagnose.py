@@ -136,13 +136,13 @@ def lift(
     options = {"epochs": 1, "batch": batch, "learning_rate": learning_rate, "sampled": sampled, "seed": seed}
     trained = heads.train(parts[0].hidden_states, parts[0].targets, starts, **options)
     losses = dict(zip(ranks, heads.token_losses(parts[1], trained), strict=True))
-    return [stats.ratio(losses[low, low] - losses[low, high], test.texts) for low, high in pairs]
+    return [stats.mean(losses[low, low] - losses[low, high], test.texts) for low, high in pairs]
 
 
 def ahead(nats: Float[np.ndarray, " tokens"], train: Examples, test: Examples) -> stats.Estimate:
     """Nats a token that a model's losses on `test` save against the token frequencies of `train` (plus 0.1)."""
     counts = np.bincount(train.targets, minlength=int(test.targets.max()) + 1) + 0.1
-    return stats.ratio(np.log(counts.sum() / counts[test.targets]) - nats, test.texts)
+    return stats.mean(np.log(counts.sum() / counts[test.targets]) - nats, test.texts)
 
 
 def verdict(gain: stats.Estimate, control: stats.Estimate, lead: stats.Estimate, used: float, margin: float) -> str:

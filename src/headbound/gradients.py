@@ -44,7 +44,7 @@ class Squares(NamedTuple):
         if not chosen.any():
             raise ValueError("where chooses no token: a share needs at least one; widen it or give more text")
         passed, whole = getattr(self, part)[chosen], self.gradient[chosen]
-        return stats.ratio(passed, self.texts[chosen], whole).map(lambda share: share**power)
+        return stats.mean(passed, self.texts[chosen], whole).map(lambda share: share**power)
 
 
 @torch.inference_mode()

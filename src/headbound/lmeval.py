@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pandas as pd
 from datasets import Dataset
 from scipy.stats import binomtest
@@ -126,7 +127,7 @@ def _interval(metric, value, error, n, logs):
     if metric == "acc":
         return tuple(binomtest(round(value * n), n).proportion_ci(method="wilson"))
     if metric == "perplexity" and logs:
-        mean = stats.bootstrap(lambda weights: float(weights @ logs / n), n)
+        mean = stats.mean(np.array(logs))
         return math.exp(-mean.high), math.exp(-mean.low)
     return value - 1.96 * error, value + 1.96 * error
 

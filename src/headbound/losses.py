@@ -71,7 +71,7 @@ def perplexity(losses: Float[np.ndarray, " tokens"], texts: Int[np.ndarray, " to
 
     **Arguments:** `losses`: nats, one a token; `texts`: a number for the text that each token is from.
     """
-    return stats.ratio(losses, texts).map(math.exp)
+    return stats.mean(losses, texts).map(math.exp)
 
 
 def _check_width(hidden_states: Tensor, weight: Tensor) -> None:

@@ -45,7 +45,7 @@ def measure(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> dict[s
     losses = text_losses(model, rows)
     before, after = anisotropy.by_layer(hidden.stream(model, rows[:, :-1], layers=[-2, -1]))[0]
     estimates = {
-        "loss": stats.ratio(losses, np.arange(len(losses))),
+        "loss": stats.mean(losses),
         "anisotropy_before_norm": before,
         "anisotropy_after_norm": after,
     }

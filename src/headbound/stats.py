@@ -59,22 +59,25 @@ def bootstrap(
     return Estimate(value, float(low), float(high), units)
 
 
-def ratio(
-    values: Float[np.ndarray, " tokens"],
-    texts: Int[np.ndarray, " tokens"],
-    weights: Float[np.ndarray, " tokens"] | None = None,
+def mean(
+    values: Float[np.ndarray, " n"],
+    units: Int[np.ndarray, " n"] | None = None,
+    over: Float[np.ndarray, " n"] | None = None,
 ) -> Estimate:
-    """Σ values / Σ weights over all tokens, by default their mean; its interval by bootstrap over texts.
+    """The mean of values, its interval by bootstrap over independent units.
 
-    **Arguments:** `texts`: a number for the text each token is from. NaN where all weights are zero.
+    **Arguments:**
 
-    **Raises:** `ValueError` if there is no token.
+    - `units`: a number for the unit that each value is from, such as a token's text; None: each is a unit of its own.
+    - `over`: the estimate is then Σ values / Σ over, NaN where that sum is zero.
+
+    **Raises:** `ValueError` if there is no value.
     """
-    units = np.unique(texts, return_inverse=True)[1]
-    sums, whole = np.bincount(units, values), np.bincount(units, weights)
+    places = np.arange(len(values)) if units is None else np.unique(units, return_inverse=True)[1]
+    sums, whole = np.bincount(places, values), np.bincount(places, over)
 
-    def statistic(drawn: Float[np.ndarray, " texts"]) -> float:
-        return float(drawn @ sums / total) if (total := drawn @ whole) else math.nan
+    def statistic(weights: Float[np.ndarray, " units"]) -> float:
+        return float(weights @ sums / total) if (total := weights @ whole) else math.nan
 
     return bootstrap(statistic, len(sums))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from headbound import anisotropy, hidden, spectrum
+from headbound import anisotropy, device, gradients, heads, hidden, spectrum
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,3 +33,24 @@ def test_hidden_states(dtype, tolerance):
     expected = torch.cat(list(hidden.stream(model, rows, [-1])), dim=1)
     found = torch.cat([s.float().cpu() for s in hidden.stream(model.to("cuda", dtype), rows, [-1])], dim=1)
     assert (found - expected).norm() < tolerance * expected.norm()
+
+
+def test_fed_parts_are_whole_when_they_are_used():
+    rows = np.arange(4_000_000, dtype=np.float32).reshape(-1, 1000)
+    places = [slice(i, i + 500) for i in range(0, 4000, 500)]
+    sums = [float(x.double().sum()) for (x,) in device.feed([rows], places, torch.device("cuda"))]
+    assert sums == [float(rows[place].sum(dtype=np.float64)) for place in places]
+
+
+def test_heads_and_gradients():
+    rng = np.random.default_rng(0)
+    data = heads.Examples(rng.normal(size=(512, 16)).astype(np.float32), rng.integers(300, size=512), np.arange(512))
+    weight = torch.from_numpy(rng.normal(size=(300, 16)).astype(np.float32))
+    losses, kept = [], []
+    for where in ("cpu", "cuda"):
+        start = heads.random(weight.to(where), 4)
+        trained = heads.train(data.hidden_states, data.targets, [start], 1)
+        losses.append(heads.token_losses(data, trained))
+        kept.append(gradients.share_kept(data, weight.to(where)).kept)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+    np.testing.assert_allclose(kept[1], kept[0], rtol=1e-6)

@@ -76,9 +76,9 @@ def share_kept(data: Examples, weight: Float[Tensor, "vocab d"], block: int = 12
     values, vectors = torch.linalg.eigh(_gram(weight, basis))  # again, for the digits that squaring cost
     basis = basis @ (vectors / values.sqrt())
     squares = np.empty((3, len(data.targets)))
-    for start in progress.bar(range(0, len(data.targets), block), "gradients"):
-        here = slice(start, start + block)
-        states, targets = (torch.tensor(x[here]).to(gram.device) for x in data[:2])
+    places = [slice(start, start + block) for start in range(0, len(data.targets), block)]
+    parts = device.feed(data[:2], places, gram.device)
+    for here, (states, targets) in zip(progress.bar(places, "gradients"), parts, strict=True):
         targets = targets.long()[:, None]
         g = torch.softmax(torch.cat([states.double() @ rows.T for rows in _rows(weight)], 1), 1)
         # Minus the sum of the others, not p − 1: that cancels where the model is sure.

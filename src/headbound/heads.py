@@ -1,7 +1,7 @@
 """Heads of bounded rank, W = A·B: cut from a trained head in closed form, or trained by gradient."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,11 +44,11 @@ def examples(model: nn.Module, input_ids: Int[Tensor, "texts length"]) -> Exampl
 def token_losses(data: Examples, heads: Sequence[Head], block: int = 128) -> Float[np.ndarray, "heads tokens"]:
     """Nats a token of each head over its whole vocabulary, every block of states read once for all heads."""
     losses = np.empty((len(heads), len(data.targets)))
-    for start in progress.bar(range(0, len(data.targets), block), f"measuring {len(heads)} heads"):
-        here, like = slice(start, start + block), heads[0].A
-        states, targets = (torch.tensor(x[here]).to(like.device) for x in (data.hidden_states, data.targets))
-        for row, head in zip(losses, heads, strict=True):
-            row[here] = blocked_cross_entropy(states, head, targets, block, reduction="none").cpu()
+    places = [slice(start, start + block) for start in range(0, len(data.targets), block)]
+    parts = device.feed(data[:2], places, heads[0].A.device)
+    for here, (states, targets) in zip(progress.bar(places, f"measuring {len(heads)} heads"), parts, strict=True):
+        found = [blocked_cross_entropy(states, head, targets, block, reduction="none") for head in heads]
+        losses[:, here] = torch.stack(found).cpu()
     return losses
 
 
@@ -60,9 +60,9 @@ def covariance(
     `ridge` times the mean diagonal entry is added: states after a LayerNorm may leave a direction out altogether.
     """
     total = torch.zeros(hidden_states.shape[1], hidden_states.shape[1], dtype=torch.float64)
-    for start in range(0, len(hidden_states), block):
-        states = torch.tensor(hidden_states[start : start + block]).double()
-        total += states.T @ states
+    places = (slice(start, start + block) for start in range(0, len(hidden_states), block))
+    for (states,) in device.feed([hidden_states], places, total.device):
+        total.addmm_(states.T.double(), states.double())
     return (total + ridge * total.diagonal().mean() * torch.eye(len(total))) / len(hidden_states)
 
 
@@ -156,11 +156,8 @@ def train(
     optimizers = [(torch.optim.SparseAdam if sparse else torch.optim.Adam)(over_a), torch.optim.Adam(over_b)]
     decay = [torch.optim.lr_scheduler.LinearLR(adam, 1, 1 / steps, steps) for adam in optimizers]
     rng, history = np.random.default_rng(seed), np.empty((steps, len(heads)))
-    for step in progress.bar(range(steps), f"training {len(heads)} heads"):
-        if (start := step % (steps // epochs) * batch) == 0:
-            order = rng.permutation(len(targets))
-        chosen = np.sort(order[start : start + batch])
-        states, following = (torch.from_numpy(x[chosen]).to(like.device) for x in (hidden_states, targets))
+    parts = device.feed([hidden_states, targets], _batches(len(targets), batch, epochs, seed), like.device)
+    for step, (states, following) in enumerate(progress.bar(parts, f"training {len(heads)} heads", steps)):
         if sparse:
             drawn = np.concatenate([occurring, rng.choice(rest, sampled, replace=False)])
             rows = torch.from_numpy(drawn).to(like.device)
@@ -202,6 +199,13 @@ def knee(
         return float(np.exp(np.interp(0, -excess[i : i + 2], np.log(ranks[i : i + 2]))))
 
     return stats.bootstrap(crossing, len(counts))
+
+
+def _batches(states: int, batch: int, epochs: int, seed: int) -> Iterator[Int[np.ndarray, " batch"]]:
+    """The numbers of each batch's states, ascending, which a disk reads faster; every epoch in an order of its own."""
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(states)
+        yield from (np.sort(order[i : i + batch]) for i in range(0, states - batch + 1, batch))
 
 
 def _roots(covariance: Float[Tensor, "d1 d2"], d: int) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:

@@ -8,7 +8,7 @@ from headbound.stats import Estimate, bootstrap, jackknife, mean
 
 def test_interval_of_a_mean_is_the_textbook_one():
     x = np.random.default_rng(0).normal(size=400)
-    estimate = bootstrap(lambda w: float(w @ x / w.sum()), len(x), resamples=4000)
+    estimate = bootstrap(lambda w: w @ x / w.sum(1), len(x), resamples=4000)
     half = 1.96 * x.std(ddof=1) / math.sqrt(len(x))
     assert estimate.value == pytest.approx(x.mean())
     assert estimate.low == pytest.approx(x.mean() - half, abs=0.1 * half)
@@ -18,20 +18,20 @@ def test_interval_of_a_mean_is_the_textbook_one():
 def test_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(1)
     samples = rng.exponential(size=(200, 80))
-    intervals = [bootstrap(lambda w, x=x: float(w @ x / w.sum()), len(x), resamples=300) for x in samples]
+    intervals = [bootstrap(lambda w, x=x: w @ x / w.sum(1), len(x), resamples=300) for x in samples]
     covered = np.mean([e.low <= 1 <= e.high for e in intervals])
     assert 0.88 <= covered <= 0.99
 
 
 def test_one_unit_has_no_interval():
-    estimate = bootstrap(lambda w: float(w.sum()), 1)
+    estimate = bootstrap(lambda w: w.sum(1), 1)
     assert estimate.value == 1
     assert math.isnan(estimate.low)
 
 
 def test_no_unit_is_an_error():
     with pytest.raises(ValueError, match="units = 0"):
-        bootstrap(lambda w: 0.0, 0)
+        bootstrap(lambda w: w.sum(1), 0)
 
 
 @pytest.mark.parametrize(

@@ -151,12 +151,13 @@ def _over_texts(
         raise ValueError(f"{int(tokens.sum())} hidden states: a mean over pairs needs at least two")
     squares = (unit_sums**2).sum(1)
 
-    def statistic(weights: Float[np.ndarray, " texts"]) -> float:
-        between = ((weights @ unit_sums) ** 2).sum() - weights**2 @ squares
+    def statistic(weights: Float[np.ndarray, "sets texts"]) -> Float[np.ndarray, " sets"]:
+        between = ((weights @ unit_sums) ** 2).sum(1) - weights**2 @ squares
         pairs = (weights @ tokens) ** 2 - weights**2 @ tokens**2
         within = weights @ (squares - tokens)
         pairs += weights @ (tokens**2 - tokens)
         # Rounding may leave equal directions a hair above one.
-        return float(np.clip((between + within) / pairs, -1, 1)) if pairs else math.nan
+        mean = np.divide(between + within, pairs, out=np.full(len(pairs), math.nan), where=pairs != 0)
+        return np.clip(mean, -1, 1)
 
     return bootstrap(statistic, len(tokens), resamples, seed)

@@ -191,14 +191,17 @@ def knee(
     """
     sums, counts = np.stack([np.bincount(texts, row) for row in losses]), np.bincount(texts)
 
-    def crossing(weights: Float[np.ndarray, " texts"]) -> float:
-        excess = (sums - sums[-1]) @ weights / (counts @ weights) - math.log1p(tolerance)
+    def crossing(excess: Float[np.ndarray, " ranks"]) -> float:
         if (excess <= 0).all():
             return float(ranks[0])
         i = np.flatnonzero(excess > 0)[-1]
         return float(np.exp(np.interp(0, -excess[i : i + 2], np.log(ranks[i : i + 2]))))
 
-    return stats.bootstrap(crossing, len(counts))
+    def statistic(weights: Float[np.ndarray, "sets texts"]) -> Float[np.ndarray, " sets"]:
+        excess = weights @ (sums - sums[-1]).T / (weights @ counts)[:, None] - math.log1p(tolerance)
+        return np.array([crossing(row) for row in excess])
+
+    return stats.bootstrap(statistic, len(counts))
 
 
 def _batches(states: int, batch: int, epochs: int, seed: int) -> Iterator[Int[np.ndarray, " batch"]]:

@@ -20,7 +20,8 @@ def text_losses(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> Fl
     losses, at_once = [], max(1, LOGITS // (rows.shape[1] * model.config.vocab_size))
     for some in rows.to(model.device).split(at_once):
         logits = model(some[:, :-1], use_cache=False).logits.float()
-        losses.append(cross_entropy(logits.mT, some[:, 1:], reduction="none").mean(1))
+        each = cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), reduction="none")
+        losses.append(each.unflatten(0, (len(some), -1)).mean(1))
     return torch.cat(losses).double().cpu().numpy()
 
 

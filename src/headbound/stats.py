@@ -28,19 +28,19 @@ class Estimate(NamedTuple):
 
 
 def bootstrap(
-    statistic: Callable[[Float[np.ndarray, " units"]], float],
+    statistic: Callable[[Float[np.ndarray, "sets units"]], Float[np.ndarray, " sets"]],
     units: int,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
     """Percentile bootstrap interval (95 %) over independent units, by their multiplicities.
 
-    Tokens of one text are not independent, so the book resamples *texts*: `statistic` gets how often each
-    unit occurs in the resample (all ones: the sample itself) and returns the number of interest.
+    Tokens of one text are not independent, so the book resamples *texts*: `statistic` gets a row for each resample,
+    how often each unit occurs in it (all ones: the sample itself), and returns the number of interest for each.
 
     **Arguments:**
 
-    - `statistic`: from weights (units,) to a float.
+    - `statistic`: from weights (resamples, units) to numbers (resamples,).
     - `units`: how many units there are. With fewer than two the interval is unknown and given as NaN,
       as it is where the statistic of some resample is NaN.
     - `resamples`, `seed`: of the bootstrap.
@@ -49,13 +49,14 @@ def bootstrap(
     """
     if units < 1:
         raise ValueError(f"units = {units}: a bootstrap needs at least one unit (text, model or seed)")
-    value = float(statistic(np.ones(units)))
+    value = float(statistic(np.ones((1, units)))[0])
     if units < 2:
         return Estimate(value, math.nan, math.nan, units)
-    rng = np.random.default_rng(seed)
-    draws = (np.bincount(rng.integers(units, size=units), minlength=units) for _ in range(resamples))
+    drawn = np.random.default_rng(seed).integers(units, size=(resamples, units))
+    drawn += units * np.arange(resamples)[:, None]  # numbers of their own for each resample, counted all at once
+    weights = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
     # scipy's bootstrap warns where a resample has no value; here the interval is NaN then, which is what is known.
-    low, high = np.quantile([statistic(draw.astype(float)) for draw in draws], [0.025, 0.975])
+    low, high = np.quantile(statistic(weights), [0.025, 0.975])
     return Estimate(value, float(low), float(high), units)
 
 
@@ -76,8 +77,9 @@ def mean(
     places = np.arange(len(values)) if units is None else np.unique(units, return_inverse=True)[1]
     sums, whole = np.bincount(places, values), np.bincount(places, over)
 
-    def statistic(weights: Float[np.ndarray, " units"]) -> float:
-        return float(weights @ sums / total) if (total := weights @ whole) else math.nan
+    def statistic(weights: Float[np.ndarray, "sets units"]) -> Float[np.ndarray, " sets"]:
+        total = weights @ whole
+        return np.divide(weights @ sums, total, out=np.full(len(total), math.nan), where=total != 0)
 
     return bootstrap(statistic, len(sums))
 

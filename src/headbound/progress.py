@@ -2,13 +2,17 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TypeVar
 
 from joblib.externals.loky import ProcessPoolExecutor
 from tqdm import tqdm
 
 T = TypeVar("T")
+# One thread a process: as many processes as cores already. glibc would give the memory of each step's logits back to
+# the system and fetch it again, which takes as long as the step.
+WORKER = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 # A notebook's kernel publishes what reaches file descriptor 2, its worker processes' included, and keeps the real
 # standard error aside: put it back. Python's own sys.stderr, with its warnings, stays published.
@@ -22,6 +26,13 @@ def bar(items: Iterable[T] | None, description: str, total: int | None = None) -
     return tqdm(items, desc=description, total=total, file=stream, mininterval=0.2 if stream.isatty() else 30, delay=2)
 
 
+@contextmanager
+def aside() -> Iterator[None]:
+    """What a library prints and draws inside goes to the real standard error, and not into a published notebook."""
+    with redirect_stdout(sys.__stderr__), redirect_stderr(sys.__stderr__):
+        yield
+
+
 def parallel(jobs: Iterable[Any], workers: int | None = None, description: str = "") -> list[Any]:
     """The results of `joblib.delayed` calls, in order, each in one of `workers` processes (None: one a core).
 
@@ -31,7 +42,6 @@ def parallel(jobs: Iterable[Any], workers: int | None = None, description: str =
     """
     if workers == 1:
         return [function(*arguments, **options) for function, arguments, options in jobs]
-    # One thread a process: as many processes as cores already.
-    with ProcessPoolExecutor(workers, env={"OMP_NUM_THREADS": "1"}) as pool:
+    with ProcessPoolExecutor(workers, env=WORKER) as pool:
         waiting = [pool.submit(function, *arguments, **options) for function, arguments, options in jobs]
         return [future.result() for future in (bar(waiting, description) if description else waiting)]

@@ -174,15 +174,18 @@ SMALL = ["length=24", "passages=48", "judged=16", "rank_vocab=64", "rank_tokens=
 
 
 def run(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
-    """The command, in a folder of its own: kernels of one folder share their sockets' names."""
+    """The command, in a folder of its own."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, ROOT / "workflow" / "diagnosis.py", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma", "llama.gguf"])
 def test_the_report_on_a_folder_and_a_file_opens_with_the_network_cut(kind, tmp_path):
-    tiny.save(tmp_path / kind, kind, tied=kind != "llama")
+    if kind.endswith(".gguf"):
+        tiny.save_gguf(tmp_path / kind)
+    else:
+        tiny.save(tmp_path / kind, kind, tied=kind != "llama")
     (tmp_path / "mine.txt").write_text("\n\n".join(PARAGRAPHS))
     done = run(tmp_path, kind, "--text", "mine.txt", "--set", *SMALL)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -178,6 +178,14 @@ def test_missing_paths(model, message):
         models.load(model)
 
 
+def test_a_gguf_file_is_read_without_a_word(tmp_path, capsys):
+    saved = tiny.save_gguf(tmp_path / "llama.gguf")
+    network, tokenizer = models.load(str(tmp_path / "llama.gguf"))
+    assert torch.equal(models.head_weight(network), models.head_weight(saved))
+    assert tokenizer("the quick")["input_ids"] == tiny.fast_tokenizer()("the quick")["input_ids"]
+    assert capsys.readouterr() == ("", "")  # a notebook publishes what is said there
+
+
 def test_a_gguf_file_that_is_none(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF, not really")
     with pytest.raises(ValueError, match=r"x.gguf': its config can't be read"):

@@ -1,7 +1,9 @@
 """Random models of a few kilobytes, one of each architecture the book meets, with a tokenizer that fits them."""
 
+import json
 from pathlib import Path
 
+import gguf
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -82,6 +84,37 @@ def save(folder: Path, kind: str = "llama", tied: bool = False, **options) -> Pa
     network(kind, tied).save_pretrained(folder, **options)
     fast_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_gguf(path: Path) -> torch.nn.Module:
+    """The Llama as one file in llama.cpp's format. (Its queries and keys lack that format's reordering.)"""
+    made, named = network("llama"), tokenizer()
+    padding = [f"<pad{i}>" for i in range(made.config.vocab_size - VOCAB)]
+    vocabulary = sorted(named.get_vocab(), key=named.token_to_id)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(made.config.max_position_embeddings)
+    writer.add_embedding_length(made.config.hidden_size)
+    writer.add_block_count(made.config.num_hidden_layers)
+    writer.add_feed_forward_length(made.config.intermediate_size)
+    writer.add_head_count(made.config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(made.config.rms_norm_eps)
+    writer.add_vocab_size(made.config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary + padding)
+    writer.add_token_types(
+        [3 if token.startswith("<") and token.endswith(">") else 1 for token in vocabulary + padding]
+    )
+    writer.add_token_merges([" ".join(pair) for pair in json.loads(named.to_str())["model"]["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, made.config.num_hidden_layers)
+    for name, weight in made.state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return made
 
 
 def starting_tokenizer() -> transformers.PreTrainedTokenizerFast:

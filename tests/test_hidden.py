@@ -1,4 +1,5 @@
 import errno
+import logging
 
 import numpy as np
 import pytest
@@ -197,3 +198,13 @@ def test_a_failed_store_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left on device; free some space or set HEADBOUND_CACHE"):
         hidden.store(tiny.network("llama"), token_ids())
     assert not list((tmp_path / "hidden").iterdir())
+
+
+def test_a_text_longer_than_the_model_reads_is_cut_without_a_word(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer = tiny.fast_tokenizer()
+    tokenizer.model_max_length = 8
+    assert hidden.sequences(tokenizer, [tiny.TEXT * 9], count=1, length=6).shape == (1, 6)
+    assert not caplog.records
+    tokenizer(tiny.TEXT * 9)
+    assert "longer than" in caplog.text  # what it would have said

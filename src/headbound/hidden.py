@@ -28,7 +28,8 @@ def sequences(
     for text in texts:
         # A token has at least one character, so most short texts are passed over without tokenizing them.
         if len(text) >= length:
-            ids = tokenizer(text[: 16 * length], add_special_tokens=False)["input_ids"][:length]
+            # Silently: a tokenizer warns of texts that are longer than its model reads, and this one is cut below.
+            ids = tokenizer(text[: 16 * length], add_special_tokens=False, verbose=False)["input_ids"][:length]
             rows += [ids] if len(ids) == length else []
         if len(rows) == count:
             return torch.tensor(rows)

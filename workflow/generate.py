@@ -73,14 +73,15 @@ def measured_page(claims: dict[str, Any], chapters: list[Chapter], preset: str) 
     sections = joined(claims, chapters)
     page = ["# Paper against measured", MEANINGLESS.format(preset) if preset in results.EXEMPT else ""]
     page.append(
-        "Each row is a claim or a number of the paper {cite}`godey2024saturation`, in our words, beside what this\n"
+        "Each row is a claim or a number of the paper {cite}`godey2024saturation` (in the last sections, of later\n"
+        "papers), in our words, beside what this\n"
         f"book computed under the preset `{preset}`: the number, its 95 % interval and sample size where it has them,\n"
         "on what it rests, and the verdict, which the chapter computed by the tolerance given here. Rows marked as\n"
         "not the paper's are numbers of our own that a chapter must find again. A claim that several measurements\n"
         "answer is *divided* where some reproduce it and others do not. Nothing on this page is typed but the first\n"
         "two columns; a verdict that differs from the signed one stops the build.\n"
     )
-    table = ["```{list-table} Claims by section of the paper", ":header-rows: 1", ":class: measured", "* - section"]
+    table = ["```{list-table} Claims by section", ":header-rows: 1", ":class: measured", "* - section"]
     table += [f"  - {word}" for word in WORDS]
     for title, rows in sections:
         count = Counter(word for _, _, word in rows)
@@ -118,7 +119,7 @@ def measured_page(claims: dict[str, Any], chapters: list[Chapter], preset: str) 
         rest = [f for f in chapter.findings if f["key"] not in answered]
         for finding in rest:
             judged = finding["agrees"] is not None or finding["paper"] not in NO_CLAIM
-            label = f"{badge(results.verdict(finding))} " if judged else ""
+            label = f"{badge(results.verdict(finding))} *{escaped(finding['paper'])}*: " if judged else ""
             table += [f"* - {{doc}}`{chapter.title.split(':')[0]} </chapters/{chapter.name}>`"]
             table += [f"  - {label}{line(chapter, finding, None)}"]
     page.append("\n".join([*table, "```\n"]) if len(table) > 6 else "None.\n")
@@ -174,17 +175,19 @@ def story(claims: dict[str, Any], chapters: list[Chapter], preset: str) -> tuple
     sections = [
         (title, [row for row in rows if row[0]["certainty"] != "ours"]) for title, rows in joined(claims, chapters)
     ]
-    rows = [row for _, rows in sections for row in rows]
-    tested = [row for row in rows if row[2] != results.VERDICTS[None]]
+    later = {section["title"] for section in claims["sections"] if section.get("after")}
+    rows = [row for title, rows in sections if title not in later for row in rows]
+    tested = [row for _, rows in sections for row in rows if row[2] != results.VERDICTS[None]]
+    own = sum(row[2] != results.VERDICTS[None] for row in rows)
     answer.append(
-        f"This build (preset `{preset}`) tests {len(tested)} of {len(rows)} claims and numbers of the paper: "
-        f"{counts(rows)}.\n"
+        f"This build (preset `{preset}`) tests {own} of {len(rows)} claims and numbers of the paper: {counts(rows)}. "
+        "Claims of later papers stand apart.\n"
     )
     for title, rows in sections:
         answer.append(f"- **{title}**: {counts(rows)}.")
     against = [row for row in tested if row[2] != results.VERDICTS[True]]
     if against:
-        answer.append("\nNot, or not by every measurement, did these reproduce:\n")
+        answer.append("\nThese did not reproduce, or not by every measurement:\n")
     for claim, pairs, word in against:
         told = "; ".join(line(c, f, None) for c, f in pairs if f["agrees"] is False)
         answer.append(

@@ -36,4 +36,4 @@ def _list(findings: list[dict]) -> str:
         f"**{escaped(results.measured(row['measured']))}**; the paper: {escaped(row['paper'])}"
         for row in tested
     ]
-    return "\n".join([*lines, f"- Not testable here, or not given by the paper: {len(findings) - len(tested)}."])
+    return "\n".join([*lines, f"- Not tested here: {len(findings) - len(tested)}."])

@@ -58,7 +58,7 @@ def checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
     """
     if min(steps, checkpoints) < 1:
         raise ValueError(f"steps = {steps}, checkpoints = {checkpoints}: both must be 1 or more")
-    spaced = np.geomspace(max(1, steps / 200), steps, checkpoints)
+    spaced = np.geomspace(steps, max(1, steps / 200), checkpoints)  # from the end, which one alone is
     return [0, *np.unique(spaced.round().astype(int)).tolist()]
 
 

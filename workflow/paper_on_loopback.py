@@ -55,8 +55,10 @@ def results(folder: Path, cache: Path) -> dict[str, object]:
     found: dict[str, object] = {p.relative_to(cache).as_posix(): p.read_bytes() for p in cache.rglob("step*.json")}
     for chapter in CHAPTERS:
         cells = nbformat.read(folder / f"_build/executed/paper/{chapter}.ipynb", as_version=4).cells
-        shown = [output for cell in cells[2:-1] for output in cell.get("outputs", []) if output.output_type != "stream"]
-        found[chapter] = json.dumps(shown, sort_keys=True)
+        outputs = [o for cell in cells[2:-1] for o in cell.get("outputs", []) if o.output_type != "stream"]
+        for output in outputs:
+            output.get("data", {}).pop("text/plain", None)  # names objects by their place in memory
+        found[chapter] = json.dumps(outputs, sort_keys=True)
     return found
 
 

@@ -1,5 +1,6 @@
 """What every chapter shows of itself: parameters, provenance, and its findings beside the paper's."""
 
+import hashlib
 import math
 import os
 import platform
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import display
+from pandas.io.formats.style import Styler
 
 import headbound
 from headbound import device, plot
@@ -46,8 +48,7 @@ class Finding(NamedTuple):
 
 def table(frame: pd.DataFrame, caption: str, digits: int = 4) -> None:
     """Display a data frame as a captioned table without its index, floats to `digits` significant digits."""
-    style = frame.style.hide(axis="index").set_caption(caption)
-    display(style.format(lambda cell: f"{cell:.{digits}g}" if isinstance(cell, float) else str(cell)))
+    display(_styled(frame, caption).format(lambda cell: f"{cell:.{digits}g}" if isinstance(cell, float) else str(cell)))
 
 
 def begin(namespace: Mapping[str, Any]) -> Run:
@@ -87,7 +88,7 @@ def findings(rows: Sequence[Finding]) -> None:
         for r in rows
     ]
     display(
-        frame.style.hide(axis="index").set_caption("This chapter's findings"),
+        _styled(frame, "This chapter's findings"),
         metadata={"headbound": {"findings": kept}},
     )
 
@@ -111,9 +112,15 @@ def end(run: Run, samples: Mapping[str, int | str]) -> None:
     frame = pd.DataFrame([(k, str(v)) for k, v in rows.items()], columns=["what", "value"])
     kept = {k: str(v) for k, v in rows.items()}
     display(
-        frame.style.hide(axis="index").set_caption("How this page was made"),
+        _styled(frame, "How this page was made"),
         metadata={"headbound": {"provenance": kept}},
     )
+
+
+def _styled(frame: pd.DataFrame, caption: str) -> Styler:
+    # pandas draws the table's id at random; one that follows from the content keeps equal runs equal.
+    content = hashlib.sha256(f"{caption}{frame.to_csv()}".encode()).hexdigest()[:8]
+    return Styler(frame, uuid=content, uuid_len=8, cell_ids=False, caption=caption).hide(axis="index")
 
 
 def _text(value: Estimate | float | str) -> str:

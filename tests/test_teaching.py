@@ -202,4 +202,4 @@ def test_slides_show_the_figures_and_findings_of_this_edition(tmp_path, monkeypa
     assert slides.ABSENT in made
     assert "drop: **2.50 \\[nan, nan\\] (n = 1)**; the paper: 2" in made
     assert "[not reproduced]{.verdict .not-reproduced} rise: **0.1235**; the paper: none" in made
-    assert made.endswith("not given by the paper: 1.\n")
+    assert made.endswith("Not tested here: 1.\n")

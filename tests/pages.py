@@ -101,6 +101,26 @@ def picture(chromium: Browser, address: str, hide: str = "") -> Image.Image:
     return shot.convert("L").resize((320, 225), Image.Resampling.BOX)
 
 
+def cut_formulas(chromium: Browser, address: str, without: str = "") -> int:
+    """Formulas in lines of text that a phone shows only a part of, with no way to scroll; `without` a file."""
+    context = chromium.new_context(viewport={"width": 390, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(120_000)
+    if without:
+        page.route(f"**/{without}*", lambda route: route.abort())
+    settle(page, address)
+    page.wait_for_timeout(500)
+    found = page.evaluate(
+        """() => [...document.querySelectorAll(".bd-article span.math > mjx-container")].filter(formula => {
+            const line = formula.closest("p, li, td, dd, figcaption, caption");
+            const width = formula.getBoundingClientRect().width;
+            return line?.clientWidth && width > line.clientWidth + 1 && formula.parentElement.tabIndex < 0;
+        }).length"""
+    )
+    context.close()
+    return found
+
+
 def difference(one: Image.Image, other: Image.Image) -> float:
     """Share of the picture where two of them differ in ink, blurred so that another font does not count."""
 

@@ -182,6 +182,14 @@ def test_pictures_of_two_pages_are_like_the_stored_ones(site, chromium, name):
     assert harmless < 0.08, f"another machine's font would be taken for a fault: {harmless}"
 
 
+@needs_chromium
+def test_no_formula_in_a_line_is_cut_on_a_phone(site, chromium):
+    with pages.served(site) as address:
+        for name in ("chapters/06_head_bound.html", "chapters/07_gradient_bottleneck.html"):
+            assert pages.cut_formulas(chromium, f"{address}/{name}") == 0
+        assert pages.cut_formulas(chromium, f"{address}/{name}", without="headbound.js") > 0
+
+
 PLANTED = {
     '<script src="http://127.0.0.2:9/x.js"></script>': "outside request",
     '<img src="missing.png" alt="A picture that is not there">': "broken image",

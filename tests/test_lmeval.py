@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from statsmodels.stats.proportion import proportion_confint
 
 from headbound import lmeval, models, suite
 
@@ -70,18 +71,20 @@ def test_the_harness_agrees_with_a_hand_count(small):
     assert len(items) > 3
     model, tokenizer = models.load(path)
     found = lmeval.evaluate(model, tokenizer, limit=3, source=source).set_index("metric")
-    losses = []
+    losses, hits = [], 0
     for item in items.select(range(3)):
         context = tokenizer(item["context"])["input_ids"]
         word = tokenizer(f"{item['context']} {item['word']}")["input_ids"][len(context) :]
         rows = suite.torch.tensor([(context + word)[-129:]])
-        each = suite.cross_entropy(model(rows[:, :-1]).logits[0], rows[0, 1:], reduction="none")
+        logits = model(rows[:, :-1]).logits[0]
+        each = suite.cross_entropy(logits, rows[0, 1:], reduction="none")
         losses.append(each[-len(word) :].sum().item())
+        hits += bool((logits.argmax(1) == rows[0, 1:])[-len(word) :].all())
     perplexity = found.loc["perplexity"]
     assert perplexity["value"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-3)
     assert perplexity["low"] <= perplexity["value"] <= perplexity["high"]
-    assert found.loc["acc", "low"] == 0
-    assert 0 < found.loc["acc", "high"] < 1
+    assert found.loc["acc", "value"] == pytest.approx(hits / 3)
+    assert found.loc["acc", ["low", "high"]].tolist() == pytest.approx(proportion_confint(hits, 3, method="wilson"))
     assert (found["n"] == 3).all()
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 from jaxtyping import Float
 from joblib import delayed
 from scipy.stats import t as student
+from statsmodels.stats.multitest import multipletests
 from torch import Tensor, nn
 from torch.nn.functional import gelu, log_softmax, logsigmoid
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -187,8 +188,9 @@ def effects(outcomes: pd.DataFrame, against: str = "baseline") -> pd.DataFrame:
     half = error * student.ppf(0.975, freedom)
     table["low"], table["high"] = table["value"] - half, table["value"] + half
     table["p"] = 2 * student.sf(table["value"].abs() / error, freedom)
-    order = table["p"].dropna().sort_values()
-    table["adjusted"] = (order * np.arange(len(order), 0, -1)).cummax().clip(upper=1)
+    table["adjusted"], known = np.nan, table["p"].notna()
+    if known.any():
+        table.loc[known, "adjusted"] = multipletests(table["p"][known], method="holm")[1]
     return table
 
 

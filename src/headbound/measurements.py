@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headbound import anisotropy, device, hidden, models, spectrum, stats
 
@@ -38,10 +38,12 @@ def output_rank(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> fl
 
 
 @torch.inference_mode()
-def measure(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> dict[str, float]:
+def measure(
+    model: PreTrainedModel, rows: Int[Tensor, "texts length"], tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, float]:
     """Held-out loss and last-layer anisotropy with intervals over texts, the head's singular entropy, `output_rank`.
 
-    The entropy is NaN for a head that is not one matrix.
+    The entropy is NaN for a head that is not one matrix; with the tokenizer, rows that pad the head are left out of it.
     """
     losses = text_losses(model, rows)
     before, after = anisotropy.by_layer(hidden.stream(model, rows[:, :-1], layers=[-2, -1]))[0]
@@ -52,6 +54,6 @@ def measure(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> dict[s
     }
     values = {f"{k}{end}": e[i] for k, e in estimates.items() for i, end in enumerate(("", "_low", "_high"))}
     one_matrix = isinstance(getattr(model.get_output_embeddings(), "weight", None), Tensor)
-    head = spectrum.singular_values(models.head_weight(model)) if one_matrix else None
+    head = spectrum.singular_values(models.head_weight(model, tokenizer)) if one_matrix else None
     entropy = math.nan if head is None else spectrum.singular_entropy(head)
     return {**values, "singular_entropy": entropy, "output_rank": output_rank(model, rows), "texts": len(losses)}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -145,7 +146,9 @@ def run(table: Mapping[str, Sequence[str]], settings: Settings) -> pd.DataFrame:
 def _head(model: str, revision: str, settings: Settings, keep: bool) -> tuple[remote.Listing, dict[str, Any]]:
     head = checkpoints.head(model, revision, settings.reads, keep)
     real = remote.tokenizer(head.listed).get_vocab_size()
-    return head.listed, {**_spectrum(head.weight[:real]), "fetched": head.fetched, "checked": "ranges"}
+    weight = head.weight[:real]
+    entropy = spectrum.singular_entropy(spectrum.singular_values(weight.to(device.pick())))
+    return head.listed, {**_described(weight, entropy), "fetched": head.fetched, "checked": "ranges"}
 
 
 def _whole(model: str, revision: str, settings: Settings, keep: bool) -> tuple[remote.Listing, dict[str, Any]]:
@@ -153,15 +156,16 @@ def _whole(model: str, revision: str, settings: Settings, keep: bool) -> tuple[r
     with checkpoints.local(model, revision, keep) as (path, listed):
         network, tokenizer = models.load(str(path), dtype=getattr(torch, settings.dtype))
         rows = hidden.sequences(tokenizer, held_out, settings.texts, settings.length)
-        head = _spectrum(models.head_weight(network, tokenizer))
-        return listed, {**measurements.measure(network, rows), **head, "checked": "whole files"}
+        found = measurements.measure(network, rows, tokenizer)
+        head = _described(models.head_weight(network, tokenizer), found["singular_entropy"])
+        return listed, {**found, **head, "checked": "whole files"}
 
 
-def _spectrum(weight: torch.Tensor) -> dict[str, Any]:
-    values = spectrum.singular_values(weight.to(device.pick()))
-    entropy, rank = spectrum.singular_entropy(values), spectrum.effective_rank(values)
+def _described(weight: torch.Tensor, entropy: float) -> dict[str, Any]:
+    d = min(weight.shape)
     some = weight.flatten()[:: max(1, weight.numel() // SAMPLE)][:SAMPLE].float().tolist()
-    return {"d": len(values), "singular_entropy": entropy, "effective_rank": rank, "sample_of_head": some}
+    rank = d * math.exp(-entropy)  # spectrum.effective_rank
+    return {"d": d, "singular_entropy": entropy, "effective_rank": rank, "sample_of_head": some}
 
 
 def _made_by(settings: Settings) -> dict[str, Any]:

@@ -2,7 +2,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
 
-from headbound import plot
+from companion import plot
 
 TEXTS = {"name": "fig-x", "caption": "A line.", "alt": "A line that rises."}
 
@@ -20,7 +20,9 @@ def test_a_figure_is_shown_with_its_texts_and_closed(monkeypatch):
 @pytest.mark.parametrize("empty", ["", "  \n"])
 def test_no_figure_without_its_texts(field, empty):
     fig, _ = plt.subplots()
-    with pytest.raises(ValueError, match=f"{field} = .*: every figure needs a name, a caption and an alt text"):
+    with pytest.raises(
+        ValueError, match=f"{field} = .*: every figure needs a name, a caption and an alt text"
+    ):
         plot.show(fig, **{**TEXTS, field: empty})
     plt.close(fig)
 

@@ -28,19 +28,19 @@ $(STAMP): requirements.lock pyproject.toml
 install: $(STAMP)  ## the pinned environment in .venv (the other commands do this by themselves)
 
 book: $(STAMP)  ## execute every chapter under PRESET and render the book into _build/html
-	@$(BIN)/python workflow/build.py --preset $(PRESET) --cores $(CORES)
+	@$(BIN)/python -m companion.cli --preset $(PRESET) --cores $(CORES)
 
 sign: $(STAMP)  ## accept the verdicts that PRESET's chapters now give; the diff of book/verdicts.yaml shows them
-	@PYTHONPATH=src $(BIN)/python workflow/results.py --preset $(PRESET)
+	@$(BIN)/python -m companion.results --preset $(PRESET)
 
 pdf: book  ## the book as _build/head-bound.pdf, printed by Chromium
-	@$(BIN)/python workflow/pdf.py
+	@$(BIN)/python -m companion.pdf
 
 linkcheck: book  ## do the links to other hosts still answer? needs the network
-	@PATH=$(abspath $(BIN)):$$PATH PYTHONPATH=src $(BIN)/python workflow/render.py --preset $(PRESET) --links
+	@PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m companion.site --preset $(PRESET) --links
 
 plan: $(STAMP)  ## what PRESET=paper costs before it starts: jobs, bytes, GPU hours, disk
-	@$(BIN)/python workflow/plan.py --preset $(PRESET)
+	@$(BIN)/python -m sweep.plan --preset $(PRESET)
 
 serve: book  ## the same, then serve the book on http://localhost:PORT (8000)
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)

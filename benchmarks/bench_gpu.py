@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from headbound import anisotropy, device, heads, ngrams, spectrum
+from headbound import device
+from headbound.measure import anisotropy, lowrank, ngrams, spectrum
 
 RANKS = [64, 128, 256, 512]
 SIZES = {  # tokens and width of the states; rows and width of the head; vocabulary of the Gram matrix; tokens to train
@@ -82,7 +83,9 @@ def gram_spectrum(vocab, rate):
     rows = torch.rand(vocab, vocab // 2, device=PRECISE, dtype=torch.float64)
     found = ngrams.Gram((rows @ rows.T).cpu().numpy(), 1, 1)
     del rows
-    plain = None if WHERE.type == "cuda" else lambda: np.linalg.eigvalsh(found.matrix)  # hours at V = 50,304
+    plain = (
+        None if WHERE.type == "cuda" else lambda: np.linalg.eigvalsh(found.matrix)
+    )  # hours at V = 50,304
     product = 2 * vocab**3 / rate
     yield (
         "spectrum of an n-gram matrix",
@@ -97,11 +100,13 @@ def gram_spectrum(vocab, rate):
 def constrained_heads(tokens, rows, d, rate):
     rng = np.random.default_rng(0)
     states, targets = rng.standard_normal((tokens, d), np.float32), rng.integers(rows, size=tokens)
-    starts = [heads.random(torch.empty(rows, d, device=WHERE), rank) for rank in RANKS if rank <= d]
+    starts = [
+        lowrank.random(torch.empty(rows, d, device=WHERE), rank) for rank in RANKS if rank <= d
+    ]
     batch = min(1024, tokens)
 
     def ours():
-        return heads.train(states, targets, starts, 1, batch)
+        return lowrank.train(states, targets, starts, 1, batch)
 
     def plain():
         """Every rank by itself, whole logits."""
@@ -115,7 +120,14 @@ def constrained_heads(tokens, rows, d, rate):
                 adam.zero_grad()
 
     products = sum(6 * tokens * len(start.B) * (rows + d) for start in starts) / rate
-    yield f"{len(starts)} heads trained", f"{tokens:,} tokens, V = {rows:,}", ours, plain, products, "their products"
+    yield (
+        f"{len(starts)} heads trained",
+        f"{tokens:,} tokens, V = {rows:,}",
+        ours,
+        plain,
+        products,
+        "their products",
+    )
 
 
 def main():
@@ -126,7 +138,9 @@ def main():
         print("No CUDA device: the sizes are cut, and the ratios say nothing about a GPU.")
     size = 8192 if WHERE.type == "cuda" else 1024
     double, single = product_rate(torch.float64, size), product_rate(torch.float32, size)
-    print(f"Products of {size:,} x {size:,}: {single / 1e12:.3g} TFLOP/s float32, {double / 1e12:.3g} float64\n")
+    print(
+        f"Products of {size:,} x {size:,}: {single / 1e12:.3g} TFLOP/s float32, {double / 1e12:.3g} float64\n"
+    )
     contests = [
         *cosine(*states),
         *head_spectrum(*head, double),
@@ -138,8 +152,21 @@ def main():
         own, others = seconds(ours), seconds(plain, 1) if plain else np.nan
         memory = peak(ours), peak(plain) if plain else np.nan
         rows.append((what, shape, own, own / others, own / floor, named, *memory))
-    columns = ["what", "size", "seconds", "/ plain", "/ floor", "floor", "extra GB", "extra GB, plain"]
-    print(pd.DataFrame(rows, columns=columns).to_string(index=False, float_format="{:.3g}".format, na_rep="-"))
+    columns = [
+        "what",
+        "size",
+        "seconds",
+        "/ plain",
+        "/ floor",
+        "floor",
+        "extra GB",
+        "extra GB, plain",
+    ]
+    print(
+        pd.DataFrame(rows, columns=columns).to_string(
+            index=False, float_format="{:.3g}".format, na_rep="-"
+        )
+    )
 
 
 if __name__ == "__main__":

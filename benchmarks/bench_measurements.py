@@ -30,7 +30,7 @@ def head():
 
 
 def ours_cosine(x):
-    from headbound import anisotropy
+    from headbound.measure import anisotropy
 
     return anisotropy.mean_cosine(x).value
 
@@ -51,7 +51,7 @@ def torch_pairwise(x):
 
 
 def ours_spectrum(w):
-    from headbound import spectrum
+    from headbound.measure import spectrum
 
     return spectrum.singular_values(w)
 
@@ -102,8 +102,13 @@ def race(group, names, repeats):
         for name in names:
             slow = "pairwise)" in name
             if not (slow and number):
-                results[name].append(contest.contend(group, name, 1 if slow else repeats, gigabytes=GIGABYTES))
-    return {name: min(got, key=lambda r: np.inf if isinstance(r, str) else r["s"]) for name, got in results.items()}
+                results[name].append(
+                    contest.contend(group, name, 1 if slow else repeats, gigabytes=GIGABYTES)
+                )
+    return {
+        name: min(got, key=lambda r: np.inf if isinstance(r, str) else r["s"])
+        for name, got in results.items()
+    }
 
 
 def cosine_rows():
@@ -121,7 +126,7 @@ def cosine_rows():
 
 
 def spectrum_rows():
-    from headbound.spectrum import singular_entropy
+    from headbound.measure.spectrum import singular_entropy
 
     reference = np.linalg.svd(head().double().numpy(), compute_uv=False)
     results = race("spectrum", SPECTRA, 3)
@@ -133,7 +138,13 @@ def spectrum_rows():
             values = np.array(got["result"])
             entropy = abs(singular_entropy(values) - singular_entropy(reference))
             last = abs(values[-1] / reference[-1] - 1)
-            row = f"{got['s']:.2f}", f"{got['s'] / float32:.2f}", f"{got['MB']:.0f}", f"{entropy:.0e}", f"{last:.0e}"
+            row = (
+                f"{got['s']:.2f}",
+                f"{got['s'] / float32:.2f}",
+                f"{got['MB']:.0f}",
+                f"{entropy:.0e}",
+                f"{last:.0e}",
+            )
             yield name, *row
 
 
@@ -144,8 +155,17 @@ def main():
     print(f"Mean cosine of {TOKENS:,} x {D} float32; error against float64:")
     columns = ["contender", "seconds", "/ read pass", "extra MB", "error"]
     print(pd.DataFrame(cosine_rows(), columns=columns).to_string(index=False), "\n")
-    print(f"All singular values of a {VOCAB:,} x {D} float32 head, condition 1e6; errors against a float64 SVD:")
-    columns = ["contender", "seconds", "/ torch float32", "extra MB", "error of entropy", "relative, smallest value"]
+    print(
+        f"All singular values of a {VOCAB:,} x {D} float32 head, condition 1e6; errors against a float64 SVD:"
+    )
+    columns = [
+        "contender",
+        "seconds",
+        "/ torch float32",
+        "extra MB",
+        "error of entropy",
+        "relative, smallest value",
+    ]
     print(pd.DataFrame(spectrum_rows(), columns=columns).to_string(index=False))
 
 

@@ -23,21 +23,21 @@ def tail(values, squares):
 
 
 def exact(tokens):
-    from headbound import ngrams
+    from headbound.measure import ngrams
 
     values = ngrams.singular_values(ngrams.gram(tokens, ORDER, VOCAB))
     return values, float((values**2).sum())
 
 
 def counting(tokens):
-    from headbound import ngrams
+    from headbound.measure import ngrams
 
     for counts in ngrams.count(tokens, ORDER, VOCAB):
         del counts
 
 
 def peer(kind, tokens):
-    from headbound import ngrams
+    from headbound.measure import ngrams
 
     matrix = ngrams.context_matrix(tokens, ORDER, VOCAB)
     squares = float((matrix.data**2).sum())
@@ -52,7 +52,9 @@ def peer(kind, tokens):
     import torch
 
     coo = matrix.tocoo()
-    sparse = torch.sparse_coo_tensor(np.stack([coo.row, coo.col]), coo.data, coo.shape, check_invariants=False)
+    sparse = torch.sparse_coo_tensor(
+        np.stack([coo.row, coo.col]), coo.data, coo.shape, check_invariants=False
+    )
     return torch.svd_lowrank(sparse, RANK)[1].numpy(), squares
 
 
@@ -73,7 +75,7 @@ def child(kind, path):
 
 def against_dense(tokens):
     """Largest difference in W-error, over all ranks, from a dense float64 SVD on a subsample."""
-    from headbound import ngrams
+    from headbound.measure import ngrams
 
     part = np.asarray(tokens[:4000])
     dense = np.linalg.svd(ngrams.context_matrix(part, ORDER, VOCAB).toarray(), compute_uv=False)
@@ -103,7 +105,14 @@ def spectrum_rows(path):
             error = float(np.abs(np.subtract(got["result"], ours["result"])).max())
         ratio = got["s"] / ours["s"]
         rows.append(
-            (name, f"{got['s']:.1f}", f"{got['cpu']:.1f}", f"{got['MB'] / 1e3:.2f}", f"{error:.1e}", f"{ratio:.1f}")
+            (
+                name,
+                f"{got['s']:.1f}",
+                f"{got['cpu']:.1f}",
+                f"{got['MB'] / 1e3:.2f}",
+                f"{error:.1e}",
+                f"{ratio:.1f}",
+            )
         )
     columns = ["contender", "seconds", "CPU seconds", "extra GB", "error of W-error", "time / ours"]
     return pd.DataFrame(rows, columns=columns)
@@ -121,22 +130,30 @@ def counting_rows(corpora, folder):
         path = Path(folder) / "counting.npy"
         np.save(path, tokens)
         got = contest.contend("counting", path)
-        rate = (got, "", "") if isinstance(got, str) else (got["s"], len(tokens) / got["s"] / 1e6, got["MB"] / 1e3)
+        rate = (
+            (got, "", "")
+            if isinstance(got, str)
+            else (got["s"], len(tokens) / got["s"] / 1e6, got["MB"] / 1e3)
+        )
         yield name, f"{len(tokens):,}", *rate
 
 
 def main():
-    from headbound import text
-    from headbound import tokens as streams
+    from headbound import corpus
+    from headbound import corpus as streams
 
-    texts = text.load("docstrings")
+    texts = corpus.load("docstrings")
     tokenizer = streams.train_bpe(texts, VOCAB)
     tokens = streams.encode(tokenizer, texts)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokens.npy"
         np.save(path, tokens)
-        print(f"Singular values of the docstrings' {ORDER}-gram matrix, V = {VOCAB:,}, {len(tokens):,} tokens.")
-        print("Error: ours against a dense float64 SVD of a subsample (all ranks); others against ours,")
+        print(
+            f"Singular values of the docstrings' {ORDER}-gram matrix, V = {VOCAB:,}, {len(tokens):,} tokens."
+        )
+        print(
+            "Error: ours against a dense float64 SVD of a subsample (all ranks); others against ours,"
+        )
         print(f"largest at d = {DEPTHS}. Extra memory: the process's own, at the peak.\n")
         print(spectrum_rows(path).to_string(index=False), "\n")
         source = streams.encode(tokenizer, python_source())

@@ -16,7 +16,9 @@ import psutil
 THREADS = 2
 
 
-def contend(*arguments: Any, gigabytes: float | None = None, seconds: float = 900) -> dict[str, Any] | str:
+def contend(
+    *arguments: Any, gigabytes: float | None = None, seconds: float = 900
+) -> dict[str, Any] | str:
     """Run the calling script as `script child arguments…`; what it printed last as JSON, or why there is nothing.
 
     `gigabytes` limits the contender's address space: by default 70 % of the free memory.

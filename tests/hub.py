@@ -90,7 +90,9 @@ class Hub:
     def fail_often(self, rate: float, kinds: Iterable[str] = KINDS, seed: int = 0) -> None:
         """From now on, give each answer a fault with probability `rate`, the kind drawn from `kinds`."""
         rng, kinds = random.Random(seed), list(kinds)
-        self.script = (rng.choice(kinds) if rng.random() < rate else None for _ in itertools.count())
+        self.script = (
+            rng.choice(kinds) if rng.random() < rate else None for _ in itertools.count()
+        )
 
     @property
     def sent(self) -> int:
@@ -125,7 +127,10 @@ class Handler(BaseHTTPRequestHandler):
             status, body, headers = self.route(path, query)
         except KeyError as missing:
             code = str(missing.args[0])
-            status, body = (403 if code == "GatedRepo" else 401 if code == "RepoNotFound" else 404), b""
+            status, body = (
+                (403 if code == "GatedRepo" else 401 if code == "RepoNotFound" else 404),
+                b"",
+            )
             headers = {"X-Error-Code": code, "X-Error-Message": code}
         return self.reply(status, body, headers, fault)
 
@@ -135,12 +140,21 @@ class Handler(BaseHTTPRequestHandler):
         """Status, whole body and headers; KeyError with the Hub's error code where there is nothing."""
         if path.startswith("/cdn/"):
             data = self.hub.content[path.removeprefix("/cdn/")]
-            return 200, data, {"ETag": f'"{hashlib.md5(data).hexdigest()}-1"', "Accept-Ranges": "bytes"}
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(tree|paths-info)/(.+?)(?:/(.+))?", path):
+            return (
+                200,
+                data,
+                {"ETag": f'"{hashlib.md5(data).hexdigest()}-1"', "Accept-Ranges": "bytes"},
+            )
+        if match := re.fullmatch(
+            r"/api/models/([^/]+/[^/]+)/(tree|paths-info)/(.+?)(?:/(.+))?", path
+        ):
             return self.tree(*match.groups(), query)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/refs", path):
             branches = self.repository(match[1])
-            rows = [{"name": k, "ref": f"refs/heads/{k}", "targetCommit": v} for k, v in branches.items()]
+            rows = [
+                {"name": k, "ref": f"refs/heads/{k}", "targetCommit": v}
+                for k, v in branches.items()
+            ]
             return self.json({"branches": rows, "converts": [], "tags": []})
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/(.+))?", path):
             sha, files = self.files(match[1], match[2] or "main")
@@ -155,7 +169,9 @@ class Handler(BaseHTTPRequestHandler):
                 "tags": [],
                 "downloads": 0,
             }
-            return self.json({**info, "private": False, "gated": False, "disabled": False, "likes": 0})
+            return self.json(
+                {**info, "private": False, "gated": False, "disabled": False, "likes": 0}
+            )
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.resolve(*match.groups())
         raise KeyError("EntryNotFound")
@@ -176,7 +192,9 @@ class Handler(BaseHTTPRequestHandler):
             raise KeyError("RevisionNotFound")
         return sha, self.hub.commits[sha]
 
-    def tree(self, model: str, kind: str, revision: str, folder: str | None, query: dict[str, list[str]]) -> Any:
+    def tree(
+        self, model: str, kind: str, revision: str, folder: str | None, query: dict[str, list[str]]
+    ) -> Any:
         """A listing with content hashes, in pages as the Hub's (`tree`) or of chosen paths (`paths-info`)."""
         files = self.files(model, revision)[1]
         if kind == "paths-info":
@@ -186,7 +204,9 @@ class Handler(BaseHTTPRequestHandler):
         start = int(query.get("cursor", ["0"])[0])
         status, body, headers = self.json(rows[start : start + self.hub.page])
         if start + self.hub.page < len(rows):
-            url = f"{self.hub.url}/api/models/{model}/tree/{revision}?cursor={start + self.hub.page}"
+            url = (
+                f"{self.hub.url}/api/models/{model}/tree/{revision}?cursor={start + self.hub.page}"
+            )
             headers["Link"] = f'<{url}>; rel="next"'
         return status, body, headers
 
@@ -197,9 +217,17 @@ class Handler(BaseHTTPRequestHandler):
             raise KeyError("EntryNotFound")
         data = files[path]
         if not path.endswith(LFS):
-            return 200, data, {"ETag": f'"{blob_id(data)}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+            return (
+                200,
+                data,
+                {"ETag": f'"{blob_id(data)}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"},
+            )
         oid = hashlib.sha256(data).hexdigest()
-        linked = {"X-Linked-ETag": f'"{oid}"', "X-Linked-Size": str(len(data)), "X-Repo-Commit": sha}
+        linked = {
+            "X-Linked-ETag": f'"{oid}"',
+            "X-Linked-Size": str(len(data)),
+            "X-Repo-Commit": sha,
+        }
         return 302, b"", {"Location": f"{self.hub.cdn}/cdn/{oid}", **linked}
 
     def json(self, value: object) -> tuple[int, bytes, dict[str, str]]:
@@ -244,7 +272,9 @@ def sibling(path: str, data: bytes) -> dict[str, Any]:
     """The same as a model's own page has it: other names, for the same things."""
     row = entry(path, data)
     lfs = row.get("lfs")
-    renamed = {"lfs": {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": 134}} if lfs else {}
+    renamed = (
+        {"lfs": {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": 134}} if lfs else {}
+    )
     return {"rfilename": path, "size": row["size"], "blobId": row["oid"], **renamed}
 
 
@@ -261,10 +291,16 @@ def tokenizer_files(real: int) -> dict[str, bytes]:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((" ".join(words[i : i + 20]) for i in range(0, len(words), 20)), trainer)
+    tokenizer.train_from_iterator(
+        (" ".join(words[i : i + 20]) for i in range(0, len(words), 20)), trainer
+    )
     assert tokenizer.get_vocab_size() == real
     end = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **end}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **end,
+    }
     return {
         "tokenizer.json": tokenizer.to_str().encode(),
         "tokenizer_config.json": json.dumps(config).encode(),
@@ -287,18 +323,25 @@ def shape(width: int, rows: int, layers: int) -> dict[str, Any]:
     }
 
 
-def checkpoint(width: int, rows: int, layers: int = 2, seed: int = 0, dtype: torch.dtype = torch.float16) -> Any:
+def checkpoint(
+    width: int, rows: int, layers: int = 2, seed: int = 0, dtype: torch.dtype = torch.float16
+) -> Any:
     """Config and tensors of a random GPT-NeoX model under the names of Pythia's files."""
     config = GPTNeoXConfig(**shape(width, rows, layers))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         state = GPTNeoXForCausalLM(config).state_dict()
-    tensors = {name.replace("lm_head.", "embed_out."): tensor.to(dtype).contiguous() for name, tensor in state.items()}
+    tensors = {
+        name.replace("lm_head.", "embed_out."): tensor.to(dtype).contiguous()
+        for name, tensor in state.items()
+    }
     text = {**config.to_dict(), "architectures": ["GPTNeoXForCausalLM"], "torch_dtype": "float16"}
     return {"config.json": json.dumps(text, indent=1, sort_keys=True).encode()}, tensors
 
 
-def weights(tensors: Mapping[str, torch.Tensor], shards: int = 1, kind: str = "safetensors") -> dict[str, bytes]:
+def weights(
+    tensors: Mapping[str, torch.Tensor], shards: int = 1, kind: str = "safetensors"
+) -> dict[str, bytes]:
     """The weight files: one, or several with the index that says which tensor is where."""
     stem = "model" if kind == "safetensors" else "pytorch_model"
     if shards == 1:
@@ -308,9 +351,14 @@ def weights(tensors: Mapping[str, torch.Tensor], shards: int = 1, kind: str = "s
     paths = [f"{stem}-{i + 1:05d}-of-{shards:05d}.{kind}" for i in range(shards)]
     index = {
         "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-        "weight_map": {name: path for path, part in zip(paths, parts, strict=True) for name in part},
+        "weight_map": {
+            name: path for path, part in zip(paths, parts, strict=True) for name in part
+        },
     }
-    files = {path: pack({n: tensors[n] for n in part}, kind) for path, part in zip(paths, parts, strict=True)}
+    files = {
+        path: pack({n: tensors[n] for n in part}, kind)
+        for path, part in zip(paths, parts, strict=True)
+    }
     return {**files, f"{stem}.{kind}.index.json": json.dumps(index).encode()}
 
 
@@ -339,7 +387,11 @@ def pythia_suite(
         for n, step in enumerate(steps):
             config, tensors = checkpoint(width, rows, seed=1000 * order + n)
             kind = "bin" if order == 2 and n == 0 else "safetensors"
-            saved = {**config, **files, **weights(tensors, shards=2 if order == 1 else 1, kind=kind)}
+            saved = {
+                **config,
+                **files,
+                **weights(tensors, shards=2 if order == 1 else 1, kind=kind),
+            }
             hub.commit(f"EleutherAI/{name}", f"step{step}", saved)
         hub.commit(f"EleutherAI/{name}", "main", saved)
     return {f"EleutherAI/{name}": [f"step{step}" for step in steps] for name in widths}

@@ -13,7 +13,9 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image, ImageChops, ImageFilter
 from playwright.sync_api import Browser, Page, sync_playwright
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 VIEWS = ((1280, "light"), (390, "dark"))
 IN_PAGE = """() => {
   const found = [];
@@ -62,7 +64,12 @@ def served(site: Path) -> Iterator[str]:
 def browser() -> Iterator[Browser]:
     """The system's Chromium, headless."""
     with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        options = [
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--disable-component-update",
+        ]
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
         yield chromium
         chromium.close()
@@ -72,7 +79,9 @@ def settle(page: Page, address: str) -> None:
     """Open a page and wait until formulas, fonts and pictures are there."""
     page.goto(address, wait_until="load")
     page.wait_for_function("() => !window.MathJax || (MathJax.startup && MathJax.startup.promise)")
-    page.evaluate("async () => { if (window.MathJax) await MathJax.startup.promise; await document.fonts.ready; }")
+    page.evaluate(
+        "async () => { if (window.MathJax) await MathJax.startup.promise; await document.fonts.ready; }"
+    )
     # Pictures below the fold load lazily.
     page.evaluate(
         "() => Promise.all([...document.images].map(i => { i.loading = 'eager'; return i.decode().catch(() => 0); }))"
@@ -132,7 +141,12 @@ def difference(one: Image.Image, other: Image.Image) -> float:
 
 
 def problems(
-    chromium: Browser, address: str, page_name: str, width: int, theme: str = "light", axe: bool = True
+    chromium: Browser,
+    address: str,
+    page_name: str,
+    width: int,
+    theme: str = "light",
+    axe: bool = True,
 ) -> list[str]:
     """Everything wrong with one page at one width and in one theme, each as one line."""
     found: list[str] = []
@@ -149,19 +163,31 @@ def problems(
             route.abort()
 
     page.route("**/*", watch)
-    page.on("console", lambda message: message.type == "error" and found.append(f"console error: {message.text}"))
+    page.on(
+        "console",
+        lambda message: message.type == "error" and found.append(f"console error: {message.text}"),
+    )
     page.on("pageerror", lambda error: found.append(f"script error: {error}"))
-    page.on("response", lambda r: r.status >= 400 and found.append(f"{r.status} for {r.url.removeprefix(address)}"))
+    page.on(
+        "response",
+        lambda r: r.status >= 400 and found.append(f"{r.status} for {r.url.removeprefix(address)}"),
+    )
     settle(page, f"{address}/{page_name}")
     found += page.evaluate(IN_PAGE)
-    links = page.eval_on_selector_all("a[href]", "links => links.map(a => a.href.split('#')[0].split('?')[0])")
+    links = page.eval_on_selector_all(
+        "a[href]", "links => links.map(a => a.href.split('#')[0].split('?')[0])"
+    )
     for link in sorted({link for link in links if link.startswith(address)}):
         if context.request.head(link).status >= 400:
             found.append(f"broken link {link.removeprefix(address)}")
     if axe:
         for violation in Axe().run(page, options={"preload": False}).response["violations"]:
             if violation["impact"] in ("serious", "critical"):
-                where = ", ".join(node["target"][0] for node in violation["nodes"][:3] if node["target"])
-                found.append(f"{violation['impact']} accessibility violation {violation['id']} at {where}")
+                where = ", ".join(
+                    node["target"][0] for node in violation["nodes"][:3] if node["target"]
+                )
+                found.append(
+                    f"{violation['impact']} accessibility violation {violation['id']} at {where}"
+                )
     context.close()
     return [f"{page_name} at {width}, {theme}: {problem}" for problem in dict.fromkeys(found)]

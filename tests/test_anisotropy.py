@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headbound import anisotropy
-from headbound.anisotropy import cosines, mean_cosine, sinks, sum_of_units
+from headbound.measure import anisotropy
+from headbound.measure.anisotropy import cosines, mean_cosine, sinks, sum_of_units
 
 
 def all_pairs(hidden_states):
@@ -34,7 +34,9 @@ def states(tokens, d, seed=0, mean=0.0, dtype=torch.float32):
 def test_equals_the_mean_over_all_pairs_at_any_scale(tokens, d, seed, mean, scales, dtype):
     h = states(tokens, d, seed, mean, dtype) * torch.tensor(scales[:tokens], dtype=dtype)[:, None]
     estimate = mean_cosine(h)
-    assert estimate.value == pytest.approx(all_pairs(h), abs=1e-6 if dtype == torch.float32 else 1e-12)
+    assert estimate.value == pytest.approx(
+        all_pairs(h), abs=1e-6 if dtype == torch.float32 else 1e-12
+    )
     assert estimate.n == 1
     assert math.isnan(estimate.low)
 
@@ -54,7 +56,9 @@ def test_half_precision_is_computed_in_more(dtype):
 
 def test_constant_rows_have_cosine_one_and_opposite_rows_minus_one():
     assert mean_cosine(torch.full((50, 8), 3.0)).value == pytest.approx(1, abs=1e-6)
-    assert mean_cosine(torch.tensor([[1.0, 2.0], [-2.0, -4.0]])).value == pytest.approx(-1, abs=1e-6)
+    assert mean_cosine(torch.tensor([[1.0, 2.0], [-2.0, -4.0]])).value == pytest.approx(
+        -1, abs=1e-6
+    )
 
 
 def test_many_tokens_keep_their_digits():
@@ -64,7 +68,10 @@ def test_many_tokens_keep_their_digits():
     assert mean_cosine(h).value == pytest.approx(exact, abs=1e-8)
 
 
-@given(sizes=st.lists(st.integers(1, 9), min_size=2, max_size=6).filter(lambda s: sum(s) > 1), seed=st.integers(0, 99))
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=2, max_size=6).filter(lambda s: sum(s) > 1),
+    seed=st.integers(0, 99),
+)
 def test_a_stream_of_texts_is_the_whole(sizes, seed):
     h = states(sum(sizes), 4, seed, 0.4)
     estimate = mean_cosine((block for block in h.split(sizes)), resamples=20)
@@ -117,7 +124,9 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 def test_texts_of_one_token_and_empty_texts_give_no_warning():
     two = mean_cosine([torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])], resamples=50)
     assert two.value == pytest.approx(math.sqrt(0.5))
-    assert math.isnan(two.low)  # a resample of one token alone has no pair, so the interval is unknown
+    assert math.isnan(
+        two.low
+    )  # a resample of one token alone has no pair, so the interval is unknown
     some = mean_cosine([torch.eye(3), torch.empty(0, 3), torch.eye(3)], resamples=50)
     assert some.n == 2
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import log_softmax, rel_entr, softmax
 
-from headbound import bounds
+from headbound.measure import bounds
 
 rng = np.random.default_rng
 
@@ -31,13 +31,17 @@ def targets(draw, largest=64):
     noise = rng(draw(st.integers(0, 10**6)))
     if kind == "head":  # decaying spectrum and a unigram direction, as a trained head has
         width = min(n, v)
-        head = noise.normal(size=(n, width)) / np.arange(1, width + 1) @ noise.normal(size=(width, v))
+        head = (
+            noise.normal(size=(n, width)) / np.arange(1, width + 1) @ noise.normal(size=(width, v))
+        )
         return scale * (head - np.log(np.arange(1, v + 1)))
     if kind == "constant":
         return np.full((n, v), scale)
     if kind == "one-hot":
         return scale * np.eye(v)[noise.integers(v, size=n)]
-    return scale * noise.normal(size=(n, v)) + (1e4 * noise.normal(size=(n, 1)) if kind == "offset" else 0)
+    return scale * noise.normal(size=(n, v)) + (
+        1e4 * noise.normal(size=(n, 1)) if kind == "offset" else 0
+    )
 
 
 def kl(logits, other):
@@ -69,7 +73,10 @@ def test_no_solver_leaves_the_bounds_at_any_rank(logits):
     ranks = range(1, min(logits.shape) + 1)
     low = bounds.lower(logits, ranks, steps=30, anchors=3)
     high = bounds.upper(logits, ranks, steps=10)
-    plain_low, plain_high = bounds.textbook_lower(logits, ranks), bounds.textbook_upper(logits, ranks)
+    plain_low, plain_high = (
+        bounds.textbook_lower(logits, ranks),
+        bounds.textbook_upper(logits, ranks),
+    )
     slack = 1e-12 * (1 + np.abs(logits).max())
     assert np.isfinite(low).all()
     assert (low >= 0).all()
@@ -78,7 +85,9 @@ def test_no_solver_leaves_the_bounds_at_any_rank(logits):
     assert (np.diff(low) <= slack).all()
     for rank in ranks[:: max(1, len(ranks) // 6)]:
         witness = bounds.reach(logits, rank, steps=10)
-        reached = min(independent_solver(logits, rank, 0), independent_solver(logits, rank, 1, witness))
+        reached = min(
+            independent_solver(logits, rank, 0), independent_solver(logits, rank, 1, witness)
+        )
         assert reached <= high[rank - 1] + slack
         assert low[rank - 1] <= reached + slack
         assert plain_low[rank - 1] <= reached + slack
@@ -92,7 +101,9 @@ def test_upper_is_the_loss_of_logits_of_that_rank(logits, rank):
     witness = bounds.reach(logits, rank, steps=20)
     values = np.linalg.svd(witness, compute_uv=False)
     assert (values[rank:] <= 1e-12 * max(values[0], 1e-9)).all()
-    assert bounds.loss_gap(logits, witness) == pytest.approx(kl(logits, witness).mean(), rel=1e-7, abs=1e-8)
+    assert bounds.loss_gap(logits, witness) == pytest.approx(
+        kl(logits, witness).mean(), rel=1e-7, abs=1e-8
+    )
     assert bounds.upper(logits, [rank], steps=20)[0] <= bounds.loss_gap(logits, witness)
 
 
@@ -101,7 +112,9 @@ def test_upper_is_the_loss_of_logits_of_that_rank(logits, rank):
 def test_exact_at_the_rank_modulo_row_constants_and_not_one_below(contexts, vocab, width):
     generator = rng(width)
     logits = generator.normal(size=(contexts, width)) @ generator.normal(size=(width, vocab))
-    logits += 5 * generator.normal(size=(contexts, 1))  # a row constant is free: it must not cost a rank
+    logits += 5 * generator.normal(
+        size=(contexts, 1)
+    )  # a row constant is free: it must not cost a rank
     ranks = list(range(1, width + 1))
     gaps = bounds.upper(logits, ranks, steps=20)
     low = bounds.lower(logits, ranks, steps=20, anchors=2)
@@ -130,13 +143,20 @@ def test_nearly_uniform_targets_have_bounds_that_meet():
     np.testing.assert_allclose(bounds.upper(logits, ranks), local, rtol=1e-2)
 
 
-@given(st.floats(-300, 300), st.floats(1e-6, 1), st.floats(1e-6, 1e3), st.floats(1e-3, 1, exclude_max=False))
+@given(
+    st.floats(-300, 300),
+    st.floats(1e-6, 1),
+    st.floats(1e-6, 1e3),
+    st.floats(1e-3, 1, exclude_max=False),
+)
 def test_the_scalar_lemma_behind_the_lower_bound(t, p, kappa, fraction):
     y = p / kappa
     r = fraction * (y if y < 1 else np.sqrt(y))
     assume(t < 300)
     phi = lambda t: np.expm1(t) - t  # noqa: E731
-    assert p * phi(t) >= kappa * phi(-r * abs(t)) * (1 - 1e-9) - 1e-14 * (kappa * r * abs(t) + p * abs(t))
+    assert p * phi(t) >= kappa * phi(-r * abs(t)) * (1 - 1e-9) - 1e-14 * (
+        kappa * r * abs(t) + p * abs(t)
+    )
 
 
 @given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 8), st.floats(0.1, 10))
@@ -157,7 +177,12 @@ def test_sparse_targets_cost_little_at_twice_their_support(tokens):
     x = np.linspace(-1, 1, v)
     outside = -np.prod((x[None, :, None] - x[support][:, None, :]) ** 2, axis=2)
     values = generator.normal(size=(200, tokens))
-    inside = np.array([np.polyval(np.polyfit(x[s], y, tokens - 1), x) for s, y in zip(support, values, strict=True)])
+    inside = np.array(
+        [
+            np.polyval(np.polyfit(x[s], y, tokens - 1), x)
+            for s, y in zip(support, values, strict=True)
+        ]
+    )
     logits = 1e7 * outside + inside
     assert np.linalg.matrix_rank(logits - logits.mean(1, keepdims=True), tol=1e-3) <= 2 * tokens
     wanted = np.zeros((200, v))
@@ -178,7 +203,10 @@ def test_second_order_expansion_is_met_as_the_change_shrinks(logits, seed):
     change = rng(seed).normal(size=logits.shape)
     exact, local = (
         f(logits, x)
-        for f, x in [(lambda z, c: kl(z, z + c).mean(), 1e-3 * change), (bounds.second_order, 1e-3 * change)]
+        for f, x in [
+            (lambda z, c: kl(z, z + c).mean(), 1e-3 * change),
+            (bounds.second_order, 1e-3 * change),
+        ]
     )
     noise = 1e-9 * (1 + np.abs(logits).max()) * 1e-3
     assert exact == pytest.approx(local, rel=2e-2, abs=noise)
@@ -202,7 +230,9 @@ def test_gradients_lie_in_the_row_space_of_the_head(seed, width):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("bound", [bounds.upper, bounds.lower, bounds.textbook_upper, bounds.textbook_lower])
+@pytest.mark.parametrize(
+    "bound", [bounds.upper, bounds.lower, bounds.textbook_upper, bounds.textbook_lower]
+)
 def test_logits_that_are_not_finite_are_refused(bound, bad):
     logits = np.zeros((3, 4))
     logits[1, 2] = bad
@@ -211,7 +241,9 @@ def test_logits_that_are_not_finite_are_refused(bound, bad):
 
 
 @pytest.mark.parametrize("rank", [0, -1, 4])
-@pytest.mark.parametrize("bound", [bounds.upper, bounds.lower, bounds.textbook_upper, bounds.textbook_lower])
+@pytest.mark.parametrize(
+    "bound", [bounds.upper, bounds.lower, bounds.textbook_upper, bounds.textbook_lower]
+)
 def test_ranks_out_of_range_are_refused(bound, rank):
     with pytest.raises(ValueError, match=f"rank = {rank}: must be between 1 and 3"):
         bound(np.eye(3, 4), [rank])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headbound import anisotropy
+from headbound.measure import anisotropy
 
 
 def test_by_layer_is_mean_cosine_of_each_layer():
@@ -26,4 +26,6 @@ def test_by_layer_of_nothing():
 
 def test_texts_of_different_lengths():
     blocks = [torch.randn(n, 8) + 1 for n in (3, 9, 5)]
-    assert anisotropy.mean_cosine(blocks).value == pytest.approx(anisotropy.mean_cosine(torch.cat(blocks)).value)
+    assert anisotropy.mean_cosine(blocks).value == pytest.approx(
+        anisotropy.mean_cosine(torch.cat(blocks)).value
+    )

@@ -9,8 +9,7 @@ import hub
 import pytest
 import torch
 from huggingface_hub import close_session, constants
-
-from headbound import checkpoints, remote
+from sweep import checkpoints, remote
 
 ROWS, WIDTH = 2048, 96
 TOKENIZER = hub.tokenizer_files(300)
@@ -29,7 +28,9 @@ def served(monkeypatch, tmp_path):
     close_session()
 
 
-def put(server, branch, seed=0, shards=1, kinds=("safetensors",), model="a/m", change=None, **config):
+def put(
+    server, branch, seed=0, shards=1, kinds=("safetensors",), model="a/m", change=None, **config
+):
     """One tiny checkpoint on the hub; its tensors."""
     files, tensors = hub.checkpoint(WIDTH, ROWS, layers=1, seed=seed)
     if config:
@@ -137,7 +138,11 @@ def test_what_cannot_be_read_is_said_in_one_line(served, monkeypatch):
     put(served, "nan", change=lambda t: {**t, "embed_out.weight": t["embed_out.weight"] * math.nan})
     put(served, "int8", change=lambda t: {n: x.to(torch.int8) for n, x in t.items()})
     served.commit("a/m", "empty", TOKENIZER)
-    served.commit("a/m", "pickle", {"pytorch_model.bin": pickle.dumps({"embed_out.weight": print}, 2), **TOKENIZER})
+    served.commit(
+        "a/m",
+        "pickle",
+        {"pytorch_model.bin": pickle.dumps({"embed_out.weight": print}, 2), **TOKENIZER},
+    )
     put(served, "main", model="a/code", auto_map={"AutoModel": "code.Model"}, model_type="mine")
     served.gated.add("a/secret")
     cases = [
@@ -176,14 +181,21 @@ def test_the_audit_finds_what_was_planted_and_nothing_else(served, shards, kinds
     assert served.sent - before < 100_000
     branches["step1"] = branches["step0"]
     branches["step8"] = branches["step64"]
-    expected = dict.fromkeys(steps, "ok") | {"step0": "identical", "step1": "identical", "step8": "identical"}
+    expected = dict.fromkeys(steps, "ok") | {
+        "step0": "identical",
+        "step1": "identical",
+        "step8": "identical",
+    }
     if shards > 1:
         files = dict(served.commits[branches["step4"]])
         final = served.commits[branches["step64"]]
         shard = next(p for p in files if "00002-of" in p)
         served.commit("a/m", "step4", {**files, shard: final[shard]})
         expected["step4"] = "suspicious"
-        files, other = dict(served.commits[branches["step16"]]), dict(served.commits[branches["step16"]])
+        files, other = (
+            dict(served.commits[branches["step16"]]),
+            dict(served.commits[branches["step16"]]),
+        )
         second = shard.replace("00002-of", "00003-of")
         served.commit("a/m", "step16", {**files, shard: other[second], second: other[shard]})
         expected["step16"] = "suspicious"

@@ -6,7 +6,10 @@ from headbound import device
 
 
 def test_feed_gives_the_parts_in_order_from_memory_and_from_disk(tmp_path):
-    states, targets = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32), np.arange(50)
+    states, targets = (
+        np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32),
+        np.arange(50),
+    )
     np.save(tmp_path / "states.npy", states)
     mapped = np.load(tmp_path / "states.npy", mmap_mode="r")
     places = [slice(0, 20), slice(20, 40), slice(40, 60), np.array([3, 1, 1])]

@@ -21,7 +21,9 @@ GIVEN = {"pip", "setuptools", "wheel", "headbound"}
 
 def locked():
     lines = (ROOT / "requirements.lock").read_text().splitlines()
-    return [Requirement(line) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return [
+        Requirement(line) for line in lines if line.strip() and not line.lstrip().startswith("#")
+    ]
 
 
 LOCK = {canonicalize_name(r.name): Version(str(r.specifier).removeprefix("==")) for r in locked()}
@@ -39,7 +41,9 @@ def test_the_lock_pins_every_package_once_and_exactly():
 def test_the_lock_satisfies_what_the_package_asks_for(declared):
     requirement = Requirement(declared)
     version = LOCK.get(canonicalize_name(requirement.name))
-    assert version is not None, f"{requirement.name} is in pyproject.toml and not in requirements.lock"
+    assert version is not None, (
+        f"{requirement.name} is in pyproject.toml and not in requirements.lock"
+    )
     assert requirement.specifier.contains(version, prereleases=True)
 
 
@@ -78,11 +82,16 @@ def test_conda_users_get_the_same_environment():
     (python,) = [entry.removeprefix("python=") for entry in plain if entry.startswith("python=")]
     assert SpecifierSet(PROJECT["requires-python"]).contains(f"{python}.0")
     # Nothing is pinned twice: conda brings python, pip and tools, the lock all the rest.
-    assert not {canonicalize_name(Requirement(entry).name) for entry in plain if "=" not in entry} & LOCK.keys()
+    assert (
+        not {canonicalize_name(Requirement(entry).name) for entry in plain if "=" not in entry}
+        & LOCK.keys()
+    )
     options = [tuple(line.split()) for line in pip]
     assert {("-r", "requirements.lock"), ("--requirement", "requirements.lock")} & set(options)
     assert all(option[0] in {"-r", "--requirement", "-e", "--editable"} for option in options)
 
 
 def test_this_python_is_the_one_asked_for():
-    assert SpecifierSet(PROJECT["requires-python"]).contains(".".join(map(str, sys.version_info[:3])))
+    assert SpecifierSet(PROJECT["requires-python"]).contains(
+        ".".join(map(str, sys.version_info[:3]))
+    )

@@ -8,7 +8,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from headbound import evals
-from headbound.saturation import detect
+from headbound.measure.saturation import detect
 
 SHARED = Path(evals.__file__).parents[3] / "shared" / "pythia"
 
@@ -32,7 +32,10 @@ def new(folder, step, acc, task="lambada_openai", model="org/other-31m", **more)
         "n-shot": {task: 0},
         "config": {"model": "hf", "model_args": {"pretrained": model, "revision": f"step{step}"}},
     }
-    return write(Path(folder) / model.replace("/", "__") / f"results_2026-01-01T00-00-{step:02}.1.json", content)
+    return write(
+        Path(folder) / model.replace("/", "__") / f"results_2026-01-01T00-00-{step:02}.1.json",
+        content,
+    )
 
 
 def write(path, content):
@@ -46,7 +49,9 @@ def test_both_harnesses_in_one_table(tmp_path):
     new(tmp_path / "b", 20, 0.25, **{"perplexity,none": 30.5, "perplexity_stderr,none": "N/A"})
     table = evals.read_results(tmp_path)
     assert list(table.columns) == ["model", "step", "tokens", "task", "metric", "value", "stderr"]
-    assert [tuple(row) for row in table[["model", "step", "task", "metric", "value"]].to_numpy()] == [
+    assert [
+        tuple(row) for row in table[["model", "step", "task", "metric", "value"]].to_numpy()
+    ] == [
         ("other-31m", 20, "lambada_openai", "acc", 0.25),
         ("other-31m", 20, "lambada_openai", "perplexity", 30.5),
         ("pythia-70m", 1000, "lambada_openai", "acc", 0.1234567890123456),
@@ -57,15 +62,25 @@ def test_both_harnesses_in_one_table(tmp_path):
 
 
 def test_a_local_checkpoint_folder_names_model_and_step(tmp_path):
-    content = {"results": {"t": {"acc,none": 0.5}}, "config": {"model_args": "pretrained=suite/d032/step64"}}
+    content = {
+        "results": {"t": {"acc,none": 0.5}},
+        "config": {"model_args": "pretrained=suite/d032/step64"},
+    }
     write(tmp_path / "results_2026.json", content)
-    write(tmp_path / "wide" / "step128" / "results_2026.json", {"results": {"t": {"acc,none": 0.6}}})
+    write(
+        tmp_path / "wide" / "step128" / "results_2026.json", {"results": {"t": {"acc,none": 0.6}}}
+    )
     table = evals.read_results(tmp_path)
     assert list(zip(table["model"], table["step"], strict=True)) == [("d032", 64), ("wide", 128)]
 
 
 def test_another_filter_stays_in_the_metrics_name(tmp_path):
-    new(tmp_path, 1, 0.5, **{"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1})
+    new(
+        tmp_path,
+        1,
+        0.5,
+        **{"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1},
+    )
     row = evals.read_results(tmp_path).set_index("metric").loc["exact_match,strict-match"]
     assert (row["value"], row["stderr"]) == (0.25, 0.1)
 
@@ -89,11 +104,17 @@ def test_gaps_are_named(tmp_path):
     assert len(lacking) == 3
 
 
-@pytest.mark.parametrize(("model", "size"), [("pythia-70m", 18_915_328), ("pythia-1b-bf16", 805_736_448)])
-def test_parameters_are_those_that_pythias_authors_publish_and_that_transformers_builds(model, size):
+@pytest.mark.parametrize(
+    ("model", "size"), [("pythia-70m", 18_915_328), ("pythia-1b-bf16", 805_736_448)]
+)
+def test_parameters_are_those_that_pythias_authors_publish_and_that_transformers_builds(
+    model, size
+):
     assert evals.parameters(model, embeddings=False) == size
     layers, d, vocabulary = evals.PYTHIA[model.split("-")[1]]
-    config = GPTNeoXConfig(vocab_size=vocabulary, hidden_size=d, num_hidden_layers=layers, intermediate_size=4 * d)
+    config = GPTNeoXConfig(
+        vocab_size=vocabulary, hidden_size=d, num_hidden_layers=layers, intermediate_size=4 * d
+    )
     with torch.device("meta"):
         assert GPTNeoXForCausalLM(config).num_parameters() == evals.parameters(model)
 
@@ -123,7 +144,10 @@ def mixed_shots(folder):
 
 
 def stepless(folder):
-    write(folder / "opt.json", {"results": {"t": {"acc": 1.0}}, "config": {"model_args": "pretrained=opt"}})
+    write(
+        folder / "opt.json",
+        {"results": {"t": {"acc": 1.0}}, "config": {"model_args": "pretrained=opt"}},
+    )
 
 
 def contradictory(folder):
@@ -203,7 +227,9 @@ def test_a_given_folder_wins_and_must_exist(tmp_path, monkeypatch):
         evals.find(str(tmp_path / "missing"))
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="Pythia's published evaluations do not lie beside the repository")
+@pytest.mark.skipif(
+    not SHARED.is_dir(), reason="Pythia's published evaluations do not lie beside the repository"
+)
 def test_pythia_saturates_on_lambada_below_410m_only():
     table = evals.read_results(SHARED)
     assert len(table) == 37_152

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from headbound import anisotropy, device, gradients, heads, hidden, spectrum
+from headbound import device, hidden
+from headbound.measure import anisotropy, gradients, lowrank, spectrum
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,7 +32,9 @@ def test_hidden_states(dtype, tolerance):
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**hub.shape(64, 512, 2))).eval()
     rows = torch.randint(512, (8, 64), generator=torch.Generator().manual_seed(0))
     expected = torch.cat(list(hidden.stream(model, rows, [-1])), dim=1)
-    found = torch.cat([s.float().cpu() for s in hidden.stream(model.to("cuda", dtype), rows, [-1])], dim=1)
+    found = torch.cat(
+        [s.float().cpu() for s in hidden.stream(model.to("cuda", dtype), rows, [-1])], dim=1
+    )
     assert (found - expected).norm() < tolerance * expected.norm()
 
 
@@ -44,13 +47,15 @@ def test_fed_parts_are_whole_when_they_are_used():
 
 def test_heads_and_gradients():
     rng = np.random.default_rng(0)
-    data = heads.Examples(rng.normal(size=(512, 16)).astype(np.float32), rng.integers(300, size=512), np.arange(512))
+    data = lowrank.Examples(
+        rng.normal(size=(512, 16)).astype(np.float32), rng.integers(300, size=512), np.arange(512)
+    )
     weight = torch.from_numpy(rng.normal(size=(300, 16)).astype(np.float32))
     losses, kept = [], []
     for where in ("cpu", "cuda"):
-        start = heads.random(weight.to(where), 4)
-        trained = heads.train(data.hidden_states, data.targets, [start], 1)
-        losses.append(heads.token_losses(data, trained))
+        start = lowrank.random(weight.to(where), 4)
+        trained = lowrank.train(data.hidden_states, data.targets, [start], 1)
+        losses.append(lowrank.token_losses(data, trained))
         kept.append(gradients.share_kept(data, weight.to(where)).kept)
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
     np.testing.assert_allclose(kept[1], kept[0], rtol=1e-6)

@@ -5,14 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
-from headbound import gradients, heads
+from headbound.measure import gradients, lowrank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def examples(hidden_states, vocab, seed=0, texts=2):
     targets = np.random.default_rng(seed).integers(vocab, size=len(hidden_states))
-    return heads.Examples(hidden_states, targets, np.arange(len(targets)) % texts)
+    return lowrank.Examples(hidden_states, targets, np.arange(len(targets)) % texts)
 
 
 def logit_gradient(data, weight):
@@ -30,7 +30,9 @@ def cases(draw):
     rank = draw(st.integers(0, min(vocab, d)))
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     weight = rng.normal(size=(vocab, rank)) @ rng.normal(size=(rank, d))
-    weight *= np.geomspace(1, draw(st.sampled_from([1.0, 1e-9])), d) * draw(st.sampled_from([1e-20, 1.0, 1e3]))
+    weight *= np.geomspace(1, draw(st.sampled_from([1.0, 1e-9])), d) * draw(
+        st.sampled_from([1e-20, 1.0, 1e3])
+    )
     if draw(st.booleans()):
         weight += weight.mean() * 30  # a mean row that dominates
     states = rng.normal(size=(tokens, d)) * draw(st.sampled_from([1e-3, 1.0, 1e2]))
@@ -54,10 +56,14 @@ def test_equals_brute_force(case):
     np.testing.assert_allclose(found.gradient, whole, rtol=1e-10, atol=1e-280)
     for one, other in ((found.kept, kept), (found.along, along.numpy())):
         assert (abs(one - other) <= 1e-9 * whole + 1e-280).all()
-    assert (found.along <= found.kept + 1e-9 * whole).all()  # the step lies in the span of W's columns
+    assert (
+        found.along <= found.kept + 1e-9 * whole
+    ).all()  # the step lies in the span of W's columns
     reference = np.zeros(len(gradient))
     reference[: min(gradient.shape)] = torch.linalg.svdvals(gradient)
-    np.testing.assert_allclose(gradients.singular_values(data, weight), reference, atol=1e-7 * reference[0] + 1e-280)
+    np.testing.assert_allclose(
+        gradients.singular_values(data, weight), reference, atol=1e-7 * reference[0] + 1e-280
+    )
 
 
 class Largest(TorchFunctionMode):
@@ -87,7 +93,9 @@ def test_streams_at_a_real_vocabulary_and_is_exact_there():
     gradient = logit_gradient(data, weight)
     kept = (gradient @ torch.linalg.qr(weight.double()).Q).square().sum(1)
     np.testing.assert_allclose(found.kept, kept, rtol=1e-9)
-    np.testing.assert_allclose(values, torch.linalg.eigvalsh(gradient @ gradient.T).flip(0).sqrt(), rtol=1e-9)
+    np.testing.assert_allclose(
+        values, torch.linalg.eigvalsh(gradient @ gradient.T).flip(0).sqrt(), rtol=1e-9
+    )
 
 
 def test_shares_of_a_batch_of_a_choice_and_of_the_norm():
@@ -103,7 +111,9 @@ def test_shares_of_a_batch_of_a_choice_and_of_the_norm():
     odd = data.texts % 2 == 1
     part = gradient[torch.tensor(odd)]
     assert found.share(where=odd).n == 4
-    assert found.share(where=odd).value == pytest.approx(float((part @ projector).norm() / part.norm()) ** 2)
+    assert found.share(where=odd).value == pytest.approx(
+        float((part @ projector).norm() / part.norm()) ** 2
+    )
     with pytest.raises(ValueError, match="where chooses no token"):
         found.share(where=data.texts > 8)
     assert np.isnan(found._replace(gradient=np.zeros(40)).share().value)
@@ -175,7 +185,9 @@ def test_a_circle_solves_the_repetition_in_two_dimensions(vocab, loss):
     assert torch.nn.functional.cross_entropy(logits, target) <= loss * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("options", [{"peak": 0.1}, {"peak": 1.0, "momentum": 0.9}, {"peak": 0.1, "layers": 1}])
+@pytest.mark.parametrize(
+    "options", [{"peak": 0.1}, {"peak": 1.0, "momentum": 0.9}, {"peak": 0.1, "layers": 1}]
+)
 def test_repetition_is_learned_from_a_random_head(options):
     untrained, trained = (gradients.learn_repeats(64, 8, steps=n, **options) for n in (0, 120))
     assert untrained["loss"] == pytest.approx(np.log(64), rel=0.02)

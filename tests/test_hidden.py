@@ -18,7 +18,9 @@ NORMS = {
 
 
 def token_ids(texts=5, length=7, seed=0):
-    return torch.randint(0, tiny.VOCAB, (texts, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, tiny.VOCAB, (texts, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def gathered(model, ids, **options):
@@ -29,7 +31,13 @@ def gathered(model, ids, **options):
 def test_states_are_the_models_own_with_the_norm_told_apart(kind):
     model, ids = tiny.network(kind), token_ids()
     ours = gathered(model, ids, batch_size=2)
-    assert hidden.layer_names(model) == ["embeddings", "block 1", "block 2", "block 3", "final norm"]
+    assert hidden.layer_names(model) == [
+        "embeddings",
+        "block 1",
+        "block 2",
+        "block 3",
+        "final norm",
+    ]
     assert ours.shape == (5, 5, 7, 16)
     with torch.inference_mode():
         theirs = model(ids, output_hidden_states=True).hidden_states
@@ -69,7 +77,9 @@ def test_a_layer_that_is_not_there(layers):
 def test_ids_outside_the_vocabulary(bad):
     ids = token_ids()
     ids[2, 3] = bad
-    with pytest.raises(ValueError, match=f"token ids .*{bad}.*: outside the model's vocabulary of 277"):
+    with pytest.raises(
+        ValueError, match=f"token ids .*{bad}.*: outside the model's vocabulary of 277"
+    ):
         next(hidden.stream(tiny.network("llama"), ids))
 
 
@@ -83,7 +93,9 @@ def test_states_that_are_not_finite():
     model = tiny.network("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
-    with pytest.raises(ValueError, match="NaN or Inf in the hidden states; run the model in float32"):
+    with pytest.raises(
+        ValueError, match="NaN or Inf in the hidden states; run the model in float32"
+    ):
         next(hidden.stream(model, token_ids()))
 
 
@@ -166,7 +178,9 @@ def test_sequences_are_the_first_tokens_of_texts_long_enough():
     ids = hidden.sequences(tokenizer, texts, count=2, length=30)
     for row, text in zip(ids.tolist(), [texts[1], texts[3]], strict=True):
         assert row == tokenizer(text)["input_ids"][:30]
-    with pytest.raises(ValueError, match="the text has only 3 passages of 30 tokens; give more text"):
+    with pytest.raises(
+        ValueError, match="the text has only 3 passages of 30 tokens; give more text"
+    ):
         hidden.sequences(tokenizer, texts, count=4, length=30)
 
 
@@ -195,7 +209,9 @@ def test_a_failed_store_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(hidden, "stream", full)
-    with pytest.raises(OSError, match=r"No space left on device; free some space or set HEADBOUND_CACHE"):
+    with pytest.raises(
+        OSError, match=r"No space left on device; free some space or set HEADBOUND_CACHE"
+    ):
         hidden.store(tiny.network("llama"), token_ids())
     assert not list((tmp_path / "hidden").iterdir())
 

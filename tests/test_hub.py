@@ -54,10 +54,17 @@ def test_huggingface_hub_lists_and_reads(suite, tmp_path):
     assert {f.rfilename: (f.blob_id, f.lfs and f.lfs.sha256) for f in info.siblings} == {
         p: (f.blob_id, f.lfs and f.lfs.sha256) for p, f in listed.items()
     }
-    assert [f.path for f in api.get_paths_info(MODEL, ["config.json", "none"], revision="step8")] == ["config.json"]
+    assert [
+        f.path for f in api.get_paths_info(MODEL, ["config.json", "none"], revision="step8")
+    ] == ["config.json"]
     metadata = api.get_safetensors_metadata("EleutherAI/pythia-14m", revision="step8")
-    assert metadata.files_metadata["model.safetensors"].tensors["embed_out.weight"].shape == [2048, 32]
-    path = hf_hub_download(MODEL, "model-00001-of-00002.safetensors", cache_dir=tmp_path, endpoint=suite.url)
+    assert metadata.files_metadata["model.safetensors"].tensors["embed_out.weight"].shape == [
+        2048,
+        32,
+    ]
+    path = hf_hub_download(
+        MODEL, "model-00001-of-00002.safetensors", cache_dir=tmp_path, endpoint=suite.url
+    )
     assert Path(path).stat().st_size == listed["model-00001-of-00002.safetensors"].size
     checked = api.verify_repo_checksums(MODEL, cache_dir=tmp_path)
     assert (checked.checked_count, checked.mismatches) == (1, [])
@@ -92,7 +99,9 @@ def test_transformers_and_lm_eval_read_from_it(suite, tmp_path):
         "HF_HUB_OFFLINE": "0",
     }
     command = [sys.executable, "-c", CLIENT, MODEL]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     seen = json.loads(run.stdout.splitlines()[-1])
     tensors = hub.checkpoint(64, 2048, seed=1001)[1]

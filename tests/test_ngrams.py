@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headbound import ngrams
+from headbound.measure import ngrams
 
 
 def zipf_tokens(size, vocab, seed=0):
@@ -55,7 +55,9 @@ def test_gram_is_that_of_the_dense_rows(ids, order, partitions, weighting, min_c
     k = k[k.sum(1) >= min_count]
     n = k.sum(1, keepdims=True)
     unigram = np.bincount(tokens, minlength=7) / len(tokens)
-    rows = (k + smoothing * unigram) / (n + smoothing) * (np.sqrt(n) if weighting == "tokens" else 1)
+    rows = (
+        (k + smoothing * unigram) / (n + smoothing) * (np.sqrt(n) if weighting == "tokens" else 1)
+    )
     got = ngrams.gram(tokens, order, 7, weighting, min_count, smoothing, partitions=partitions)
     np.testing.assert_allclose(got.matrix, rows.T @ rows, atol=1e-12)
     assert (got.contexts, got.ngrams) == (len(k), k.sum())
@@ -65,7 +67,9 @@ def test_gram_is_that_of_the_dense_rows(ids, order, partitions, weighting, min_c
 @pytest.mark.parametrize("weighting", ["contexts", "tokens"])
 def test_spectrum_agrees_with_a_dense_svd(order, weighting):
     tokens = zipf_tokens(3000, 300)
-    reference = np.linalg.svd(ngrams.context_matrix(tokens, order, 300, weighting).toarray(), compute_uv=False)
+    reference = np.linalg.svd(
+        ngrams.context_matrix(tokens, order, 300, weighting).toarray(), compute_uv=False
+    )
     got = ngrams.singular_values(ngrams.gram(tokens, order, 300, weighting))
     reference = np.append(reference, np.zeros(300))[:300]
     np.testing.assert_allclose(w_error(got), w_error(reference), atol=1e-10)
@@ -133,7 +137,9 @@ def test_leading_values_and_their_rest_give_the_same_w_error():
     np.testing.assert_allclose(w_error(leading)[-21:], w_error(full)[-21:], atol=1e-9)
 
 
-@pytest.mark.parametrize(("rank", "vocab", "size"), [(5, 200, 200_000), (20, 400, 400_000), (40, 400, 1_000_000)])
+@pytest.mark.parametrize(
+    ("rank", "vocab", "size"), [(5, 200, 200_000), (20, 400, 400_000), (40, 400, 1_000_000)]
+)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_split_half_recovers_a_planted_rank(rank, vocab, size, seed):
     tokens = low_rank_tokens(rank, vocab, size, seed)
@@ -164,7 +170,10 @@ def test_shuffled_targets_support_one_dimension():
         (lambda t: ngrams.gram(t, 1, 9), "order = 1"),
         (lambda t: ngrams.gram(t, 2, 5), "token id 8: outside the vocabulary of 5"),
         (lambda t: ngrams.gram(t - 1, 2, 9), "token id -1"),
-        (lambda t: ngrams.gram(t, 2, 9, partitions=4, only=[4]), "partition = 4: must be from 0 to 3"),
+        (
+            lambda t: ngrams.gram(t, 2, 9, partitions=4, only=[4]),
+            "partition = 4: must be from 0 to 3",
+        ),
         (lambda t: ngrams.gram(t, 2, 9, "rows"), "weighting = 'rows'"),
         (lambda t: ngrams.gram(t, 2, 9, smoothing=-1.0), "smoothing = -1"),
         (lambda t: ngrams.gram(t, 2, 9, targets=t), "18 targets: 17 contexts"),
@@ -175,7 +184,10 @@ def test_shuffled_targets_support_one_dimension():
             "0 contexts in one half",
         ),
         (lambda t: ngrams.combine([]), "0 parts"),
-        (lambda t: ngrams.combine([ngrams.gram(t, 2, 9), ngrams.gram(t, 2, 10)]), r"\[9, 10\] tokens"),
+        (
+            lambda t: ngrams.combine([ngrams.gram(t, 2, 9), ngrams.gram(t, 2, 10)]),
+            r"\[9, 10\] tokens",
+        ),
         (lambda t: ngrams.leading_values(ngrams.context_matrix(t, 2, 9), 9), "ranks = 9"),
     ],
 )
@@ -198,7 +210,9 @@ def test_the_memory_limit_follows_the_machine(monkeypatch):
 
 
 def test_tokens_may_be_any_integers():
-    grams = [ngrams.gram(np.array([0, 1, 2, 0, 1], kind), 2, 3).matrix for kind in (np.uint16, np.int64)]
+    grams = [
+        ngrams.gram(np.array([0, 1, 2, 0, 1], kind), 2, 3).matrix for kind in (np.uint16, np.int64)
+    ]
     assert all((a == b).all() for a, b in pairwise(grams))
 
 

@@ -16,13 +16,14 @@ import yaml
 from filelock import FileLock
 from PIL import Image
 
+from companion import execute
+
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "tests" / "screenshots"
-sys.path.insert(0, str(ROOT / "workflow"))
 
-import execute  # noqa: E402
-
-needs_chromium = pytest.mark.skipif(not pages.CHROMIUM, reason="no Chromium on this machine: pages are not opened")
+needs_chromium = pytest.mark.skipif(
+    not pages.CHROMIUM, reason="no Chromium on this machine: pages are not opened"
+)
 
 
 def build(copy: Path) -> None:
@@ -37,8 +38,10 @@ def build(copy: Path) -> None:
         if name and (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
-    command = [sys.executable, "workflow/build.py", "--preset", "smoke"]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    command = [sys.executable, "-m", "companion.cli", "--preset", "smoke"]
+    done = subprocess.run(
+        command, cwd=copy, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"}
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
@@ -67,7 +70,9 @@ def chromium():
 
 
 def html_pages(site: Path) -> list[str]:
-    return sorted(str(p.relative_to(site)) for p in site.rglob("*.html") if "_static" not in p.parts)
+    return sorted(
+        str(p.relative_to(site)) for p in site.rglob("*.html") if "_static" not in p.parts
+    )
 
 
 def test_every_chapter_is_a_page(site):
@@ -88,11 +93,18 @@ def test_a_heavy_page_and_a_heavy_site_are_found(tmp_path):
 def test_what_hosts_and_other_sites_look_for_is_there(site):
     named = {"s": "http://www.sitemaps.org/schemas/sitemap/0.9"}
     listed = [e.text for e in ET.parse(site / "sitemap.xml").findall("s:url/s:loc", named)]
-    kept = {name for name in html_pages(site) if not re.match(r"(404|genindex|search|prf-prf)", name)}
+    kept = {
+        name for name in html_pages(site) if not re.match(r"(404|genindex|search|prf-prf)", name)
+    }
     assert {address.removeprefix("http://localhost:8000/") for address in listed} == kept
     assert "There is no such page" in (site / "404.html").read_text()
     index = (site / "index.html").read_text()
-    for tag in ('property="og:title"', 'property="og:image"', 'name="twitter:card"', 'name="description"'):
+    for tag in (
+        'property="og:title"',
+        'property="og:image"',
+        'name="twitter:card"',
+        'name="description"',
+    ):
         assert tag in index
     with Image.open(site / "_static" / "social.png") as card:
         assert card.size == (1200, 630)
@@ -123,7 +135,9 @@ def test_previous_and_next_follow_the_table_of_contents(site):
 def test_every_page_opens_whole_with_the_network_cut(site, chromium, width, theme):
     with pages.served(site) as address:
         found = [
-            problem for name in html_pages(site) for problem in pages.problems(chromium, address, name, width, theme)
+            problem
+            for name in html_pages(site)
+            for problem in pages.problems(chromium, address, name, width, theme)
         ]
     assert not found, "\n".join(found)
 
@@ -139,7 +153,9 @@ def test_the_search_finds_words_offline(site, chromium):
         page.keyboard.type("anisotropy")
         page.keyboard.press("Enter")
         page.wait_for_selector("#search-results li a")
-        found = page.eval_on_selector_all("#search-results li a", "links => links.map(a => a.getAttribute('href'))")
+        found = page.eval_on_selector_all(
+            "#search-results li a", "links => links.map(a => a.getAttribute('href'))"
+        )
         page.close()
     assert any("anisotropy" in link for link in found)
 
@@ -170,14 +186,21 @@ def test_pictures_of_two_pages_are_like_the_stored_ones(site, chromium, name):
         if os.environ.get("HEADBOUND_RENEW_SCREENSHOTS"):
             STORED.mkdir(exist_ok=True)
             now.save(stored, optimize=True)
-        faults = ("* { all: revert !important; }", ".bd-sidebar-primary { display: none !important; }")
+        faults = (
+            "* { all: revert !important; }",
+            ".bd-sidebar-primary { display: none !important; }",
+        )
         faulty = [pages.picture(chromium, f"{address}/{name}.html", css) for css in faults]
-        font = pages.picture(chromium, f"{address}/{name}.html", "* { font-family: serif !important; }")
+        font = pages.picture(
+            chromium, f"{address}/{name}.html", "* { font-family: serif !important; }"
+        )
     with Image.open(stored) as known:
         apart = pages.difference(known, now)
         planted = [pages.difference(known, picture) for picture in faulty]
         harmless = pages.difference(known, font)
-    assert apart < 0.08, f"{name} does not look as it did ({apart:.2f}): look at the page, then `make screenshots`"
+    assert apart < 0.08, (
+        f"{name} does not look as it did ({apart:.2f}): look at the page, then `make screenshots`"
+    )
     assert min(planted) > 0.12, f"planted faults are not seen: {planted}"
     assert harmless < 0.08, f"another machine's font would be taken for a fault: {harmless}"
 
@@ -211,7 +234,9 @@ def test_each_planted_fault_is_found(chromium, tmp_path, fault, message):
     (tmp_path / "faulty.html").write_text(page.format(fault))
     with pages.served(tmp_path) as address:
         assert pages.problems(chromium, address, "index.html", 390) == []
-        assert any(message in problem for problem in pages.problems(chromium, address, "faulty.html", 390))
+        assert any(
+            message in problem for problem in pages.problems(chromium, address, "faulty.html", 390)
+        )
 
 
 @pytest.fixture
@@ -226,13 +251,18 @@ def small_book(tmp_path):
         nbformat.v4.new_markdown_cell("# A chapter: small?\n\nBack to [the start](../index.md)."),
         nbformat.v4.new_code_cell('rare = "fig-rare"'),
     ]
-    chapter.metadata = {"language_info": {"name": "python"}, "headbound": {"source": execute.source_hash(chapter)}}
+    chapter.metadata = {
+        "language_info": {"name": "python"},
+        "headbound": {"source": execute.source_hash(chapter)},
+    }
     for folder in ("notebooks", "_build/executed/smoke"):
         (tmp_path / folder).mkdir(parents=True)
         nbformat.write(chapter, tmp_path / folder / "01_small.ipynb")
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets" / "smoke.yaml").write_text("01_small: {}\n")
-    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n- file: chapters/01_small\n")
+    (tmp_path / "_toc.yml").write_text(
+        "format: jb-book\nroot: index\nchapters:\n- file: chapters/01_small\n"
+    )
     cited = "{cite}`godey2024saturation`\n\n```{bibliography}\n```\n"
     (tmp_path / "book" / "index.md").write_text(f"# A start\n\nWords.\n\n{cited}")
     return tmp_path
@@ -241,15 +271,19 @@ def small_book(tmp_path):
 def render(folder: Path, *options: str) -> subprocess.CompletedProcess:
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PATH": programs}
-    command = [sys.executable, "workflow/render.py", "--preset", "smoke", *options]
+    command = [sys.executable, "-m", "companion.site", "--preset", "smoke", *options]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
 
 @needs_chromium
-def test_title_and_colour_are_one_line_each_and_a_host_one_variable(small_book, chromium, monkeypatch):
+def test_title_and_colour_are_one_line_each_and_a_host_one_variable(
+    small_book, chromium, monkeypatch
+):
     config, style = small_book / "_config.yml", small_book / "book" / "_static" / "headbound.css"
     config.write_text(re.sub(r"^title: .*$", "title: Another Name", config.read_text(), flags=re.M))
-    style.write_text(style.read_text().replace("--headbound-colour: #0b4f99", "--headbound-colour: #7a1f1f"))
+    style.write_text(
+        style.read_text().replace("--headbound-colour: #0b4f99", "--headbound-colour: #7a1f1f")
+    )
     monkeypatch.setenv("HEADBOUND_URL", "https://example.org/book")
     done = render(small_book)
     assert done.returncode == 0, done.stderr
@@ -261,7 +295,9 @@ def test_title_and_colour_are_one_line_each_and_a_host_one_variable(small_book, 
     with pages.served(site) as address:
         page = chromium.new_page(color_scheme="light")
         page.goto(f"{address}/chapters/01_small.html")
-        colour = page.eval_on_selector(".bd-article a.reference", "link => getComputedStyle(link).color")
+        colour = page.eval_on_selector(
+            ".bd-article a.reference", "link => getComputedStyle(link).color"
+        )
         page.close()
     assert colour == "rgb(122, 31, 31)"
 
@@ -271,7 +307,10 @@ def test_a_figure_for_want_of_data_is_no_error_and_an_unknown_one_is(small_book)
     index.write_text(index.read_text().replace("Words.", "See {numref}`fig-rare`."))
     done = render(small_book)
     assert done.returncode == 0, done.stderr
-    assert "a figure that this build could not make" in (small_book / "_build" / "html" / "index.html").read_text()
+    assert (
+        "a figure that this build could not make"
+        in (small_book / "_build" / "html" / "index.html").read_text()
+    )
     index.write_text(index.read_text().replace("fig-rare", "fig-raw"))
     done = render(small_book)
     assert done.returncode == 1
@@ -288,7 +327,9 @@ def test_a_broken_link_to_another_host_is_found(small_book):
 
 @needs_chromium
 def test_the_whole_book_prints_as_one_document(clone):
-    done = subprocess.run([sys.executable, "workflow/pdf.py"], cwd=clone, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "companion.pdf"], cwd=clone, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     printed = (clone / "_build" / "head-bound.pdf").read_bytes()
     assert printed.startswith(b"%PDF")
@@ -298,14 +339,27 @@ def test_the_whole_book_prints_as_one_document(clone):
 
 def test_without_chromium_no_pdf_and_one_sentence(clone):
     alone = {**os.environ, "PATH": ""}
-    done = subprocess.run([sys.executable, "workflow/pdf.py"], cwd=clone, capture_output=True, text=True, env=alone)
+    done = subprocess.run(
+        [sys.executable, "-m", "companion.pdf"],
+        cwd=clone,
+        capture_output=True,
+        text=True,
+        env=alone,
+    )
     assert (done.returncode, done.stdout.count("\n")) == (0, 1)
     assert "no Chromium on this machine" in done.stdout
 
 
 def test_a_misspelt_word_is_found(tmp_path):
     (tmp_path / "page.md").write_text("Teh spectrum.\n")
-    check = [str(Path(sys.executable).with_name("codespell")), "--toml", str(ROOT / "pyproject.toml")]
-    assert subprocess.run([*check, str(tmp_path)], capture_output=True, text=True).stdout.count("Teh") == 1
+    check = [
+        str(Path(sys.executable).with_name("codespell")),
+        "--toml",
+        str(ROOT / "pyproject.toml"),
+    ]
+    assert (
+        subprocess.run([*check, str(tmp_path)], capture_output=True, text=True).stdout.count("Teh")
+        == 1
+    )
     done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -2,17 +2,15 @@
 
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "workflow"))
+from companion import pages as generate
+from companion import results
 
-import generate  # noqa: E402
-import results  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 CLAIMS = {
     "front": ["fig-b", "fig-a"],
@@ -20,9 +18,21 @@ CLAIMS = {
         {
             "title": "First",
             "claims": [
-                {"id": "one", "claim": "It rises.", "paper": "2.3", "certainty": "checked", "tolerance": "interval"}
+                {
+                    "id": "one",
+                    "claim": "It rises.",
+                    "paper": "2.3",
+                    "certainty": "checked",
+                    "tolerance": "interval",
+                }
                 | {"findings": ["a.one", "a.two"], "figure": "fig-a"},
-                {"id": "two", "claim": "Out of reach.", "paper": "7", "certainty": "recalled", "tolerance": "exact"}
+                {
+                    "id": "two",
+                    "claim": "Out of reach.",
+                    "paper": "7",
+                    "certainty": "recalled",
+                    "tolerance": "exact",
+                }
                 | {"why": "It needs a network."},
             ],
         }
@@ -31,7 +41,14 @@ CLAIMS = {
 
 
 def finding(key, agrees, measured=1.5):
-    return {"key": key, "quantity": f"q of {key}", "paper": "2", "measured": measured, "agrees": agrees, "comment": ""}
+    return {
+        "key": key,
+        "quantity": f"q of {key}",
+        "paper": "2",
+        "measured": measured,
+        "agrees": agrees,
+        "comment": "",
+    }
 
 
 def chapter(*findings, name="01_a"):
@@ -39,7 +56,9 @@ def chapter(*findings, name="01_a"):
     provenance = {"preset": "laptop", "sample: texts": "64", "device": "cpu", "torch": "2"}
     run = {"end_time": "2026-01-02T03:04:05.678", "commit": "abc1234"}
     parameters = {"model": "some/model"}
-    return results.Chapter(name, "A: a title?", parameters, list(findings), {"fig-a": figure}, provenance, run, "Why?")
+    return results.Chapter(
+        name, "A: a title?", parameters, list(findings), {"fig-a": figure}, provenance, run, "Why?"
+    )
 
 
 @pytest.fixture
@@ -67,9 +86,14 @@ def test_a_changed_verdict_stops_the_build_in_one_line_until_it_is_signed(book):
 
 
 def test_a_key_that_goes_or_comes_stops_the_build(book):
-    results.CLAIMS.write_text(yaml.safe_dump(CLAIMS | {"sections": [{"title": "None", "claims": []}]}))
+    results.CLAIMS.write_text(
+        yaml.safe_dump(CLAIMS | {"sections": [{"title": "None", "claims": []}]})
+    )
     gone = results.faults("laptop", [book._replace(findings=book.findings[:1])])
-    assert ["a.two (no chapter): the verdict was not testable here, now it is absent" in gone[0], len(gone)] == [
+    assert [
+        "a.two (no chapter): the verdict was not testable here, now it is absent" in gone[0],
+        len(gone),
+    ] == [
         True,
         1,
     ]
@@ -82,17 +106,30 @@ def test_a_key_that_goes_or_comes_stops_the_build(book):
 def test_a_claim_that_names_no_finding_stops_every_preset(book):
     renamed = book._replace(findings=[finding("a.uno", True), book.findings[1]])
     for preset in ("laptop", "smoke"):
-        assert any("claim one: no chapter has the finding a.one" in f for f in results.faults(preset, [renamed]))
+        assert any(
+            "claim one: no chapter has the finding a.one" in f
+            for f in results.faults(preset, [renamed])
+        )
 
 
 def test_smoke_is_exempt_and_an_unsigned_preset_has_one_line(book):
-    assert results.faults("smoke", [book._replace(findings=[finding(f["key"], False) for f in book.findings])]) == []
+    assert (
+        results.faults(
+            "smoke", [book._replace(findings=[finding(f["key"], False) for f in book.findings])]
+        )
+        == []
+    )
     (fault,) = results.faults("paper", [book])
     assert "PRESET=paper has no signed verdicts yet (2 findings)" in fault
 
 
 def test_a_list_covers_what_a_machine_may_lack_and_outlives_signing(book):
-    signed = {"laptop": {"a.one": ["reproduced", "not testable here", "absent"], "a.two": "not testable here"}}
+    signed = {
+        "laptop": {
+            "a.one": ["reproduced", "not testable here", "absent"],
+            "a.two": "not testable here",
+        }
+    }
     results.SIGNED.write_text(yaml.safe_dump(signed))
     without = book._replace(findings=book.findings[1:])
     lacking = book._replace(findings=[finding("a.one", None), book.findings[1]])
@@ -118,10 +155,18 @@ def test_one_word_for_many_findings(words, expected):
 
 
 def test_the_pages_have_a_row_for_each_claim_and_link_what_answers_it(book, monkeypatch):
-    extra = chapter(finding("b.more", None, {"value": 0.5, "low": None, "high": None, "n": 1}), name="02_b")
+    extra = chapter(
+        finding("b.more", None, {"value": 0.5, "low": None, "high": None, "n": 1}), name="02_b"
+    )
     chapters = [book._replace(findings=[finding("a.one", True), finding("a.two", False)]), extra]
     page = generate.measured_page(CLAIMS, chapters, "laptop")
-    for text in ("It rises. **2.3**", "It needs a network.", "</chapters/01_a>", "{ref}`figure <fig-a>`", "some/model"):
+    for text in (
+        "It rises. **2.3**",
+        "It needs a network.",
+        "</chapters/01_a>",
+        "{ref}`figure <fig-a>`",
+        "some/model",
+    ):
         assert text in page
     assert "1 divided, 1 not testable here" in page
     beyond = page.split("## Findings beyond the paper")[1]
@@ -141,17 +186,23 @@ def test_the_pages_have_a_row_for_each_claim_and_link_what_answers_it(book, monk
 
 def test_every_number_of_our_reading_of_the_paper_has_its_row():
     claims = (
-        results.load_claims() if Path.cwd() == ROOT else yaml.safe_load((ROOT / "book" / "claims.yaml").read_text())
+        results.load_claims()
+        if Path.cwd() == ROOT
+        else yaml.safe_load((ROOT / "book" / "claims.yaml").read_text())
     )
     rows = [claim for section in claims["sections"] for claim in section["claims"]]
     assert len({row["id"] for row in rows}) == len(rows)
     for row in rows:
         assert row.keys() >= {"id", "claim", "paper", "certainty", "tolerance"}, row["id"]
-        assert row.get("findings") or row.get("why"), f"{row['id']}: neither a finding nor a reason why there is none"
+        assert row.get("findings") or row.get("why"), (
+            f"{row['id']}: neither a finding nor a reason why there is none"
+        )
         assert row["certainty"] in generate.CERTAINTY
     told = " ".join(f"{row['claim']} {row['paper']} {row['tolerance']}" for row in rows)
     numbers = """14M 12B 154 512 1,000 143,000 2,097,152 300B 50k 410M 410.7 0.28 1.69 119.09 0.246 8 4 40.3 38.0
         24.6 32.9 79.6 73.4 46.5 43.2 59.6 57.2 30.47 33.4 25.3 53,000 18.5 39.9 63,000 32.8 52.2 133,000
         51.6 57.4 56.2 61.6 +19 −9 +17 +9 10,000 15,000 150M 64 2,000"""
-    missing = [n for n in numbers.split() if not re.search(rf"(?<![\d.,]){re.escape(n)}(?![\d])", told)]
+    missing = [
+        n for n in numbers.split() if not re.search(rf"(?<![\d.,]){re.escape(n)}(?![\d])", told)
+    ]
     assert not missing

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression
 
-from headbound.saturation import _compare, detect
+from headbound.measure.saturation import _compare, detect
 
 LOG = np.array([0, *2 ** np.arange(10), 1000, 3000, *range(13_000, 143_001, 10_000)])
 CURVES = {
@@ -23,7 +23,9 @@ def rate(steps, truth, noise, runs, seed):
     """How often a curve with this noise, of which the stderr says 1, is found to fall."""
     rng, one = np.random.default_rng(seed), np.ones(len(truth))
     curves = truth + noise * rng.normal(size=(runs, len(truth)))
-    found = [detect(steps, curve, one, resamples=99, seed=i).p_value for i, curve in enumerate(curves)]
+    found = [
+        detect(steps, curve, one, resamples=99, seed=i).p_value for i, curve in enumerate(curves)
+    ]
     return np.mean(np.array(found) <= 0.05)
 
 
@@ -90,7 +92,13 @@ def test_units_do_not_matter(scale, shift):
 
 def test_a_curve_that_never_falls_has_no_drop():
     result = detect(range(6), [1, 2, 3, 3, 3, 4.0], None)
-    assert (result.best_step, result.drop, result.low, result.high, result.p_value) == (5, 0, 0, 0, 1)
+    assert (result.best_step, result.drop, result.low, result.high, result.p_value) == (
+        5,
+        0,
+        0,
+        0,
+        1,
+    )
 
 
 def test_noise_beyond_the_stderr_is_seen_and_weakens_the_finding():

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from headbound import scaling
+from headbound.measure import scaling
 
 TRUTH = {"A": 300.0, "alpha": 0.35, "B": 410.7, "beta": 0.28, "E": 1.69}
 SIZES = np.array([4e8, 1e9, 1.4e9, 2.8e9, 6.9e9, 1.2e10])

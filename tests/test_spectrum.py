@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import integrate, stats
 
-from headbound import spectrum
-from headbound.spectrum import (
+from headbound.measure import spectrum
+from headbound.measure.spectrum import (
     effective_rank,
     marchenko_pastur,
     participation_ratio,
@@ -21,7 +21,9 @@ from headbound.spectrum import (
 )
 
 MEASURES = [singular_entropy, effective_rank, stable_rank, participation_ratio, probabilities]
-SPECTRA = arrays(float, st.integers(1, 20), elements=st.floats(0, 1e6)).filter(lambda s: s.max() > 1e-3)
+SPECTRA = arrays(float, st.integers(1, 20), elements=st.floats(0, 1e6)).filter(
+    lambda s: s.max() > 1e-3
+)
 
 
 def gaussian(rows, columns, seed=0):
@@ -37,14 +39,18 @@ def gaussian(rows, columns, seed=0):
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_singular_values_are_numpys(rows, columns, rank, scale, seed, dtype):
-    weight = torch.from_numpy(gaussian(rows, rank, seed) @ gaussian(rank, columns, seed + 1) * scale).to(dtype)
+    weight = torch.from_numpy(
+        gaussian(rows, rank, seed) @ gaussian(rank, columns, seed + 1) * scale
+    ).to(dtype)
     reference = np.linalg.svd(weight.double().numpy(), compute_uv=False)
     ours = singular_values(weight)
     # The root of a Gram's eigenvalue knows the small values to √ε of the largest.
     np.testing.assert_allclose(ours, reference, rtol=1e-7, atol=1e-7 * reference[0])
     assert len(ours) == min(rows, columns)
     assert (np.diff(ours) <= 0).all()
-    np.testing.assert_allclose(singular_values(weight, "svd"), reference, rtol=1e-10, atol=1e-13 * reference[0])
+    np.testing.assert_allclose(
+        singular_values(weight, "svd"), reference, rtol=1e-10, atol=1e-13 * reference[0]
+    )
 
 
 def test_rows_of_very_different_size():
@@ -60,7 +66,9 @@ def test_no_row_is_lost_between_blocks(monkeypatch):
     for rows in (6, 7, 8, 29):
         weight = gaussian(rows, 5)
         np.testing.assert_allclose(
-            singular_values(torch.from_numpy(weight)), np.linalg.svd(weight, compute_uv=False), rtol=1e-9
+            singular_values(torch.from_numpy(weight)),
+            np.linalg.svd(weight, compute_uv=False),
+            rtol=1e-9,
         )
 
 
@@ -148,7 +156,9 @@ def test_w_error_is_the_error_of_the_truncated_svd(rows, columns, seed):
     weight = gaussian(rows, columns, seed)
     u, s, v = np.linalg.svd(weight, full_matrices=False)
     ranks = range(len(s) + 1)
-    best = [np.linalg.norm(weight - (u[:, :r] * s[:r]) @ v[:r]) / np.linalg.norm(weight) for r in ranks]
+    best = [
+        np.linalg.norm(weight - (u[:, :r] * s[:r]) @ v[:r]) / np.linalg.norm(weight) for r in ranks
+    ]
     np.testing.assert_allclose(w_error(s, list(ranks)), best, atol=1e-12)
 
 
@@ -157,13 +167,17 @@ def test_no_matrix_of_that_rank_does_better():
     bound = w_error(np.linalg.svd(weight, compute_uv=False), [2])[0] * np.linalg.norm(weight)
     for seed in range(200):
         left = gaussian(6, 2, seed)
-        right = np.linalg.lstsq(left, weight, rcond=None)[0]  # the best partner of a random left factor
+        right = np.linalg.lstsq(left, weight, rcond=None)[
+            0
+        ]  # the best partner of a random left factor
         assert np.linalg.norm(weight - left @ right) >= bound
 
 
 def test_w_error_keeps_a_small_tail_and_any_scale():
     sigma = np.array([1.0, 1e-7, 1e-9])
-    np.testing.assert_allclose(w_error(sigma, [0, 1, 2, 3]), [1, np.hypot(1e-7, 1e-9), 1e-9, 0], rtol=1e-12)
+    np.testing.assert_allclose(
+        w_error(sigma, [0, 1, 2, 3]), [1, np.hypot(1e-7, 1e-9), 1e-9, 0], rtol=1e-12
+    )
     np.testing.assert_allclose(w_error(sigma * 1e200, [2, 1]), w_error(sigma, [2, 1]), rtol=1e-12)
     assert len(w_error(sigma, [])) == 0
 
@@ -174,7 +188,9 @@ def test_a_rank_outside_the_head_is_named(rank):
         w_error(np.ones(3), [1, rank])
 
 
-@pytest.mark.parametrize(("vocab", "d", "scale"), [(4000, 400, 1.0), (600, 300, 0.02), (500, 499, 3.0)])
+@pytest.mark.parametrize(
+    ("vocab", "d", "scale"), [(4000, 400, 1.0), (600, 300, 0.02), (500, 499, 3.0)]
+)
 def test_marchenko_pastur_is_a_density_and_a_gaussian_heads_law(vocab, d, scale):
     low, high = (scale * (math.sqrt(vocab) + sign * math.sqrt(d)) for sign in (-1, 1))
 
@@ -184,7 +200,9 @@ def test_marchenko_pastur_is_a_density_and_a_gaussian_heads_law(vocab, d, scale)
     # x = middle − half·cos θ takes the square roots at the edges out of the integral.
     theta = np.linspace(0, np.pi, 20_001)
     grid = (low + high) / 2 - (high - low) / 2 * np.cos(theta)
-    mass = integrate.cumulative_trapezoid(density(grid) * (high - low) / 2 * np.sin(theta), theta, initial=0)
+    mass = integrate.cumulative_trapezoid(
+        density(grid) * (high - low) / 2 * np.sin(theta), theta, initial=0
+    )
     assert mass[-1] == pytest.approx(1, abs=1e-6)
     np.testing.assert_array_equal(density([0.0, low * 0.99, high * 1.01]), 0)
     values = singular_values(torch.from_numpy(gaussian(vocab, d) * scale))

@@ -62,9 +62,13 @@ def test_a_mean_resamples_texts_not_tokens():
     estimate = mean(np.repeat(of_text, 50), texts)
     assert estimate.value == pytest.approx(of_text.mean())
     assert estimate.n == 60
-    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * of_text.std() / math.sqrt(60), rel=0.15)
+    assert estimate.high - estimate.low == pytest.approx(
+        2 * 1.96 * of_text.std() / math.sqrt(60), rel=0.15
+    )
     values, weights = rng.random(3000), rng.random(3000)
-    assert mean(values, texts, weights).value == pytest.approx(values.sum() / weights.sum(), rel=1e-12)
+    assert mean(values, texts, weights).value == pytest.approx(
+        values.sum() / weights.sum(), rel=1e-12
+    )
     assert math.isnan(mean(values, texts, 0 * weights).value)
     alone = mean(values)
     assert (alone.value, alone.n) == (pytest.approx(values.mean()), 3000)

@@ -1,6 +1,5 @@
 """A sweep over the loopback hub: killed, faulty, resumed, stale; and Snakemake running it."""
 
-import importlib.util
 import json
 import math
 import os
@@ -14,13 +13,13 @@ from pathlib import Path
 import hub
 import pytest
 from huggingface_hub import close_session, constants
+from sweep import measure, plan, remote
 
 import headbound
-from headbound import remote, sweep
 
 ROOT = Path(__file__).parents[1]
 STEPS = hub.STEPS[:4]
-HEADS = sweep.Settings(whole=False)
+HEADS = measure.Settings(whole=False)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,10 @@ def served(filled, monkeypatch, tmp_path):
 
 @pytest.fixture
 def table():
-    return {f"EleutherAI/pythia-{size}": [f"step{step}" for step in STEPS] for size in ("14m", "31m", "70m")}
+    return {
+        f"EleutherAI/pythia-{size}": [f"step{step}" for step in STEPS]
+        for size in ("14m", "31m", "70m")
+    }
 
 
 @pytest.fixture
@@ -63,50 +65,58 @@ def test_a_head_sweep_costs_little_more_than_its_heads(served, table):
     hub.pythia_suite(served, {"wide-1": 128, "wide-2": 192}, steps=(0, 1, 2))
     table = {f"EleutherAI/wide-{n}": ["step0", "step1", "step2"] for n in (1, 2)}
     before = served.sent
-    frame = sweep.run(table, HEADS._replace(reads=1))
+    frame = measure.run(table, HEADS._replace(reads=1))
     assert served.sent - before < 1.2 * sum(3 * 2048 * width * 2 for width in (128, 192))
     assert list(frame.status) == ["ok"] * 6
     assert frame.singular_entropy.between(0, math.log(64)).all()
     before = served.sent
-    assert sweep.run(table, HEADS._replace(reads=1)).equals(frame)
+    assert measure.run(table, HEADS._replace(reads=1)).equals(frame)
     assert served.sent == before
 
 
 def test_whole_checkpoints_give_loss_and_anisotropy_and_go_again(served, table, prose, tmp_path):
-    settings = sweep.Settings(source=prose, texts=4, length=32)
+    settings = measure.Settings(source=prose, texts=4, length=32)
     few = {model: names[:1] for model, names in table.items()}
-    frame = sweep.run(few, settings)
+    frame = measure.run(few, settings)
     assert frame.loss.between(7, 8.5).all()
     assert (frame.loss_low < frame.loss).all()
     assert frame.anisotropy_after_norm.between(-1, 1).all()
-    heads = sweep.run(few, HEADS._replace(name="heads"))
-    assert frame.singular_entropy.tolist() == pytest.approx(heads.singular_entropy.tolist(), rel=1e-6)
+    heads = measure.run(few, HEADS._replace(name="heads"))
+    assert frame.singular_entropy.tolist() == pytest.approx(
+        heads.singular_entropy.tolist(), rel=1e-6
+    )
     assert not list((tmp_path / "cache" / "checkpoints").rglob("*.safetensors"))
 
 
 def test_a_third_of_the_answers_failing_changes_no_result(served, table):
-    clean = sweep.run(table, HEADS)
+    clean = measure.run(table, HEADS)
     served.fail_often(1 / 3)
-    assert sweep.run(table, HEADS._replace(name="faulty")).equals(clean)
+    assert measure.run(table, HEADS._replace(name="faulty")).equals(clean)
 
 
 def test_what_the_network_left_out_is_named(served, table, monkeypatch):
     monkeypatch.setattr(remote, "TRIES", 2)
     for model in table:
-        sweep.audited(model, table[model], HEADS)
+        measure.audited(model, table[model], HEADS)
     served.fail(["503"] * 10**6)
     with pytest.raises(
-        ConnectionError, match=r"^12 checkpoints are missing: .*pythia-14m at step0: .*pythia-70m at step4"
+        ConnectionError,
+        match=r"^12 checkpoints are missing: .*pythia-14m at step0: .*pythia-70m at step4",
     ):
-        sweep.run(table, HEADS)
+        measure.run(table, HEADS)
     served.fail([])
-    assert len(sweep.run(table, HEADS)) == 12
+    assert len(measure.run(table, HEADS)) == 12
 
 
 def test_what_the_audit_finds_is_named_and_has_no_numbers(served, table):
     branches = served.branches["EleutherAI/pythia-14m"]
-    served.branches = {**served.branches, "EleutherAI/pythia-14m": {**branches, "step1": branches["step0"]}}
-    frame = sweep.run({"EleutherAI/pythia-14m": [*table["EleutherAI/pythia-14m"][:3], "step7"]}, HEADS)
+    served.branches = {
+        **served.branches,
+        "EleutherAI/pythia-14m": {**branches, "step1": branches["step0"]},
+    }
+    frame = measure.run(
+        {"EleutherAI/pythia-14m": [*table["EleutherAI/pythia-14m"][:3], "step7"]}, HEADS
+    )
     assert list(frame.status) == ["identical", "identical", "ok", "missing"]
     assert frame.singular_entropy.isna().tolist() == [True, True, False, True]
 
@@ -121,59 +131,75 @@ def test_two_checkpoints_that_swapped_their_names_are_found_by_their_heads(serve
     for n, share in enumerate([0, 1, 2, 7, 4, 5, 6, 3, 8, 9]):  # 3 and 7 swapped
         tensors = {name: first[name] * (1 - share / 9) + last[name] * (share / 9) for name in first}
         served.commit("a/swapped", f"step{n}", {**config, **tokenizer, **hub.weights(tensors)})
-    frame = sweep.run({"a/swapped": [f"step{n}" for n in steps]}, HEADS)
+    frame = measure.run({"a/swapped": [f"step{n}" for n in steps]}, HEADS)
     assert frame.step[frame.status != "ok"].tolist() == [3, 7]
-    assert set(frame.detail[frame.status != "ok"]) == {"far from the checkpoints before and after it"}
+    assert set(frame.detail[frame.status != "ok"]) == {
+        "far from the checkpoints before and after it"
+    }
 
 
 def test_a_checkpoint_that_changed_since_its_audit_is_refused(served, table):
     model, names = next(iter(table.items()))
-    sweep.audited(model, names, HEADS)
+    measure.audited(model, names, HEADS)
     branches = served.branches[model]
     served.branches = {**served.branches, model: {**branches, "step1": branches["step4"]}}
     with pytest.raises(ValueError, match="changed on the Hub since its audit"):
-        sweep.run(table, HEADS)
+        measure.run(table, HEADS)
 
 
 def test_results_of_another_version_are_named_and_made_again(served, table, monkeypatch, capsys):
     one = {"EleutherAI/pythia-14m": ["step1"]}
-    sweep.run(one, HEADS)
+    measure.run(one, HEADS)
     monkeypatch.setattr(headbound, "__version__", "99")
-    assert sweep.left(one, HEADS) == [("EleutherAI/pythia-14m", "step1")]
+    assert measure.left(one, HEADS) == [("EleutherAI/pythia-14m", "step1")]
     assert "made with {'version': '0" in capsys.readouterr().err
-    sweep.run(one, HEADS)
-    assert not sweep.left(one, HEADS)
+    measure.run(one, HEADS)
+    assert not measure.left(one, HEADS)
 
 
 def test_models_of_different_vocabularies_are_not_mixed(served, table):
     files, tensors = hub.checkpoint(32, 2048)
-    served.commit("other/model", "step1", {**files, **hub.tokenizer_files(400), **hub.weights(tensors)})
+    served.commit(
+        "other/model", "step1", {**files, **hub.tokenizer_files(400), **hub.weights(tensors)}
+    )
     with pytest.raises(ValueError, match="different vocabularies"):
-        sweep.run({"EleutherAI/pythia-14m": ["step1"], "other/model": ["step1"]}, HEADS)
+        measure.run({"EleutherAI/pythia-14m": ["step1"], "other/model": ["step1"]}, HEADS)
 
 
 def sweep_file(tmp_path, **settings):
     path = tmp_path / "sweep.yaml"
-    plan = {"name": "cli", "models": ["EleutherAI/pythia-14m", "EleutherAI/pythia-31m"], "steps": list(STEPS)}
+    plan = {
+        "name": "cli",
+        "models": ["EleutherAI/pythia-14m", "EleutherAI/pythia-31m"],
+        "steps": list(STEPS),
+    }
     path.write_text(json.dumps({**plan, "whole": False, **settings}))
     return path
 
 
 def environment(served, cache):
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    variables = {"PATH": programs, "HF_ENDPOINT": served.url, "HEADBOUND_CACHE": str(cache), "HEADBOUND_WAIT": "0.01"}
+    variables = {
+        "PATH": programs,
+        "HF_ENDPOINT": served.url,
+        "HEADBOUND_CACHE": str(cache),
+        "HEADBOUND_WAIT": "0.01",
+    }
     return {**os.environ, **variables, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "0"}
 
 
 def contents(cache):
-    return {path.name + path.parent.name: path.read_bytes() for path in (cache / "sweeps").rglob("step*.json")}
+    return {
+        path.name + path.parent.name: path.read_bytes()
+        for path in (cache / "sweeps").rglob("step*.json")
+    }
 
 
 def test_killed_halfway_and_run_again_gives_the_same_files(served, tmp_path):
     path = sweep_file(tmp_path, steps=[0, 1])
-    program = f"from headbound import sweep; sweep.run(*sweep.read({str(path)!r}))"
-    table, settings = sweep.read(path)
-    sweep.run(table, settings)
+    program = f"from sweep import measure; measure.run(*measure.read({str(path)!r}))"
+    table, settings = measure.read(path)
+    measure.run(table, settings)
     cache = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, "-c", program], env=environment(served, cache), stderr=subprocess.DEVNULL
@@ -183,7 +209,12 @@ def test_killed_halfway_and_run_again_gives_the_same_files(served, tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    subprocess.run([sys.executable, "-c", program], env=environment(served, cache), check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(served, cache),
+        check=True,
+        capture_output=True,
+    )
     assert contents(cache) == contents(tmp_path / "cache")
     assert len(contents(cache)) == 4
     assert not [p for p in (cache / "sweeps").rglob("*") if p.is_file() and p.suffix != ".json"]
@@ -206,15 +237,14 @@ def test_snakemake_runs_it_and_again_does_nothing(served, tmp_path):
     assert first.returncode == 0, first.stderr
     again = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert "Nothing to be done" in again.stdout + again.stderr
-    table, settings = sweep.read(path)
-    sweep.run(table, settings)
+    table, settings = measure.read(path)
+    measure.run(table, settings)
     assert contents(tmp_path / "flow") == contents(tmp_path / "cache")
 
 
-def test_the_plan_measures_bytes_or_says_that_it_computed_them(served, tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("plan", ROOT / "workflow/plan.py")
-    plan = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plan)
+def test_the_plan_measures_bytes_or_says_that_it_computed_them(
+    served, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(sys, "argv", ["plan.py"])
     monkeypatch.setenv("HEADBOUND_SWEEP", str(sweep_file(tmp_path, whole=True)))
     assert plan.main() == 0
@@ -232,4 +262,4 @@ def test_the_plan_measures_bytes_or_says_that_it_computed_them(served, tmp_path,
 
 def test_a_plan_with_an_unknown_setting_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"unknown \['lenght'\]"):
-        sweep.read(sweep_file(tmp_path, lenght=3))
+        measure.read(sweep_file(tmp_path, lenght=3))

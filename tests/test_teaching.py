@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +14,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headbound import exercises, ngrams
+from companion import execute, exercises, results, slides
+from headbound.measure import ngrams
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "workflow"))
-
-import execute  # noqa: E402
-import results  # noqa: E402
-import slides  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-DIRECTIVE = re.compile(r"^(`{3,})\{(exercise|solution)\} *(.*?)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
+DIRECTIVE = re.compile(
+    r"^(`{3,})\{(exercise|solution)\} *(.*?)\n(.*?)^\1$", re.MULTILINE | re.DOTALL
+)
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Not prose: fences and titles, formulas, code, and roles but those of terms.
 NO_PROSE = re.compile(
@@ -46,7 +43,9 @@ def one_thread():
 
 def exercises_cell(path: Path) -> str:
     cells = json.loads(path.read_text())["cells"]
-    assert cells[-2]["id"] == "exercises", f"{path.name}: the cell before the last, with the id 'exercises', has them"
+    assert cells[-2]["id"] == "exercises", (
+        f"{path.name}: the cell before the last, with the id 'exercises', has them"
+    )
     return "".join(cells[-2]["source"])
 
 
@@ -59,7 +58,9 @@ def answer(capsys, name: str, function) -> str:
 def test_a_chapter_has_exercises_in_three_grades_each_with_a_folded_solution(path):
     found = DIRECTIVE.findall(exercises_cell(path))
     titles = [title for _, kind, title, _ in found if kind == "exercise"]
-    labels = [re.search(r":label: (\S+)", body)[1] for _, kind, _, body in found if kind == "exercise"]
+    labels = [
+        re.search(r":label: (\S+)", body)[1] for _, kind, _, body in found if kind == "exercise"
+    ]
     solved = [title for _, kind, title, _ in found if kind == "solution"]
     grades = [title.split(":")[0] for title in titles]
     assert set(grades) == {"Warm-up", "Standard", "Project"}
@@ -80,11 +81,17 @@ def test_the_solutions_run_and_pass_their_checks(path):
             for name in re.findall(r'exercises\.check\("(\w+)"', code):
                 assert f"{name}: correct\n" in printed.getvalue()
     asked = set(re.findall(r'exercises\.check\("(\w+)"', text))
-    assert asked == set(re.findall(r'^exercises\.check\("(\w+)"', text, re.MULTILINE)), "asked for and not solved"
+    assert asked == set(re.findall(r'^exercises\.check\("(\w+)"', text, re.MULTILINE)), (
+        "asked for and not solved"
+    )
 
 
 def test_every_check_belongs_to_an_exercise():
-    asked = {name for path in NOTEBOOKS for name in re.findall(r'exercises\.check\("(\w+)"', exercises_cell(path))}
+    asked = {
+        name
+        for path in NOTEBOOKS
+        for name in re.findall(r'exercises\.check\("(\w+)"', exercises_cell(path))
+    }
     assert asked == set(exercises.EXERCISES)
 
 
@@ -102,7 +109,10 @@ def test_what_is_right_is_correct_and_each_known_mistake_gets_its_own_hint(name,
         (lambda h: 1 / 0, "your function stopped with ZeroDivisionError: division by zero"),
         (lambda h, i: 0.0, "your function stopped with TypeError"),
         (lambda h: h, r"your result has the shape \(9, 4\), it should have \(\)"),
-        (lambda h: -2 * exercises.EXERCISES["mean_cosine"][0](h), "your results are -2 times as large"),
+        (
+            lambda h: -2 * exercises.EXERCISES["mean_cosine"][0](h),
+            "your results are -2 times as large",
+        ),
         (lambda h: 0.5, "not yet: for .* it should give 0.*, yours gives 0.5"),
         (lambda h: None, "not yet: .* yours gives nan"),
     ],
@@ -130,7 +140,9 @@ def test_the_unbiased_gram_of_the_exercise_is_the_package_s(stream):
     tokens, counts = np.array(stream, np.int32), np.zeros((5, 5))
     np.add.at(counts, (tokens[:-1], tokens[1:]), 1)
     package = ngrams.gram(tokens, 2, 5, "contexts", unbiased=True).matrix
-    np.testing.assert_allclose(exercises.EXERCISES["unbiased_gram"][0](counts) + np.zeros((5, 5)), package, atol=1e-12)
+    np.testing.assert_allclose(
+        exercises.EXERCISES["unbiased_gram"][0](counts) + np.zeros((5, 5)), package, atol=1e-12
+    )
 
 
 def test_the_papermill_commands_of_the_book_fit_the_notebooks():
@@ -145,17 +157,28 @@ def test_the_papermill_commands_of_the_book_fit_the_notebooks():
 
 
 def glossary() -> list[str]:
-    blocks = re.findall(r"```\{glossary\}\n(.*?)```", (ROOT / "book" / "glossary.md").read_text(), re.DOTALL)
+    blocks = re.findall(
+        r"```\{glossary\}\n(.*?)```", (ROOT / "book" / "glossary.md").read_text(), re.DOTALL
+    )
     return [line for block in blocks for line in block.splitlines() if line and line[0] != " "]
 
 
 def test_every_term_is_linked_from_its_first_use():
     parts = yaml.safe_load((ROOT / "_toc.yml").read_text())["parts"]
     files = [chapter["file"] for part in parts for chapter in part["chapters"]]
-    paths = [ROOT / "notebooks" / f"{Path(file).name}.ipynb" for file in files if file.startswith("chapters/")]
-    cells = [cell for path in paths if path.exists() for cell in json.loads(path.read_text())["cells"]]
+    paths = [
+        ROOT / "notebooks" / f"{Path(file).name}.ipynb"
+        for file in files
+        if file.startswith("chapters/")
+    ]
+    cells = [
+        cell for path in paths if path.exists() for cell in json.loads(path.read_text())["cells"]
+    ]
     prose = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
-    text = "\n".join(NO_PROSE.sub(lambda found: found[0] if found[1] == "{term}" else " ", part) for part in prose)
+    text = "\n".join(
+        NO_PROSE.sub(lambda found: found[0] if found[1] == "{term}" else " ", part)
+        for part in prose
+    )
     unlinked = re.sub(r"\{term\}`[^`]*`", lambda found: " " * len(found[0]), text)
     for term in glossary():
         loose = re.escape(term).replace(r"\ ", r"[\s-]+").replace(r"\-", r"[\s-]")
@@ -168,7 +191,9 @@ def test_every_term_is_linked_from_its_first_use():
 
 
 def test_the_deck_names_figures_and_chapters_that_exist():
-    sources = "".join("".join(c["source"]) for p in NOTEBOOKS for c in json.loads(p.read_text())["cells"])
+    sources = "".join(
+        "".join(c["source"]) for p in NOTEBOOKS for c in json.loads(p.read_text())["cells"]
+    )
     places = slides.PLACE.findall((ROOT / slides.DECK).read_text())
     assert len(places) > 10
     for kind, name in places:
@@ -187,7 +212,9 @@ def test_slides_show_the_figures_and_findings_of_this_edition(tmp_path, monkeypa
         {"quantity": "rise", "paper": "none", "measured": 0.12345, "agrees": False},
         {"quantity": "causes", "paper": "not given", "measured": "?", "agrees": None},
     ]
-    chapter = results.Chapter("01_tiny", "Tiny", {}, findings, {"fig-line": figure, "fig-other": figure}, {}, {})
+    chapter = results.Chapter(
+        "01_tiny", "Tiny", {}, findings, {"fig-line": figure, "fig-other": figure}, {}, {}
+    )
     monkeypatch.chdir(tmp_path)
     slides.write([chapter], tmp_path)
     assert not (tmp_path / "slides.md").exists(), "no deck, no slides"

@@ -3,7 +3,7 @@ import pytest
 import tiny
 from tokenizers import Tokenizer, models
 
-from headbound import tokens
+from headbound import corpus
 
 TEXTS = [tiny.TEXT * 2, "Zwölf Boxkämpfer jagen Viktor.\n\tπ ≈ 3.14159 🙂", "", tiny.TEXT]
 
@@ -16,7 +16,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [257, 258, 300])
 def test_a_vocabulary_has_exactly_the_size_asked(size):
-    tokenizer = tokens.train_bpe(TEXTS, size)
+    tokenizer = corpus.train_bpe(TEXTS, size)
     assert tokenizer.get_vocab_size() == size
     assert tokenizer.token_to_id("<|endoftext|>") == 0
     for text in TEXTS:  # every text of any language comes back byte for byte
@@ -32,43 +32,51 @@ def test_a_vocabulary_has_exactly_the_size_asked(size):
 )
 def test_an_impossible_vocabulary(size, message, cache):
     with pytest.raises(ValueError, match=message):
-        tokens.train_bpe(TEXTS, size)
+        corpus.train_bpe(TEXTS, size)
     assert not list(cache.rglob("*.json"))
 
 
 def test_training_happens_once_a_text_and_size(monkeypatch):
-    first = tokens.train_bpe(TEXTS, 280)
-    monkeypatch.setattr(Tokenizer, "train_from_iterator", lambda *_: pytest.fail("trained again"), raising=False)
-    monkeypatch.setattr(tokens, "Tokenizer", type("Untrainable", (), {"from_file": Tokenizer.from_file}))
-    assert tokens.train_bpe(TEXTS, 280).to_str() == first.to_str()
+    first = corpus.train_bpe(TEXTS, 280)
+    monkeypatch.setattr(
+        Tokenizer, "train_from_iterator", lambda *_: pytest.fail("trained again"), raising=False
+    )
+    monkeypatch.setattr(
+        corpus, "Tokenizer", type("Untrainable", (), {"from_file": Tokenizer.from_file})
+    )
+    assert corpus.train_bpe(TEXTS, 280).to_str() == first.to_str()
 
 
 def test_loading_from_a_file_or_its_folder(tmp_path):
     tiny.fast_tokenizer().save_pretrained(tmp_path / "folder")
     expected = tiny.tokenizer().get_vocab()
-    assert tokens.load(tmp_path / "folder").get_vocab() == expected
-    assert tokens.load(str(tmp_path / "folder" / "tokenizer.json")).get_vocab() == expected
+    assert corpus.load_tokenizer(tmp_path / "folder").get_vocab() == expected
+    assert (
+        corpus.load_tokenizer(str(tmp_path / "folder" / "tokenizer.json")).get_vocab() == expected
+    )
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer.json there; give a tokenizer.json or its folder"):
-        tokens.load(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"no tokenizer.json there; give a tokenizer.json or its folder"
+    ):
+        corpus.load_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no other.json there"):
-        tokens.load(tmp_path / "other.json")
+        corpus.load_tokenizer(tmp_path / "other.json")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"version": "1.0"}', b"\xff\xfe"])
 def test_a_broken_tokenizer(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"tokenizer = .*: not a tokenizer file") as error:
-        tokens.load(tmp_path)
+        corpus.load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_a_stream_is_every_text_and_its_end(monkeypatch):
-    monkeypatch.setattr(tokens, "BATCH", 3)
-    tokenizer = tokens.train_bpe(TEXTS, 280)
-    stream = tokens.encode(tokenizer, TEXTS)
+    monkeypatch.setattr(corpus, "BATCH", 3)
+    tokenizer = corpus.train_bpe(TEXTS, 280)
+    stream = corpus.encode(tokenizer, TEXTS)
     assert stream.dtype == np.int32
     expected = [i for text in TEXTS for i in [*tokenizer.encode(text).ids, 0]]
     assert stream.tolist() == expected
@@ -76,36 +84,40 @@ def test_a_stream_is_every_text_and_its_end(monkeypatch):
 
 
 def test_a_stream_is_kept_under_its_text_and_tokenizer(cache, monkeypatch):
-    one, other = tokens.train_bpe(TEXTS, 280), tokens.train_bpe(TEXTS, 300)
-    first = tokens.encode(one, TEXTS)
-    assert len(tokens.encode(other, TEXTS)) < len(first)
-    tokens.encode(one, TEXTS[:2])
+    one, other = corpus.train_bpe(TEXTS, 280), corpus.train_bpe(TEXTS, 300)
+    first = corpus.encode(one, TEXTS)
+    assert len(corpus.encode(other, TEXTS)) < len(first)
+    corpus.encode(one, TEXTS[:2])
     assert len(list((cache / "tokens").iterdir())) == 3
-    monkeypatch.setattr(tokens, "bar", lambda *_: pytest.fail("encoded again"))
-    np.testing.assert_array_equal(tokens.encode(one, list(TEXTS)), first)
+    monkeypatch.setattr(corpus, "bar", lambda *_: pytest.fail("encoded again"))
+    np.testing.assert_array_equal(corpus.encode(one, list(TEXTS)), first)
 
 
 def test_an_interrupted_encoding_leaves_nothing(cache, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    tokenizer = tokens.train_bpe(TEXTS, 280)
-    monkeypatch.setattr(tokens.np, "save", interrupted)
+    tokenizer = corpus.train_bpe(TEXTS, 280)
+    monkeypatch.setattr(corpus.np, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tokens.encode(tokenizer, TEXTS)
+        corpus.encode(tokenizer, TEXTS)
     assert not list((cache / "tokens").iterdir())
 
 
 def test_no_text_to_encode():
     with pytest.raises(ValueError, match="the list of texts is empty"):
-        tokens.encode(tiny.tokenizer(), [])
+        corpus.encode(tiny.tokenizer(), [])
 
 
 def test_the_end_of_text_is_the_first_known():
     def having(*names):
-        return Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[0]))
+        return Tokenizer(
+            models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[0])
+        )
 
-    assert tokens.end_of_text(having("a", "</s>", "b")) == 1
-    assert tokens.end_of_text(having("[SEP]", "<|endoftext|>")) == 1
-    with pytest.raises(ValueError, match=r"has none of <\|endoftext\|>, .*; add an end-of-text token"):
-        tokens.end_of_text(having("a", "b"))
+    assert corpus.end_of_text(having("a", "</s>", "b")) == 1
+    assert corpus.end_of_text(having("[SEP]", "<|endoftext|>")) == 1
+    with pytest.raises(
+        ValueError, match=r"has none of <\|endoftext\|>, .*; add an end-of-text token"
+    ):
+        corpus.end_of_text(having("a", "b"))

@@ -13,22 +13,22 @@ import nbformat
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "workflow"))
+from companion import execute, gates
 
-import execute  # noqa: E402
-import gates  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 FIGURE = """
 import matplotlib.pyplot as plt
-from headbound import plot
+from companion import plot
 fig, ax = plt.subplots(figsize=(2, 1))
 ax.plot([1, 2])
 plot.show(fig, name="fig-line", caption=f"Line {n}.", alt=f"A line rising {n} times.")
 """
 
 
-def notebook(path: Path, *cells: str, parameters: str = "n = 3\nshare = 0.5\nname = 'x'\npreset = 'laptop'") -> Path:
+def notebook(
+    path: Path, *cells: str, parameters: str = "n = 3\nshare = 0.5\nname = 'x'\npreset = 'laptop'"
+) -> Path:
     content = nbformat.v4.new_notebook(
         metadata={
             "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
@@ -45,8 +45,10 @@ def notebook(path: Path, *cells: str, parameters: str = "n = 3\nshare = 0.5\nnam
     return path
 
 
-def run(folder: Path, *arguments: str, script: str = "build.py") -> subprocess.CompletedProcess:
-    command = [sys.executable, str(folder / "workflow" / script), *arguments]
+def run(
+    folder: Path, *arguments: str, module: str = "companion.cli"
+) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", module, *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
@@ -56,14 +58,20 @@ def project(tmp_path):
     """A copy of the pipeline with one tiny chapter and a one-page book."""
     for name in ("presets", "book"):
         (tmp_path / name).mkdir()
-    shutil.copytree(ROOT / "workflow", tmp_path / "workflow", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "workflow", tmp_path / "workflow", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (tmp_path / "src" / "headbound").mkdir(parents=True)
     (tmp_path / "src" / "headbound" / "module.py").write_text("X = 1\n")
     shutil.copy(ROOT / "requirements.lock", tmp_path)
     shutil.copy(ROOT / "_config.yml", tmp_path)
     shutil.copy(ROOT / "book" / "references.bib", tmp_path / "book")
-    (tmp_path / "book" / "index.md").write_text("# A book\n\n{cite}`godey2024saturation`\n\n```{bibliography}\n```\n")
-    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n- file: chapters/01_tiny\n")
+    (tmp_path / "book" / "index.md").write_text(
+        "# A book\n\n{cite}`godey2024saturation`\n\n```{bibliography}\n```\n"
+    )
+    (tmp_path / "_toc.yml").write_text(
+        "format: jb-book\nroot: index\nchapters:\n- file: chapters/01_tiny\n"
+    )
     for preset in ("laptop", "smoke"):
         (tmp_path / "presets" / f"{preset}.yaml").write_text("01_tiny: {}\n")
     notebook(tmp_path / "notebooks" / "01_tiny.ipynb", "print(n)", FIGURE)
@@ -96,25 +104,42 @@ def test_a_parameter_that_does_not_fit_is_refused(tmp_path, parameters, message)
 
 
 def test_parameters_that_fit_are_taken(tmp_path):
-    execute.check_parameters(notebook(tmp_path / "01_tiny.ipynb"), {"n": 4, "share": 1, "name": "y"})
+    execute.check_parameters(
+        notebook(tmp_path / "01_tiny.ipynb"), {"n": 4, "share": 1, "name": "y"}
+    )
 
 
 def test_a_chapter_that_fails_says_so_in_one_line_and_leaves_no_result(project):
-    notebook(project / "notebooks" / "01_tiny.ipynb", "raise ValueError('rank = 0: choose another')")
-    done = run(project, "notebooks/01_tiny.ipynb", "out/01_tiny.ipynb", script="execute.py")
+    notebook(
+        project / "notebooks" / "01_tiny.ipynb", "raise ValueError('rank = 0: choose another')"
+    )
+    done = run(project, "notebooks/01_tiny.ipynb", "out/01_tiny.ipynb", module="companion.execute")
     assert done.returncode == 1
     assert "headbound: 01_tiny: ValueError: rank = 0: choose another" in done.stderr
     assert not list((project / "out").iterdir())
 
 
 def test_an_unknown_notebook_parameter_or_preset_has_its_own_line(project):
-    done = run(project, "notebooks/02_none.ipynb", "out/x.ipynb", script="execute.py")
-    assert (done.returncode, done.stderr) == (2, "headbound: notebook = notebooks/02_none.ipynb: no such file\n")
-    done = run(project, "notebooks/01_tiny.ipynb", "out/x.ipynb", "--parameters", '{"q": 1}', script="execute.py")
+    done = run(project, "notebooks/02_none.ipynb", "out/x.ipynb", module="companion.execute")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "headbound: notebook = notebooks/02_none.ipynb: no such file\n",
+    )
+    done = run(
+        project,
+        "notebooks/01_tiny.ipynb",
+        "out/x.ipynb",
+        "--parameters",
+        '{"q": 1}',
+        module="companion.execute",
+    )
     assert done.returncode == 2
     assert "unknown parameter 'q'" in done.stderr
     done = run(project, "--preset", "huge")
-    assert (done.returncode, done.stderr) == (2, "headbound: PRESET = huge: must be one of laptop, smoke\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "headbound: PRESET = huge: must be one of laptop, smoke\n",
+    )
 
 
 def executed(tmp_path: Path, *cells: str) -> tuple[Path, Path]:
@@ -145,7 +170,9 @@ def spoil(good: tuple[Path, Path], tmp_path: Path, change) -> list[str]:
 
 def test_each_planted_fault_is_caught(good, tmp_path):
     def error(content):
-        content.cells[2].outputs.append(nbformat.v4.new_output("error", ename="E", evalue="bad", traceback=[]))
+        content.cells[2].outputs.append(
+            nbformat.v4.new_output("error", ename="E", evalue="bad", traceback=[])
+        )
 
     def exception(content):
         content.metadata["papermill"]["exception"] = True
@@ -160,7 +187,9 @@ def test_each_planted_fault_is_caught(good, tmp_path):
         content.cells[2].outputs *= 2
 
     def noise(content):
-        content.cells[2].outputs.append(nbformat.v4.new_output("stream", name="stderr", text="a warning"))
+        content.cells[2].outputs.append(
+            nbformat.v4.new_output("stream", name="stderr", text="a warning")
+        )
 
     def stale(content):
         content.metadata["headbound"]["source"] = "another"
@@ -190,24 +219,32 @@ def test_build_skip_change_and_kill(project):
     stamp = result.stat().st_mtime_ns
 
     assert run(project).returncode == 0
-    assert result.stat().st_mtime_ns == stamp, "nothing had changed, yet the chapter was executed again"
+    assert result.stat().st_mtime_ns == stamp, (
+        "nothing had changed, yet the chapter was executed again"
+    )
 
     (project / "src" / "headbound" / "module.py").write_text("X = 2\n")
     assert run(project).returncode == 0
-    assert result.stat().st_mtime_ns != stamp, "the package had changed, yet the chapter was not executed again"
+    assert result.stat().st_mtime_ns != stamp, (
+        "the package had changed, yet the chapter was not executed again"
+    )
 
     slow = notebook(
-        project / "notebooks" / "01_tiny.ipynb", "import time\ntime.sleep(4)", FIGURE.replace("Line", "Row")
+        project / "notebooks" / "01_tiny.ipynb",
+        "import time\ntime.sleep(4)",
+        FIGURE.replace("Line", "Row"),
     )
     before = result.read_bytes()
-    command = [sys.executable, str(project / "workflow" / "build.py")]
+    command = [sys.executable, "-m", "companion.cli"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=project, start_new_session=True, **quiet)
     while not list(result.parent.glob(".running-*")) and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not result.exists() or result.read_bytes() == before, "a half-made result took the place of the old one"
+    assert not result.exists() or result.read_bytes() == before, (
+        "a half-made result took the place of the old one"
+    )
     done = run(project)
     assert done.returncode == 0, done.stderr
     assert gates.faults(result, slow) == []
@@ -235,16 +272,26 @@ def test_notebooks_are_committed_clean():
             assert not cell.get("outputs"), f"{path.name}: outputs committed"
             assert cell.get("execution_count") is None, f"{path.name}: execution counts committed"
             lines = "".join(cell["source"]).count("\n") + 1
-            assert cell["cell_type"] != "code" or lines <= 30, f"{path.name}: a code cell of {lines} lines"
+            assert cell["cell_type"] != "code" or lines <= 30, (
+                f"{path.name}: a code cell of {lines} lines"
+            )
 
 
 def test_chapters_executed_at_once_in_one_folder_do_not_meet(tmp_path):
     notebook(tmp_path / "chapter.ipynb", "import time; time.sleep(2); print(n)")
-    command = [sys.executable, str(ROOT / "workflow" / "execute.py"), "chapter.ipynb"]
+    command = [sys.executable, "-m", "companion.execute", "chapter.ipynb"]
     runs = [
-        subprocess.Popen([*command, f"{n}.ipynb", "--parameters", json.dumps({"n": n})], cwd=tmp_path) for n in range(3)
+        subprocess.Popen(
+            [*command, f"{n}.ipynb", "--parameters", json.dumps({"n": n})], cwd=tmp_path
+        )
+        for n in range(3)
     ]
     assert [run.wait() for run in runs] == [0, 0, 0]
     for n in range(3):
         assert nbformat.read(tmp_path / f"{n}.ipynb", 4).cells[-1].outputs[0].text == f"{n}\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.ipynb", "1.ipynb", "2.ipynb", "chapter.ipynb"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "0.ipynb",
+        "1.ipynb",
+        "2.ipynb",
+        "chapter.ipynb",
+    ]

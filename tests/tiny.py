@@ -20,7 +20,9 @@ ROTARY = {
     "max_position_embeddings": 64,
 }
 CONFIGS = {
-    "gpt2": lambda: transformers.GPT2Config(n_embd=16, n_layer=3, n_head=2, n_positions=64, **COMMON),
+    "gpt2": lambda: transformers.GPT2Config(
+        n_embd=16, n_layer=3, n_head=2, n_positions=64, **COMMON
+    ),
     "neox": lambda: transformers.GPTNeoXConfig(**ROTARY),
     "llama": lambda: transformers.LlamaConfig(**ROTARY),
     "gemma": lambda: transformers.GemmaConfig(num_key_value_heads=1, head_dim=8, **ROTARY),
@@ -28,7 +30,9 @@ CONFIGS = {
         num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.02, **ROTARY
     ),
     "granite": lambda: transformers.GraniteConfig(logits_scaling=8.0, **ROTARY),
-    "gptj": lambda: transformers.GPTJConfig(n_embd=16, n_layer=3, n_head=2, rotary_dim=4, n_positions=64, **COMMON),
+    "gptj": lambda: transformers.GPTJConfig(
+        n_embd=16, n_layer=3, n_head=2, rotary_dim=4, n_positions=64, **COMMON
+    ),
     "opt": lambda: transformers.OPTConfig(
         hidden_size=16,
         ffn_dim=32,
@@ -71,13 +75,17 @@ def network(kind: str, tied: bool = False, seed: int = 0) -> torch.nn.Module:
         auto = transformers.AutoModel if kind == "bert" else transformers.AutoModelForCausalLM
         made = auto.from_config(config)
         for name, weight in made.named_parameters():
-            if "norm" in name.lower() or "ln" in name:  # norms that do something, told apart from none
+            if (
+                "norm" in name.lower() or "ln" in name
+            ):  # norms that do something, told apart from none
                 torch.nn.init.uniform_(weight, 0.5, 1.5)
     return made.eval()
 
 
 def fast_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer(), eos_token="<|endoftext|>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer(), eos_token="<|endoftext|>"
+    )
 
 
 def save(folder: Path, kind: str = "llama", tied: bool = False, **options) -> Path:
@@ -102,9 +110,14 @@ def save_gguf(path: Path) -> torch.nn.Module:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(vocabulary + padding)
     writer.add_token_types(
-        [3 if token.startswith("<") and token.endswith(">") else 1 for token in vocabulary + padding]
+        [
+            3 if token.startswith("<") and token.endswith(">") else 1
+            for token in vocabulary + padding
+        ]
     )
-    writer.add_token_merges([" ".join(pair) for pair in json.loads(named.to_str())["model"]["merges"]])
+    writer.add_token_merges(
+        [" ".join(pair) for pair in json.loads(named.to_str())["model"]["merges"]]
+    )
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, made.config.num_hidden_layers)

@@ -12,7 +12,8 @@ import transformers
 from diagnosis import NOTEBOOK, ROOT
 from execute import execute
 
-from headbound import suite, text
+from headbound import cache
+from headbound.train import tunnel
 
 TABLE = ROOT / "src" / "headbound" / "references.csv"
 SMOL, TUNNEL = "SmolLM2-135M-Instruct, 4-bit", "wind tunnel"
@@ -31,16 +32,26 @@ def model(name: str) -> str:
         return "smollm2-135m"
     if "untrained" not in name:
         width = int(name.split("d = ")[1].split(",")[0])
-        return suite.train([8, 16, 32, 64], 2000).query(f"hidden_size == {width}")["path"].iloc[-1]
-    folder = text.cache_dir() / "references" / "tunnel-untrained"
+        return tunnel.train([8, 16, 32, 64], 2000).query(f"hidden_size == {width}")["path"].iloc[-1]
+    folder = cache.cache_dir() / "references" / "tunnel-untrained"
     if not folder.exists():
         config = transformers.GPTNeoXConfig(
-            **{"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2},
-            **{"vocab_size": 2048, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0},
+            **{
+                "hidden_size": 64,
+                "intermediate_size": 256,
+                "num_attention_heads": 4,
+                "num_hidden_layers": 2,
+            },
+            **{
+                "vocab_size": 2048,
+                "max_position_embeddings": 128,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+            },
         )
         transformers.set_seed(0)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        suite.corpus()[0].save_pretrained(folder)
+        tunnel.corpus()[0].save_pretrained(folder)
     return str(folder)
 
 
@@ -51,17 +62,29 @@ def measure(name: str) -> pd.DataFrame:
         execute(NOTEBOOK, output, "laptop", {"model": model(name), **PARAMETERS[name]})
         cells = nbformat.read(output, 4).cells
     about = [
-        o.metadata["headbound"] for c in cells for o in c.get("outputs", []) if "headbound" in o.get("metadata", {})
+        o.metadata["headbound"]
+        for c in cells
+        for o in c.get("outputs", [])
+        if "headbound" in o.get("metadata", {})
     ]
     (findings,) = (kept["findings"] for kept in about if "findings" in kept)
     (made,) = (kept["provenance"] for kept in about if "provenance" in kept)
     source = {"text": "docstrings", "fingerprint": made["sample: fingerprint of the text"]}
     source |= {"tokens": made["sample: tokens learnt from"].replace(",", "")}
     source |= {key: made[key] for key in ("headbound", "torch", "transformers")}
-    source |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "command": f'python workflow/references.py "{name}"'}
+    source |= {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "command": f'python workflow/references.py "{name}"',
+    }
     verdict = next(f["measured"] for f in findings if f["key"] == "diagnose.verdict")
-    numbers = [{"quantity": f["quantity"], **f["measured"]} for f in findings if isinstance(f["measured"], dict)]
-    return pd.DataFrame([{"reference": name, "verdict": verdict, **row, **source} for row in numbers])
+    numbers = [
+        {"quantity": f["quantity"], **f["measured"]}
+        for f in findings
+        if isinstance(f["measured"], dict)
+    ]
+    return pd.DataFrame(
+        [{"reference": name, "verdict": verdict, **row, **source} for row in numbers]
+    )
 
 
 def main() -> None:
@@ -73,7 +96,7 @@ def main() -> None:
         table = pd.concat([known[known["reference"] != name], rows])
         order = {reference: place for place, reference in enumerate(PARAMETERS)}
         table = table.sort_values("reference", key=lambda column: column.map(order), kind="stable")
-        with text.replacing(TABLE) as temporary:
+        with cache.replacing(TABLE) as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g")
 
 

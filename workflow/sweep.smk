@@ -5,7 +5,7 @@ from pathlib import Path
 
 import headbound
 import yaml
-from headbound.text import cache_dir
+from headbound.cache import cache_dir
 
 SWEEP_FILE = os.environ.get("HEADBOUND_SWEEP", "workflow/sweep.yaml")
 SWEEP = yaml.safe_load(Path(SWEEP_FILE).read_text())
@@ -37,7 +37,7 @@ rule audit_model:
         mem_mb=2000,
         runtime=30,
     shell:
-        "python workflow/sweep.py {SWEEP_FILE} audit {params.model}"
+        "python -m sweep {SWEEP_FILE} audit {params.model}"
 
 
 # A kill leaves no half file (they are moved into place), so a result is either whole or to be made again.
@@ -57,4 +57,4 @@ rule measure_checkpoint:
         runtime=lambda wildcards, attempt: 120 * attempt,
         gpu=1 if SWEEP.get("whole", True) else 0,
     shell:
-        "python workflow/sweep.py {SWEEP_FILE} measure {params.model} {wildcards.revision} {params.keep}"
+        "python -m sweep {SWEEP_FILE} measure {params.model} {wildcards.revision} {params.keep}"

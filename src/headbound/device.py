@@ -22,7 +22,9 @@ def pick(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device(available[0])
     if name.split(":")[0] not in available:
-        raise ValueError(f"device = {name!r}: this machine has {', '.join(available)}; use one of them or 'auto'")
+        raise ValueError(
+            f"device = {name!r}: this machine has {', '.join(available)}; use one of them or 'auto'"
+        )
     return torch.device(name)
 
 
@@ -31,7 +33,9 @@ def precise(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def feed(arrays: Sequence[np.ndarray], places: Iterable[Any], where: torch.device) -> Iterator[list[Tensor]]:
+def feed(
+    arrays: Sequence[np.ndarray], places: Iterable[Any], where: torch.device
+) -> Iterator[list[Tensor]]:
     """The same parts of several arrays (in memory or memory-mapped) on a device, each read while the last is in use.
 
     On CUDA through pinned memory and a stream of its own, so that copying and computing overlap. Two parts are held.
@@ -45,7 +49,9 @@ def feed(arrays: Sequence[np.ndarray], places: Iterable[Any], where: torch.devic
         if stream is None:
             return [part.to(where) for part in parts], None
         with torch.cuda.stream(stream):
-            return [part.pin_memory().to(where, non_blocking=True) for part in parts], stream.record_event()
+            return [
+                part.pin_memory().to(where, non_blocking=True) for part in parts
+            ], stream.record_event()
 
     def ready(waiting: Future) -> list[Tensor]:
         parts, copied = waiting.result()
@@ -53,7 +59,9 @@ def feed(arrays: Sequence[np.ndarray], places: Iterable[Any], where: torch.devic
             here = torch.cuda.current_stream(where)
             here.wait_event(copied)
             for part in parts:
-                part.record_stream(here)  # else its memory could be given away while it is still read
+                part.record_stream(
+                    here
+                )  # else its memory could be given away while it is still read
         return parts
 
     with ThreadPoolExecutor(1) as pool:

@@ -11,9 +11,12 @@ from typing import Any
 
 import pandas as pd
 
-from headbound.text import cache_dir
+from headbound.cache import cache_dir
 
-REPOSITORY, COMMIT = "https://github.com/EleutherAI/pythia", "a19eecb807ec2c79a39ebf18108816e6ffffc1d5"
+REPOSITORY, COMMIT = (
+    "https://github.com/EleutherAI/pythia",
+    "a19eecb807ec2c79a39ebf18108816e6ffffc1d5",
+)
 SIZES = ("70m", "160m", "410m", "1b-bf16", "1.4b", "2.8b", "6.9b", "12b")
 # layers, hidden size and padded vocabulary, as in Biderman et al. 2023, table 1
 PYTHIA = {
@@ -52,7 +55,9 @@ def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path}: broken JSON ({error}); fetch the file again or remove it") from error
+            raise ValueError(
+                f"{path}: broken JSON ({error}); fetch the file again or remove it"
+            ) from error
         if not isinstance(content, dict) or not isinstance(content.get("results"), dict):
             continue
         model, step = _origin(content, path)
@@ -60,26 +65,40 @@ def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
             if not isinstance(metrics, dict):
                 continue
             new = any("," in name for name in metrics)
-            asked = (content.get("n-shot") or {}).get(task, (content.get("config") or {}).get("num_fewshot"))
+            asked = (content.get("n-shot") or {}).get(
+                task, (content.get("config") or {}).get("num_fewshot")
+            )
             if shots is not None and asked != shots:
                 continue
             version = (content.get("versions") or {}).get(task)
             how = f"lm-eval {'0.4' if new else 'before 0.4'}, task version {version}, {asked} shots"
             first, before = curves.setdefault((model, task), (how, path))
             if first != how:
-                raise ValueError(f"{model}, {task}: {first} in {before}, but {how} in {path}; keep one kind")
+                raise ValueError(
+                    f"{model}, {task}: {first} in {before}, but {how} in {path}; keep one kind"
+                )
             for name, value in metrics.items():
                 metric, _, kind = name.partition(",")
                 if "_stderr" in name or type(value) not in (int, float) or (new and not kind):
                     continue
                 key = (model, step, task, metric if kind in ("", "none") else name)
                 if key in rows:
-                    raise ValueError(f"{model}, step {step}, {task}: in {rows[key][2]} and {path}; remove one")
+                    raise ValueError(
+                        f"{model}, step {step}, {task}: in {rows[key][2]} and {path}; remove one"
+                    )
                 stderr = metrics.get(f"{metric}_stderr,{kind}" if new else f"{name}_stderr")
-                rows[key] = (float(value), float(stderr) if isinstance(stderr, int | float) else nan, path)
+                rows[key] = (
+                    float(value),
+                    float(stderr) if isinstance(stderr, int | float) else nan,
+                    path,
+                )
     if not rows:
-        raise FileNotFoundError(f"{folder}: no lm-eval result file (*.json) there; give the folder that has them")
-    data = [(m, s, s * _batch(m), t, metric, *values[:2]) for (m, s, t, metric), values in rows.items()]
+        raise FileNotFoundError(
+            f"{folder}: no lm-eval result file (*.json) there; give the folder that has them"
+        )
+    data = [
+        (m, s, s * _batch(m), t, metric, *values[:2]) for (m, s, t, metric), values in rows.items()
+    ]
     return pd.DataFrame(data, columns=COLUMNS).sort_values(COLUMNS[:5], ignore_index=True)
 
 
@@ -90,7 +109,9 @@ def parameters(model: str, embeddings: bool = True) -> int:
     """
     size = re.search(r"pythia-([\d.]+[mb])", model)
     if not size or size[1] not in PYTHIA:
-        raise ValueError(f"model = {model!r}: its size is unknown; Pythia's are {', '.join(PYTHIA)}")
+        raise ValueError(
+            f"model = {model!r}: its size is unknown; Pythia's are {', '.join(PYTHIA)}"
+        )
     layers, d, vocabulary = PYTHIA[size[1]]
     return layers * (12 * d**2 + 13 * d) + 2 * d + embeddings * 2 * vocabulary * d
 
@@ -98,7 +119,12 @@ def parameters(model: str, embeddings: bool = True) -> int:
 def gaps(table: pd.DataFrame) -> pd.DataFrame:
     """What a table of results lacks: for each model, task and metric the steps that others have, by name."""
     models, steps = sorted(set(table["model"])), set(table["step"])
-    found = table[table["value"].notna()].groupby(["model", "task", "metric"])["step"].agg(set).to_dict()
+    found = (
+        table[table["value"].notna()]
+        .groupby(["model", "task", "metric"])["step"]
+        .agg(set)
+        .to_dict()
+    )
     rows = []
     for task, metric in sorted({key[1:] for key in found}):
         for model in models:
@@ -108,7 +134,9 @@ def gaps(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "task", "metric", "missing steps"])
 
 
-def find(folder: str | None = None, url: str = REPOSITORY, commit: str = COMMIT) -> tuple[Path | None, str]:
+def find(
+    folder: str | None = None, url: str = REPOSITORY, commit: str = COMMIT
+) -> tuple[Path | None, str]:
     """The folder of Pythia's published evaluations, and where it comes from, in words.
 
     Tried in turn: `folder` or the variable HEADBOUND_PYTHIA_EVALS; a copy of `url` at `commit`, fetched once
@@ -119,14 +147,20 @@ def find(folder: str | None = None, url: str = REPOSITORY, commit: str = COMMIT)
     """
     if given := folder or os.environ.get("HEADBOUND_PYTHIA_EVALS"):
         if not Path(given).is_dir():
-            raise FileNotFoundError(f"evaluations folder {given!r}: no such folder; give one with result files")
+            raise FileNotFoundError(
+                f"evaluations folder {given!r}: no such folder; give one with result files"
+            )
         return Path(given), "the folder given"
     try:
         return _fetch(url, commit), f"{url} at {commit[:10]}"
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
     beside = Path(__file__).parents[3] / "shared" / "pythia"
-    return (beside, "the copy beside the repository") if beside.is_dir() else (None, f"not fetched: {reason}")
+    return (
+        (beside, "the copy beside the repository")
+        if beside.is_dir()
+        else (None, f"not fetched: {reason}")
+    )
 
 
 def _fetch(url: str, commit: str) -> Path:
@@ -141,16 +175,27 @@ def _fetch(url: str, commit: str) -> Path:
             _git(copy, "fetch", "--quiet", "--depth=1", "--filter=blob:none", "origin", commit)
             _git(copy, "checkout", "--quiet", commit)
             copy.replace(target)
-    if _git(target, "rev-parse", "HEAD").strip() != commit or _git(target, "status", "--porcelain").strip():
-        raise ValueError(f"{target}: not as in commit {commit[:10]} any more; delete it to fetch it again")
+    if (
+        _git(target, "rev-parse", "HEAD").strip() != commit
+        or _git(target, "status", "--porcelain").strip()
+    ):
+        raise ValueError(
+            f"{target}: not as in commit {commit[:10]} any more; delete it to fetch it again"
+        )
     return target / "evals"
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_HTTP_LOW_SPEED_LIMIT": "1000", "GIT_HTTP_LOW_SPEED_TIME": "20"}
+    quiet = {
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_HTTP_LOW_SPEED_LIMIT": "1000",
+        "GIT_HTTP_LOW_SPEED_TIME": "20",
+    }
     command = ["git", "-C", str(folder), *arguments]
     environment = os.environ | quiet
-    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=180).stdout
+    return subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True, timeout=180
+    ).stdout
 
 
 def _origin(content: dict[str, Any], path: Path) -> tuple[str, int]:
@@ -165,7 +210,9 @@ def _origin(content: dict[str, Any], path: Path) -> tuple[str, int]:
     said = said or {int(n) for n in re.findall(r"step_?(\d+)", str(path.parent))[-1:]}
     if len(said) != 1:
         what = f"steps {sorted(said)}" if said else "no step"
-        raise ValueError(f"{path}: {what} in its name and model_args; a result file needs one, as step1000")
+        raise ValueError(
+            f"{path}: {what} in its name and model_args; a result file needs one, as step1000"
+        )
     names = [part for part in source.split("/") if part and not re.fullmatch(r"step_?\d+", part)]
     folders = [part for part in path.parent.parts if not re.fullmatch(r"step_?\d+|\w+-shot", part)]
     return (names or folders)[-1].replace("-v1.1", ""), said.pop()

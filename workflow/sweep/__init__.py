@@ -1,0 +1,1 @@
+"""The sweep over the checkpoints of the Hub: read with distrust, measured, planned."""

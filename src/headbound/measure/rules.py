@@ -1,7 +1,7 @@
 """The book's verdict rules: what the paper says, as functions of curves.
 
-Tests run them on the paper's own curves and on counter-examples. Each rule says how far its threshold
-could move before its word changes.
+Tests run them on the paper's own curves and on counter-examples. Each rule says how far its
+threshold could move before its word changes.
 """
 
 from collections.abc import Collection, Mapping

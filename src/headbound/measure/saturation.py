@@ -9,7 +9,7 @@ from scipy.optimize import isotonic_regression
 from scipy.stats import spearmanr
 
 EARLY = 0.1  # share of the training whose climbs and peaks are a beginning, not a late turn
-SEEN = 4.5  # times the noise: one in a hundred level curves has a chance rise as great
+SEEN = 5.0  # times the noise: one in a hundred level curves has a chance rise as great
 PLATEAU = 4.0  # squared noise: a rise at the end below two standard errors is taken as level
 TRUST = 0.03  # residuals, per checkpoint, that the given stderr is worth beside the scatter seen
 RISING = 1e-9  # relative: below it a ratio is rounding

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from headbound.measure.saturation import SEEN, LateRise, late_rise
+from headbound.stats import Estimate
 
 TENFOLD = 10.0  # an order of magnitude, which is what the paper's spectra rise by
 APART = 0.5  # mean cosine between "nearly isotropic" and "highly anisotropic"
@@ -100,6 +101,26 @@ def bends_at(errors: ArrayLike, losses: ArrayLike, bend: float = 0.6) -> Ruling:
     return Ruling(bool(steeper >= STEEPER and beyond > 0), comment)
 
 
+def width_alone(differences: Mapping[str, Estimate]) -> Ruling:
+    """Ours: if width alone decided, another batch would leave the late change as it is.
+
+    Not so where the interval of some model's difference between batches excludes zero.
+    """
+    apart = [name for name, e in differences.items() if not e.low <= 0 <= e.high]
+    if not differences:
+        return Ruling(None, "no model with two batches")
+    comment = f"intervals without zero: {', '.join(apart) or 'none'}, of {len(differences)}"
+    return Ruling(not apart, comment)
+
+
+def holds(measured: Estimate, claim: float) -> Ruling:
+    """A number of the paper's lies within the interval; left open where zero does too."""
+    inside = measured.low <= claim <= measured.high
+    if inside and measured.low <= 0 <= measured.high:
+        return Ruling(None, "the interval holds zero as well")
+    return Ruling(bool(inside), "inside the 95 % interval?")
+
+
 def halved(dimensions: ArrayLike, errors: ArrayLike) -> float:
     """The number of dimensions at which a falling W-error is 0.5; NaN if it ends above."""
     error = np.asarray(errors, float)
@@ -118,11 +139,14 @@ def _split(models: Collection[str], shown: Collection[str], small: Collection[st
 
 def _room(values: Mapping[str, float], threshold: float) -> str:
     """Between which two values a threshold could lie without a change."""
-    below = max((v for v in values.values() if v < threshold), default=-np.inf)
-    above = min((v for v in values.values() if v >= threshold), default=np.inf)
+    below = [value for value in values.values() if value < threshold]
+    above = [value for value in values.values() if value >= threshold]
     words = f"the threshold {threshold:g} could lie anywhere"
-    words += f" from {below:.3g}" if np.isfinite(below) else ""
-    return words + (f" to {above:.3g}" if np.isfinite(above) else "")
+    if below:
+        words += f" from {max(below):.3g}"
+    if above:
+        words += f" to {min(above):.3g}"
+    return words
 
 
 def _listed(values: Mapping[str, float], style: str) -> str:

@@ -65,6 +65,7 @@ def context(chapters: Sequence[Chapter], preset: str) -> dict[str, Any]:
         "certainty": CERTAINTY,
         "changes": changes,
         "chapters": chapters,
+        "cite": claims.get("cite"),
         "commit": commit(),
         "exempt": results.EXEMPT,
         "found": {f["key"]: f for chapter in chapters for f in chapter.findings},

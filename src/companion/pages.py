@@ -27,6 +27,7 @@ COMPUTED = ("measured", "status", "figure", "answer", "map")
 ABSENT = Markup("*This edition had no data for this.*")
 CERTAINTY = {
     "checked": "checked against a published source",
+    "read": "read off a figure",
     "recalled": "recalled",
     "ours": "not the paper's",
 }

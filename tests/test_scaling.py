@@ -50,7 +50,7 @@ def test_one_wild_checkpoint_hardly_moves_the_fit():
     n, t, loss = curves()
     loss[5] *= 3
     law = scaling.fit(n, t, loss, fixed=scaling.HOFFMANN)
-    assert law.constants["alpha"].value == pytest.approx(TRUTH["alpha"], rel=0.01)
+    assert law.constants["alpha"].value == pytest.approx(TRUTH["alpha"], rel=0.02)
     assert law.constants["alpha"].n == len(SIZES)
 
 

@@ -151,16 +151,25 @@ def _minimum(begin: np.ndarray, kept: np.ndarray, data: np.ndarray) -> np.ndarra
     free = np.isnan(kept)
     n, t, losses = data
 
-    def misfit(values: np.ndarray) -> np.ndarray:
+    def whole(values: np.ndarray) -> np.ndarray:
         place = kept.copy()
         place[free] = values
-        return np.log(_loss(place, n, t) / losses)
+        return place
+
+    def misfit(values: np.ndarray) -> np.ndarray:
+        return np.log(_loss(whole(values), n, t) / losses)
+
+    def slopes(values: np.ndarray) -> np.ndarray:
+        size, text, rest = _terms(whole(values), n, t)
+        columns = [size, -size * np.log(n), text, -text * np.log(t), rest]
+        return (np.array(columns) / (size + text + rest))[free].T
 
     fits = []
     for start in begin:
         found = least_squares(
             misfit,
             np.clip(start, LOWEST, HIGHEST)[free],
+            slopes,
             bounds=(LOWEST[free], HIGHEST[free]),
             loss="huber",
             f_scale=DELTA,
@@ -184,7 +193,12 @@ def _interval(value: float, left_out: Sequence[float], reread: Sequence[float]) 
 
 
 def _loss(place: np.ndarray, parameters: np.ndarray, tokens: np.ndarray) -> Vector:
+    return sum(_terms(place, parameters, tokens))
+
+
+def _terms(place: np.ndarray, parameters: np.ndarray, tokens: np.ndarray) -> list[Vector]:
+    """The three terms of the law, (checkpoints,) each."""
     log_A, alpha, log_B, beta, log_E = place
-    small = np.exp(log_A - alpha * np.log(parameters))
-    short = np.exp(log_B - beta * np.log(tokens))
-    return small + short + np.exp(log_E)
+    size = np.exp(log_A - alpha * np.log(parameters))
+    text = np.exp(log_B - beta * np.log(tokens))
+    return [size, text, np.full(len(size), np.exp(log_E))]

@@ -72,7 +72,7 @@ class Law(NamedTuple):
 
 def fit(
     parameters: ArrayLike,
-    tokens: ArrayLike,
+    tokens: Numbers,
     losses: ArrayLike,
     models: ArrayLike | None = None,
     *,
@@ -88,7 +88,8 @@ def fit(
 
     **Arguments:**
 
-    - `parameters`, `tokens`, `losses`: N, T and L (nats) of each checkpoint, (checkpoints,).
+    - `parameters`, `tokens`, `losses`: N, T and L (nats) of each checkpoint, (checkpoints,). One
+      number of tokens is that of all.
     - `models`: which model each checkpoint is of. None: those with one N are one model.
     - `fixed`: constants to keep, by name. `HOFFMANN` is the paper's way; None fits all five.
     - `error`: standard error of each loss (nats), such as that of reading a figure. It widens the
@@ -120,7 +121,7 @@ def fit(
     return Law(place, np.array(left_out), np.array(readings).reshape(-1, 5), misfit)
 
 
-def _checked(parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike) -> np.ndarray:
+def _checked(parameters: ArrayLike, tokens: Numbers, losses: ArrayLike) -> np.ndarray:
     """The data as one array (3, checkpoints)."""
     named = {"parameters": parameters, "tokens": tokens, "losses": losses}
     for name, values in named.items():
@@ -131,7 +132,7 @@ def _checked(parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike) -> np.
                 f"{name} has {numbers[~sound][0]}: every value must be positive and finite; "
                 "leave that checkpoint out"
             )
-    return np.array([np.asarray(values, float) for values in named.values()])
+    return np.array(np.broadcast_arrays(*named.values()), float)
 
 
 def _kept(fixed: Mapping[str, float]) -> np.ndarray:

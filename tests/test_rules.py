@@ -96,6 +96,23 @@ def test_the_late_drop_goes_with_the_batch_at_one_width_and_not_in_large_models(
     assert rules.width_alone({}).agrees is None
 
 
+def test_who_drops():
+    wide, narrow = Estimate(0.6, -2.5, 3.7, 1), Estimate(0.6, -0.5, 1.2, 1)
+    claimed = ["70m", "160m", "410m"]
+    assert rules.who_drops(claimed, claimed, {}, 2.3).agrees is True
+    assert rules.who_drops(claimed[:2], claimed, {"410m": wide}, 2.3).agrees is None
+    assert rules.who_drops(claimed[:2], claimed, {"410m": narrow}, 2.3).agrees is False
+    assert rules.who_drops([*claimed, "1b"], claimed, {}, 2.3).agrees is False
+
+
+def test_signs_and_readings():
+    assert rules.positive(Estimate(0.4, 0.2, 0.6, 5)).agrees is True
+    assert rules.positive(Estimate(0.4, -0.2, 0.9, 5)).agrees is None
+    assert rules.positive(Estimate(-0.4, -0.6, -0.2, 5)).agrees is False
+    assert rules.near([30.47, 33.45], [30.47, 33.4], 0.1).agrees is True
+    assert rules.near([30.47, 33.9], [30.47, 33.4], 0.1).agrees is False
+
+
 def test_a_number_inside_its_interval():
     assert rules.holds(Estimate(0.08, 0.05, 0.11, 6), 0.08).agrees is True
     assert rules.holds(Estimate(-0.04, -0.08, -0.01, 6), 0.08).agrees is False

@@ -107,12 +107,42 @@ def width_alone(differences: Mapping[str, Estimate]) -> Ruling:
     return Ruling(not apart, comment)
 
 
+def who_drops(
+    found: Collection[str], claimed: Collection[str], drops: Mapping[str, Estimate], size: float
+) -> Ruling:
+    """The models that drop are those of the claim.
+
+    Left open where a model that is missing could have dropped by `size`, the paper's own example,
+    without being found.
+    """
+    missing = [name for name in claimed if name not in found]
+    unseen = [name for name in missing if drops[name].high > size]
+    if set(found) - set(claimed) or (missing and not unseen):
+        return Ruling(False, f"claimed: {', '.join(claimed)}")
+    if unseen:
+        return Ruling(None, f"a drop of {size:g} could be missed in {', '.join(unseen)}")
+    return Ruling(True, "just the models of the claim")
+
+
 def holds(measured: Estimate, claim: float) -> Ruling:
     """A number of the paper's lies within the interval; left open where zero does too."""
     inside = measured.low <= claim <= measured.high
     if inside and measured.low <= 0 <= measured.high:
         return Ruling(None, "the interval holds zero as well")
-    return Ruling(bool(inside), "inside the 95 % interval?")
+    return Ruling(bool(inside), f"{'inside' if inside else 'outside'} the 95 % interval")
+
+
+def positive(measured: Estimate) -> Ruling:
+    """The interval lies above zero; left open where it holds zero."""
+    if measured.low <= 0 <= measured.high:
+        return Ruling(None, "the interval holds zero")
+    return Ruling(bool(measured.low > 0), "the interval lies on one side of zero")
+
+
+def near(measured: ArrayLike, claim: ArrayLike, tolerance: float) -> Ruling:
+    """Numbers read off a figure are those of the text, within the error of reading."""
+    off = float(np.abs(np.subtract(measured, claim)).max())
+    return Ruling(off <= tolerance, f"off by {off:.2g}; allowed: {tolerance:g}")
 
 
 def halved(dimensions: ArrayLike, errors: ArrayLike) -> float:

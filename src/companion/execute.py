@@ -18,6 +18,8 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from companion.words import markdown
+
 
 def literals(source: str) -> dict[str, Any]:
     """The names that a cell sets and their values, which are plain literals. (papermill's own reading of a cell
@@ -74,9 +76,9 @@ def describe_figures(notebook: nbformat.NotebookNode) -> None:
     """Move captions and alt texts from the outputs, where code computed them, to where myst-nb reads them."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            about = output.get("metadata", {}).get("headbound", {})
+            about = output.get("metadata", {}).get("companion", {})
             if "alt" in about:
-                figure = {"caption": about["caption"], "name": about["name"]}
+                figure = {"caption": markdown(about["caption"]), "name": about["name"]}
                 cell.metadata["mystnb"] = {"figure": figure, "image": {"alt": about["alt"]}}
 
 
@@ -108,7 +110,7 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
         describe_figures(content)
         source = source_hash(nbformat.read(notebook, as_version=4))
         made = {"preset": preset, "source": source, "commit": commit()}
-        content.metadata["headbound"] = {**content.metadata.get("headbound", {}), **made}
+        content.metadata["companion"] = {**content.metadata.get("companion", {}), **made}
         nbformat.write(content, finished)
         finished.replace(output)
 

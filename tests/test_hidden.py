@@ -226,8 +226,9 @@ def test_a_passage_is_computed_once_whoever_asks(cache, monkeypatch):
     np.testing.assert_array_equal(again[5:9], stored[3:7])
     np.testing.assert_array_equal(again[9], again[0])
     np.testing.assert_allclose(again, gathered(model, mixed, layers=[-1])[0], atol=1e-6)
+    asked.clear()
     hidden.store(tiny.network("llama"), mixed)  # an equal model in another object
-    assert asked == [5]
+    assert not asked
     assert not again.flags.writeable
 
 

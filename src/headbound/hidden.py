@@ -107,21 +107,25 @@ def stream(
     blocks = _blocks(model, input_ids) if inside else []
 
     def forward(batch: Tensor) -> Tensor:
-        found = _caught(model, blocks, batch.to(model.device), places)
-        if len({states.shape[-1] for states in found}) > 1:
-            raise ValueError(
-                f"layers = {places}: they differ in width in this model; ask for them one by one"
-            )
-        states = torch.stack(found)
-        if not torch.isfinite(states).all():
-            raise ValueError("NaN or Inf in the hidden states; run the model in float32")
-        return states
+        return _stacked(*_caught(model, blocks, batch.to(model.device), places))
 
     while len(input_ids):
         states = _fitting(forward, input_ids, batch_size)
         batch_size = states.shape[1]
         yield states
         input_ids = input_ids[batch_size:]
+
+
+def with_logits(
+    model: nn.Module, input_ids: Int[Tensor, "texts length"], layers: Sequence[int]
+) -> tuple[Float[Tensor, "layers texts length d"], Float[Tensor, "texts length vocab"]]:
+    """The states of some layers, as of `stream`, and the logits, from one pass of one batch."""
+    places = _places(model, layers)
+    _check(model, input_ids, 1)
+    blocks = _blocks(model, input_ids)
+    batch = input_ids.to(model.device)
+    states, logits = _caught(model, blocks, batch, places, stop=False)
+    return _stacked(states, logits), logits
 
 
 def store(
@@ -165,10 +169,12 @@ class Index(NamedTuple):
 def _index(folder: Path) -> Index:
     file = folder / "index"
     said = file.read_bytes() if file.exists() else b""
-    found = [said[i : i + NAME] for i in range(0, len(said) - NAME + 1, NAME)]
-    # The first entry is the width; a part of an entry, from a killed process, is no entry.
-    width = int.from_bytes(found[0], "big") if found else 0
-    return Index(width, {name: place for place, name in enumerate(found[1:])})
+    places = {}
+    # The first entry is the width. A part of an entry, from a killed process, is no entry.
+    for start in range(NAME, len(said) - NAME + 1, NAME):
+        name = said[start : start + NAME]
+        places[name] = len(places)
+    return Index(int.from_bytes(said[:NAME], "big"), places)
 
 
 def _extend(folder: Path, model: nn.Module, rows: dict[bytes, Tensor], place: int) -> int:
@@ -246,16 +252,24 @@ class _EnoughError(Exception):
 
 @torch.inference_mode()
 def _caught(
-    model: nn.Module, blocks: Sequence[nn.Module], batch: Tensor, places: Sequence[int]
-) -> list[Tensor]:
-    """The states at `places`: 0 enters the first of `blocks`, i leaves block i, the rest the head."""
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    batch: Tensor,
+    places: Sequence[int],
+    stop: bool = True,
+) -> tuple[list[Tensor], Tensor | None]:
+    """The states at `places`: 0 enters the first of `blocks`, i leaves block i, L + 1 enters the head.
+
+    And what comes out, unless the pass stops as soon as all are caught. A model without a head gives
+    its last state as its output.
+    """
     found: dict[int, Tensor] = {}
     head = model.get_output_embeddings()
     behind = models.depth(model) + 1
 
     def keep(place: int, passed: Any) -> None:
         found[place] = _states(model, passed, batch).clone()
-        if found.keys() >= set(places):
+        if stop and found.keys() >= set(places):
             raise _EnoughError
 
     def entering(place: int) -> Callable:
@@ -264,6 +278,7 @@ def _caught(
     def leaving(place: int) -> Callable:
         return lambda _module, _passed, output: keep(place, output)
 
+    output = None
     with ExitStack() as hooks, suppress(_EnoughError):
         for place in set(places) - {0, behind}:
             hooks.enter_context(blocks[place - 1].register_forward_hook(leaving(place)))
@@ -271,9 +286,27 @@ def _caught(
             if place in places and module is not None:
                 hook = module.register_forward_pre_hook(entering(place), with_kwargs=True)
                 hooks.enter_context(hook)
-        output = model(batch, use_cache=False)
-        found[behind] = output[0]  # without a head, the last state is what comes out
-    return [found[place] for place in places]
+        output = model(batch, use_cache=False)[0]
+        if head is None:
+            found[behind] = output
+    if not found.keys() >= set(places):
+        raise ValueError(
+            f"{type(model).__name__}: its blocks or its head are not called as modules; "
+            "its hidden states can't be named"
+        )
+    return [found[place] for place in places], output
+
+
+def _stacked(found: list[Tensor], _output: Tensor | None) -> Float[Tensor, "layers texts length d"]:
+    widths = [states.shape[-1] for states in found]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"layers: they differ in width in this model, {widths}; ask for them one by one"
+        )
+    states = torch.stack(found)
+    if not torch.isfinite(states).all():
+        raise ValueError("NaN or Inf in the hidden states; run the model in float32")
+    return states
 
 
 def _states(model: nn.Module, passed: Any, batch: Tensor) -> Float[Tensor, "texts length d"]:

@@ -224,27 +224,32 @@ def _head_in_and_out(model: nn.Module, texts: Tensor) -> tuple[Tensor, Tensor]:
 def _fit(
     plain: Tensor, bias: Tensor | None, logits: Tensor, tolerance: float
 ) -> tuple[float, float, float | None]:
-    """The scale of W h and of the bias, and a soft cap if without one the logits are not reached."""
+    """The scales of W h and of the bias, and a soft cap if without one the logits are not reached."""
     drawn = torch.linspace(0, logits.numel() - 1, min(logits.numel(), 1 << 18)).long()
+    columns = [plain] if bias is None else [plain, bias.to(plain).expand_as(logits)]
+    x = torch.stack([column.flatten()[drawn] for column in columns], 1).cpu().numpy()
     z = logits.flatten()[drawn].cpu().numpy()
-    columns = [plain.flatten()[drawn].cpu().numpy()]
-    if bias is not None:
-        columns.append(bias.to(plain).expand_as(logits).flatten()[drawn].cpu().numpy())
-    columns = np.stack(columns, 1)
-    norms = np.maximum(np.linalg.norm(columns, axis=0), 1e-300)
-    factors = np.linalg.lstsq(columns / norms, z)[0] / norms
-    if np.linalg.norm(columns @ factors - z) <= tolerance * np.linalg.norm(z):
+    norms = np.maximum(np.linalg.norm(x, axis=0), 1e-300)
+    factors = np.linalg.lstsq(x / norms, z)[0] / norms
+    if np.linalg.norm(x @ factors - z) <= tolerance * np.linalg.norm(z):
         return _whole(factors[0]), _whole(factors[-1]), None
-    # A soft cap: the logits with the smallest arguments still give the scale, the largest logit bounds the cap.
-    argument = columns.sum(1)
-    small = np.abs(argument).argsort()[: max(16, len(z) // 100)]
-    slope = (argument[small] @ z[small]) / (argument[small] @ argument[small])
+    scale, cap = _fit_cap(x.sum(1), z)
+    return _whole(scale), _whole(scale), cap
 
-    def bent(found: np.ndarray) -> np.ndarray:
-        return found[1] * np.tanh(found[0] * argument / found[1]) - z
 
-    best = least_squares(bent, [slope, 1.05 * np.abs(z).max()], x_scale="jac", xtol=1e-15)
-    return _whole(best.x[0]), _whole(best.x[0]), _whole(best.x[1])
+def _fit_cap(argument: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
+    """Scale and cap of logits = cap · tanh(scale · argument / cap), by least squares."""
+    # The smallest arguments are hardly bent: they give the scale to start from.
+    small = np.abs(argument).argsort()[: max(16, len(logits) // 100)]
+    slope = np.linalg.lstsq(argument[small, None], logits[small])[0]
+
+    def missed(found: np.ndarray) -> np.ndarray:
+        scale, cap = found
+        return cap * np.tanh(scale * argument / cap) - logits
+
+    start = [float(slope[0]), 1.05 * float(np.abs(logits).max())]
+    scale, cap = least_squares(missed, start, x_scale="jac", xtol=1e-15).x
+    return float(scale), float(cap)
 
 
 def _whole(factor: float) -> float:

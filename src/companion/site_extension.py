@@ -13,12 +13,18 @@ KEPT = ("tex-chtml.js", "output/chtml/fonts", "input/tex/extensions")  # of Math
 LOCAL = "http://localhost:8000/"  # where `make serve` shows the book
 
 
+LOST = """<h1>There is no such page</h1>
+<p>It may have moved with a new edition. The <a href="{home}index.html">start page</a> has a map,
+and <a href="{home}search.html">the search</a> finds words.</p>"""
+
+
 def set_up_site(app: Sphinx, config: Any) -> None:
     """What every book's site has; where it will live, its builder may say in HEADBOUND_URL."""
     address = os.environ.get("HEADBOUND_URL") or config.html_baseurl or LOCAL
     address = address.rstrip("/") + "/"
     config.html_baseurl = config.ogp_site_url = address
-    config.notfound_urls_prefix = urlparse(address).path
+    home = config.notfound_urls_prefix = urlparse(address).path
+    config.notfound_context = {"title": "Not found", "body": LOST.format(home=home)}
     config.sitemap_url_scheme = "{link}"
     config.sitemap_excludes = ["404.html", "genindex.html", "search.html", "prf-prf.html"]
     config.ogp_site_name = config.html_title

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -29,12 +30,7 @@ __all__ += ["markdown", "number", "plot", "say", "show", "table"]
 
 
 class Run(NamedTuple):
-    """One execution of a notebook.
-
-    - `parameters`: the names that its parameters cell sets.
-    - `packages`: what it imports, and the versions.
-    - `started`: seconds since the epoch.
-    """
+    """One execution of a notebook: parameters, versions of packages, start (seconds)."""
 
     parameters: dict[str, Any]
     packages: dict[str, str]
@@ -85,11 +81,9 @@ def begin(namespace: Mapping[str, Any]) -> Run:
     """
     parameters = _parameters(namespace)
     for name, kind in {"seed": int, "preset": str}.items():
-        value = parameters.get(name)
-        if not isinstance(value, kind):
-            raise ValueError(
-                f"{name} = {value!r}: the parameters cell must set it to a {kind.__name__}"
-            )
+        if not isinstance(parameters.get(name), kind):
+            told = f"{name} = {parameters.get(name)!r}"
+            raise ValueError(f"{told}: the parameters cell must set it to a {kind.__name__}")
     seed = parameters["seed"]
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed = {seed}: must be between 0 and {2**32 - 1}")
@@ -103,30 +97,18 @@ def begin(namespace: Mapping[str, Any]) -> Run:
 
 def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     plain = (bool, int, float, str, list, dict, type(None))
-    cells = namespace.get("In")
-    names = list(namespace) if cells is None else _assigned(cells)
-    return {
-        name: namespace[name]
-        for name in names
-        if not name.startswith("_") and isinstance(namespace.get(name, plain), plain)
-    }
-
-
-def _assigned(cells: Sequence[str]) -> list[str]:
-    """The names that cells set at their outermost level, in order."""
-    names: dict[str, None] = {}
-    for cell in cells:
-        try:
-            statements = ast.parse(cell).body
-        except SyntaxError:  # a cell with a magic
-            continue
-        for statement in statements:
-            if isinstance(statement, ast.Assign):
-                names |= {t.id: None for t in statement.targets if isinstance(t, ast.Name)}
-    return list(names)
+    targets: list[ast.expr] = []
+    for cell in namespace.get("In", []):
+        with suppress(SyntaxError):  # a cell that did not run either
+            statements = [line for line in ast.parse(cell).body if isinstance(line, ast.Assign)]
+            targets += [target for line in statements for target in line.targets]
+    names = dict.fromkeys(target.id for target in targets if isinstance(target, ast.Name))
+    found = {name: namespace[name] for name in names if name in namespace}
+    return {k: v for k, v in found.items() if isinstance(v, plain) and not k.startswith("_")}
 
 
 def _packages(namespace: Mapping[str, Any]) -> dict[str, str]:
+    """The versions of what the notebook imports, and of what its numbers rest on."""
     modules = [value for value in namespace.values() if isinstance(value, ModuleType)]
     names = {module.__name__.split(".")[0] for module in modules}
     names |= {"torch", "transformers", "numpy", "scipy"} & sys.modules.keys()
@@ -163,23 +145,18 @@ def table(frame: pd.DataFrame, caption: str, digits: int = 4) -> None:
 
 def findings(rows: Sequence[Finding]) -> None:
     """Show a chapter's numbers beside the paper's; the pages that collect them have them too."""
-    frame = pd.DataFrame(
-        [(r.quantity, r.paper, number(r.measured), r.verdict, r.comment) for r in rows],
-        columns=["quantity", "the paper", "measured here", "verdict", "comment"],
-    )
-    kept = [
-        {
-            "key": r.key,
-            "quantity": r.quantity,
-            "paper": r.paper,
-            "measured": _plain(r.measured),
-            "verdict": r.verdict,
-            "comment": r.comment,
-        }
-        for r in rows
-    ]
-    shown = _styled(frame, "This chapter's findings").format(visible, escape="html")
-    display(shown, metadata={"companion": {"findings": kept}})
+    shown = {
+        "quantity": [row.quantity for row in rows],
+        "the paper": [row.paper for row in rows],
+        "measured here": [number(row.measured) for row in rows],
+        "verdict": [row.verdict for row in rows],
+        "comment": [row.comment for row in rows],
+    }
+    kept = []
+    for row in rows:
+        about = {name: getattr(row, name) for name in ("key", "quantity", "paper", "comment")}
+        kept.append({**about, "measured": _plain(row.measured), "verdict": row.verdict})
+    _show(pd.DataFrame(shown), "This chapter's findings", {"findings": kept})
 
 
 def end(run: Run, samples: Mapping[str, int | str]) -> None:
@@ -199,9 +176,7 @@ def end(run: Run, samples: Mapping[str, int | str]) -> None:
     }
     kept = {k: str(v) for k, v in rows.items()}
     frame = pd.DataFrame(kept.items(), columns=["what", "value"])
-    shown = _styled(frame, "How this page was made").format(visible, escape="html")
-    about = {"provenance": kept, "packages": run.packages}
-    display(shown, metadata={"companion": about})
+    _show(frame, "How this page was made", {"provenance": kept, "packages": run.packages})
 
 
 def _device() -> str:
@@ -209,6 +184,11 @@ def _device() -> str:
     if torch is None or not torch.cuda.is_available():
         return f"CPU ({platform.machine()})"
     return torch.cuda.get_device_name()
+
+
+def _show(frame: pd.DataFrame, caption: str, about: dict[str, Any]) -> None:
+    shown = _styled(frame, caption).format(visible, escape="html")
+    display(shown, metadata={"companion": about})
 
 
 def _styled(frame: pd.DataFrame, caption: str) -> Styler:

@@ -28,6 +28,9 @@ needs_chromium = pytest.mark.skipif(
 )
 
 
+PRINT = [sys.executable, "-c", "from companion import pdf; raise SystemExit(pdf.print_book())"]
+
+
 def build(copy: Path) -> None:
     """The smoke book, built by the README's own path from what git would commit."""
     listed = subprocess.run(
@@ -353,10 +356,10 @@ def test_a_broken_link_to_another_host_is_found(small_book):
 @needs_chromium
 def test_the_whole_book_prints_as_one_document(clone):
     done = subprocess.run(
-        [sys.executable, "-m", "companion.pdf"], cwd=clone, capture_output=True, text=True
+        PRINT, cwd=clone, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    printed = (clone / "_build" / "head-bound.pdf").read_bytes()
+    printed = (clone / "_build" / "book.pdf").read_bytes()
     assert printed.startswith(b"%PDF")
     assert printed.count(b"/Type /Page\n") > 30
     assert b"/Outlines" in printed
@@ -365,7 +368,7 @@ def test_the_whole_book_prints_as_one_document(clone):
 def test_without_chromium_no_pdf_and_one_sentence(clone):
     alone = {**os.environ, "PATH": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "companion.pdf"],
+        PRINT,
         cwd=clone,
         capture_output=True,
         text=True,

@@ -4,6 +4,7 @@ import json
 import locale
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,7 +96,7 @@ def pdf() -> None:
     """Print the built book as _build/head-bound.pdf; needs a Chromium."""
     from companion import pdf
 
-    raise typer.Exit(done(pdf.main))
+    raise typer.Exit(done(pdf.print_book))
 
 
 @app.command()
@@ -118,12 +119,12 @@ def assigned(values: list[str] | None) -> dict[str, Any]:
     return {name: value for name, _, value in pairs}
 
 
-def done(work) -> int:
+def done(work: Callable[[], int | None], name: str = "book") -> int:
     """Do the work of a command: its exit status, and one clear line on standard error for a failure."""
     from companion.execute import report_failure
 
     status: list[int] = []
-    failed = report_failure(Path("book"), lambda: status.append(work() or 0))
+    failed = report_failure(Path(name), lambda: status.append(work() or 0))
     return failed or status[0]
 
 

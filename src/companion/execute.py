@@ -21,9 +21,13 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from companion.words import markdown
+
 SCHEMA = "presets/schema.json"  # of parameters, by their names; beside the folder of notebooks
 SOCKET = 80  # characters of a folder that leave room for a socket's name below the system's limit
 SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # where sockets may live, if TMPDIR is too long
+=======
+from companion.words import markdown
 
 
 def literals(source: str) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def describe_figures(notebook: nbformat.NotebookNode) -> None:
         for output in cell.get("outputs", []):
             about = output.get("metadata", {}).get("companion", {})
             if "alt" in about:
-                figure = {"caption": about["caption"], "name": about["name"]}
+                figure = {"caption": markdown(about["caption"]), "name": about["name"]}
                 cell.metadata["mystnb"] = {"figure": figure, "image": {"alt": about["alt"]}}
 
 
@@ -142,12 +146,8 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
         content = nbformat.read(finished, as_version=4)
         describe_figures(content)
         source = source_hash(nbformat.read(notebook, as_version=4))
-        content.metadata["companion"] = {
-            **content.metadata.get("companion", {}),
-            "preset": preset,
-            "source": source,
-            "commit": commit(),
-        }
+        made = {"preset": preset, "source": source, "commit": commit()}
+        content.metadata["companion"] = {**content.metadata.get("companion", {}), **made}
         nbformat.write(content, finished)
         finished.replace(output)
 

@@ -1,7 +1,5 @@
 """The command `headbound`: what `companion.cli` offers every book, and this book's measurements."""
 
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +8,7 @@ import typer
 from companion.cli import Set, app, assigned, done, main
 
 ROOT = Path(__file__).resolve().parents[2]
+DIAGNOSIS = ROOT / "notebooks" / "09_diagnose.ipynb"
 SWEEP = Path("workflow/sweep.yaml")
 Model = Annotated[
     str,
@@ -27,15 +26,17 @@ def diagnose(
     revision: Revision = "",
     values: Set = None,
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    data: Annotated[Path | None, typer.Option("--json", help="The numbers too, as JSON.")] = None,
 ) -> None:
     """Is the head the bottleneck of this model on this text? A page with the measurements and the verdict."""
     from companion import diagnosis
 
     def work() -> None:
         given = {"model": model, "text": text, "revision": revision, **assigned(values)}
-        diagnosis.diagnose(ROOT / "notebooks" / "09_diagnose.ipynb", given, output)
+        diagnosis.report(DIAGNOSIS, output, given, data)
+        print(f"The report is ready: open {output}")
 
-    raise typer.Exit(done(work))
+    raise typer.Exit(done(work, DIAGNOSIS.stem))
 
 
 @app.command()

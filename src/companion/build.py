@@ -21,6 +21,8 @@ from rich.table import Table
 BUILD, LOG, TIMES = Path("_build"), Path("_build/book.log"), Path("_build/times.json")
 SILENCE = 8  # seconds after which something is printed, where no terminal shows a table
 BAR = 20  # characters
+# Not the script of that name: its first line names a Python by a path, and the folder may have moved.
+BOOK = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
 CHANGED = "Verdicts that differ"  # how the publishing step begins what a reader must see
 
 
@@ -247,14 +249,12 @@ def page(executed: Path, output: Path) -> int:
     shutil.copytree("book", source, ignore=shutil.ignore_patterns("chapters", "generated"))
     shutil.copy(executed, source)
     kept = [path.stem for path in source.glob("*.md") if path.stem in ("glossary", "references")]
-    toc = {
-        "format": "jb-book",
-        "root": executed.stem,
-        "chapters": [{"file": name} for name in kept],
-    }
+    toc = {"format": "jb-book", "root": executed.stem}
+    if kept:
+        toc["chapters"] = [{"file": name} for name in kept]
     contents = output.parent / "_toc.yml"
     contents.write_text(yaml.safe_dump(toc), encoding="utf-8")
-    command = [sys.executable, "-m", "jupyter_book", "build", source, "--toc", contents.resolve()]
+    command = [*BOOK, "build", source, "--toc", contents.resolve()]
     command += ["--config", Path("_config.yml").resolve(), "--path-output", output.parent / "built"]
     built = subprocess.run(command, stdout=subprocess.DEVNULL)
     if built.returncode == 0:

@@ -26,9 +26,6 @@ from companion.words import markdown
 SCHEMA = "presets/schema.json"  # of parameters, by their names; beside the folder of notebooks
 SOCKET = 80  # characters of a folder that leave room for a socket's name below the system's limit
 SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # where sockets may live, if TMPDIR is too long
-=======
-from companion.words import markdown
-
 
 def literals(source: str) -> dict[str, Any]:
     """The names that a cell sets, and their values, which are plain literals."""

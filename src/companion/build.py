@@ -23,6 +23,7 @@ SILENCE = 8  # seconds after which something is printed, where no terminal shows
 BAR = 20  # characters
 # Not the script of that name: its first line names a Python by a path, and the folder may have moved.
 BOOK = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+BESIDE = ("glossary", "references", "rest")  # pages that a chapter alone comes with
 CHANGED = "Verdicts that differ"  # how the publishing step begins what a reader must see
 
 
@@ -124,7 +125,7 @@ def _steps(preset: str, plan: str) -> list[Step]:
     found = []
     for file in re.findall(rf"output: {BUILD}/{folder}/(\S+)", plan):
         name = Path(file).stem
-        running = f"{folder}/.running-*/{file}" if file != name else f"{folder}/.running-{name}"
+        running = f"{folder}/.running-*/{file}" if file != name else f"{folder}/{name}.running"
         found.append(Step(name, BUILD / folder / file, running, times.get(name)))
     if f"output: {BUILD}/html/" in plan:
         found.append(Step("pages", BUILD / "html/index.html", "staging", times.get("pages")))
@@ -248,10 +249,13 @@ def page(executed: Path, output: Path) -> int:
     shutil.rmtree(output.parent, ignore_errors=True)
     shutil.copytree("book", source, ignore=shutil.ignore_patterns("chapters", "generated"))
     shutil.copy(executed, source)
-    kept = [path.stem for path in source.glob("*.md") if path.stem in ("glossary", "references")]
-    toc = {"format": "jb-book", "root": executed.stem}
-    if kept:
-        toc["chapters"] = [{"file": name} for name in kept]
+    (source / "rest.md").write_text("# The rest of the book\n\n`make book` builds it.\n")
+    kept = [path.stem for path in source.glob("*.md") if path.stem in BESIDE]
+    toc = {
+        "format": "jb-book",
+        "root": executed.stem,
+        "chapters": [{"file": name} for name in sorted(kept)],
+    }
     contents = output.parent / "_toc.yml"
     contents.write_text(yaml.safe_dump(toc), encoding="utf-8")
     command = [*BOOK, "build", source, "--toc", contents.resolve()]

@@ -66,7 +66,6 @@ def measure(
 def tunnel(
     values: Set = None,
     parameters: Annotated[str, typer.Option(help="Parameters as a JSON object.")] = "{}",
-    running: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train the wind tunnel's suite of small models, or what is missing of it, with chapter 1b's parameters."""
 

@@ -29,8 +29,7 @@ def executed(preset: str) -> list[Path]:
 def publish(preset: str, builder: str = "html") -> int:
     """Build the site beside the old one, and put it in place when Sphinx had nothing to warn of.
 
-    A verdict that is not the signed one is told and marked, and stops nothing. With the builder
-    `linkcheck`, other hosts are asked instead. Returns the exit status.
+    A verdict that is not the signed one is told and marked, and stops nothing. Returns the status.
     """
     paths = executed(preset)
     broken = [fault for path in paths for fault in gates.faults(path, Path("notebooks", path.name))]
@@ -50,6 +49,11 @@ def publish(preset: str, builder: str = "html") -> int:
     if changes:
         print("Verdicts that differ from the signed ones:", *changes, sep="\n  ")
     return status
+
+
+def linkcheck(preset: str) -> int:
+    """Ask the other hosts that the book links to. Returns the exit status."""
+    return publish(preset, "linkcheck")
 
 
 def check(preset: str) -> list[str]:

@@ -11,7 +11,6 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -97,14 +96,27 @@ def begin(namespace: Mapping[str, Any]) -> Run:
 
 def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     plain = (bool, int, float, str, list, dict, type(None))
-    targets: list[ast.expr] = []
-    for cell in namespace.get("In", []):
-        with suppress(SyntaxError):  # a cell that did not run either
-            statements = [line for line in ast.parse(cell).body if isinstance(line, ast.Assign)]
-            targets += [target for line in statements for target in line.targets]
-    names = dict.fromkeys(target.id for target in targets if isinstance(target, ast.Name))
-    found = {name: namespace[name] for name in names if name in namespace}
-    return {k: v for k, v in found.items() if isinstance(v, plain) and not k.startswith("_")}
+    found = {}
+    for name in _assigned(namespace.get("In", [])):
+        if name.startswith("_") or name not in namespace:
+            continue
+        if isinstance(namespace[name], plain):
+            found[name] = namespace[name]
+    return found
+
+
+def _assigned(cells: Sequence[str]) -> list[str]:
+    """The names that cells set at their outermost level, in order."""
+    names = []
+    for cell in cells:
+        try:
+            statements = ast.parse(cell).body
+        except SyntaxError:  # a cell that did not run either
+            continue
+        for statement in statements:
+            targets = statement.targets if isinstance(statement, ast.Assign) else []
+            names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names
 
 
 def _packages(namespace: Mapping[str, Any]) -> dict[str, str]:
@@ -193,15 +205,21 @@ def _show(frame: pd.DataFrame, caption: str, about: dict[str, Any]) -> None:
 
 def _styled(frame: pd.DataFrame, caption: str) -> Styler:
     # pandas draws a table's id at random. One that follows from the content keeps equal runs equal.
-    content = hashlib.sha256(f"{caption}{frame.to_csv()}".encode()).hexdigest()[:8]
-    styler = Styler(frame, uuid=content, uuid_len=8, cell_ids=False)
-    styler.set_caption(html.escape(visible(caption))).hide(axis="index")
+    content = caption + frame.to_csv()
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    styler = Styler(frame, uuid=digest, uuid_len=8, cell_ids=False)
+    styler.set_caption(html.escape(visible(caption)))
+    styler.hide(axis="index")
     return styler.format_index(visible, axis="columns", escape="html")
 
 
 def _plain(value: Any) -> Any:
     # Strict JSON: no numpy number, and null for NaN, which a kernel would turn into text.
     if isinstance(value, Estimate):
-        return {name: _plain(getattr(value, name)) for name in ("value", "low", "high", "n")}
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        names = ("value", "low", "high", "n")
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -33,24 +33,30 @@ def feedback(function: Function, exercise: ModuleType) -> str:
 
 def mistakes(exercise: ModuleType) -> list[Function]:
     """The functions of an exercise that make a mistake, in their order."""
-    functions = inspect.getmembers(exercise, inspect.isfunction)
-    own = [f for name, f in functions if f.__module__ == exercise.__name__ and name[0] != "_"]
-    own.sort(key=lambda function: function.__code__.co_firstlineno)
-    return [function for function in own if function is not exercise.right]
+    known = []
+    for name, value in vars(exercise).items():
+        public = inspect.isfunction(value) and not name.startswith("_")
+        own = public and value.__module__ == exercise.__name__
+        if own and value is not exercise.right:
+            known.append(value)
+    return known
 
 
 def _from_outside(
     found: Sequence[np.ndarray], expected: Sequence[np.ndarray], inputs: Sequence[tuple]
 ) -> str:
     tried = zip(inputs, found, expected, strict=True)
-    asked, yours, mine = next(part for part in tried if not _same(part[1:2], part[2:]))
+    wrong = [part for part in tried if not _same(part[1:2], part[2:])]
+    asked, yours, mine = wrong[0]
     if mine.shape != yours.shape:
         return f"your result has the shape {yours.shape}, it should have {mine.shape}"
     factor = float(yours.sum() / mine.sum())
-    if np.isfinite(factor) and _same(found, [np.asarray(factor * part) for part in expected]):
+    scaled = [np.asarray(factor * part) for part in expected]
+    if np.isfinite(factor) and _same(found, scaled):
         return f"right but for a constant factor: your results are {factor:.4g} times as large"
     arguments = ", ".join(map(str, asked))
-    return f"not yet: for {arguments} it should give {mine}, yours gives {yours}"
+    told = f"not yet: for {arguments} it should give"
+    return f"{told} {mine}, yours gives {yours}"
 
 
 def _answers(function: Function, inputs: Sequence[tuple]) -> list[np.ndarray]:

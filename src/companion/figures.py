@@ -89,11 +89,13 @@ def plot(
 
     **Raises:** `ValueError` for a column that is not there, more than six curves, or no row.
     """
-    fig = draw(frame, x, y, by=by, panels=panels, **look)
     kind = look.get("kind", "line")
     caption = _caption(frame, x, y, by, kind)
     alt = _alt(frame, x, y, by, panels, kind)
-    show(fig, name, f"{caption} {see}.", f"{alt} {see}.")
+    fig = draw(frame, x, y, by=by, panels=panels, **look)
+    caption = f"{caption} {see}."
+    alt = f"{alt} {see}."
+    show(fig, name, caption, alt)
 
 
 def draw(
@@ -150,12 +152,17 @@ def show(fig: Figure, name: str, caption: str, alt: str) -> None:
 
 def contrast(fig: Figure) -> float:
     """The weakest contrast on white of a figure's lines, as WCAG defines it: 1 to 21."""
-    found = [21.0]
-    for line in (line for ax in fig.axes for line in ax.lines):
-        colour = np.array(to_rgb(line.get_color()))
-        linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
-        found.append(1.05 / (float(linear @ [0.2126, 0.7152, 0.0722]) + 0.05))
-    return min(found)
+    lines = [line for ax in fig.axes for line in ax.lines]
+    ratios = [1.05 / (_luminance(line.get_color()) + 0.05) for line in lines]
+    return min(ratios, default=21.0)
+
+
+def _luminance(colour: Any) -> float:
+    parts = np.array(to_rgb(colour))
+    dark = parts / 12.92
+    light = ((parts + 0.055) / 1.055) ** 2.4
+    linear = np.where(parts <= 0.04045, dark, light)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
 def _check(frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | None) -> None:
@@ -237,25 +244,32 @@ def _lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> Non
 
 
 def _lines_cited(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
-    for place, (key, part) in enumerate(_parts(frame, by).items(), start=1):
-        label = f"{key} (cited)" if by else "cited"
-        dashes = (0, DASHES[place % len(DASHES)])
-        ax.plot(part[x], part[y], color=CITED, lw=1.2, ls=dashes, marker="", label=label)
+    parts = _parts(frame, by)
+    dashes = DASHES[1:] + DASHES[:1]
+    for (key, part), dash in zip(parts.items(), dashes, strict=False):
+        label = "cited"
+        if by:
+            label = f"{key} (cited)"
+        style = {"color": CITED, "lw": 1.2, "ls": (0, dash), "marker": ""}
+        ax.plot(part[x], part[y], label=label, **style)
 
 
 def _dots(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
-    parts = _parts(frame, by)
-    width = 0.4 if len(parts) > 1 else 0.0
+    parts = list(_parts(frame, by).values())
+    count = len(parts)
+    width = 0.4 if count > 1 else 0.0
     style: dict[str, Any] = {"errorbar": None, "linestyle": "none", "dodge": width}
     if by:
-        style |= {"markers": MARKERS[: len(parts)], "palette": COLORS[: len(parts)]}
+        style["markers"] = MARKERS[:count]
+        style["palette"] = COLORS[:count]
     sns.pointplot(frame, x=x, y=y, hue=by, ax=ax, **style)
-    if {"low", "high"} <= set(frame):
-        rows = list(dict.fromkeys(frame[y]))
-        shifts = np.linspace(-width / 2, width / 2, len(parts))
-        for part, shift, color in zip(parts.values(), shifts, COLORS, strict=False):
-            places = part[y].map(rows.index) + shift
-            ax.hlines(places, part["low"], part["high"], color=color, lw=2)
+    if not {"low", "high"} <= set(frame):
+        return
+    rows = list(dict.fromkeys(frame[y]))
+    shifts = np.linspace(-width / 2, width / 2, count)
+    for part, shift, color in zip(parts, shifts, COLORS, strict=False):
+        places = part[y].map(rows.index) + shift
+        ax.hlines(places, part["low"], part["high"], color=color, lw=2)
 
 
 def _bars(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:

@@ -78,9 +78,15 @@ def published(about: dict[str, Any]) -> dict[str, Any]:
             findings = [told(*pair) for pair in pairs]
             answer = {"section": section["title"], "verdict": verdict, "findings": findings}
             claims.append(claim | answer)
-    beyond = [told(*pair) for pair in about["beyond"]]
-    head = {"$schema": "claims.schema.json", "version": 1, "verdicts": WORDS}
-    return head | {k: about[k] for k in ("preset", "commit")} | {"claims": claims, "beyond": beyond}
+    return {
+        "$schema": "claims.schema.json",
+        "version": 1,
+        "preset": about["preset"],
+        "commit": about["commit"],
+        "verdicts": WORDS,
+        "claims": claims,
+        "beyond": [told(*pair) for pair in about["beyond"]],
+    }
 
 
 def environment(chapters: Sequence[Chapter], folder: Path) -> Environment:

@@ -178,17 +178,21 @@ def faults(preset: str, chapters: Sequence[Chapter]) -> list[str]:
     twice = sorted({key for key in keys if keys.count(key) > 1})
     found = [f"{key}: two findings have this key; rename one" for key in twice]
     everything = load(SIGNED)
-    lists = [part["verdicts"].items() for part in everything.values()]
-    known = {key for pairs in lists for key, words in pairs if "absent" in words} | set(keys)
-    for _, rows in join(load(CLAIMS), chapters):
-        for row in rows:
-            for key in sorted(set(row.claim.get("findings", [])) - known):
-                told = f"{CLAIMS}: claim {row.claim['id']}: no chapter has the finding {key}"
+    known = set(keys)
+    for part in everything.values():
+        known |= {key for key, words in part["verdicts"].items() if "absent" in words}
+    claims = [row.claim for _, rows in join(load(CLAIMS), chapters) for row in rows]
+    for claim in claims:
+        for key in claim.get("findings", []):
+            if key not in known:
+                told = f"{CLAIMS}: claim {claim['id']}: no chapter has the finding {key}"
                 found.append(f"{told}; correct one or the other")
     fix = f"look at it, then `make sign PRESET={preset}` and commit {SIGNED}"
     if preset not in everything and preset not in EXEMPT:
         found.append(f"PRESET={preset} has no signed verdicts yet ({len(keys)} findings): {fix}")
-    return found + [f"{change}: {fix}" for change in changes(preset, chapters)]
+    for change in changes(preset, chapters):
+        found.append(f"{change}: {fix}")
+    return found
 
 
 def sign(preset: str, chapters: Sequence[Chapter]) -> int:
@@ -197,17 +201,21 @@ def sign(preset: str, chapters: Sequence[Chapter]) -> int:
     A list that covers the present verdict stays.
     """
     everything = load(SIGNED)
-    before = everything.get(preset, {}).get("verdicts", {})
+    signed = everything.get(preset, {"verdicts": {}})
+    before = signed["verdicts"]
     now = {key: "absent" for key, words in before.items() if "absent" in words}
-    now |= {f["key"]: f["verdict"] for chapter in chapters for f in chapter.findings}
+    for chapter in chapters:
+        now |= {finding["key"]: finding["verdict"] for finding in chapter.findings}
     after = {}
     for key, word in sorted(now.items()):
         covered = word in _fine(before.get(key, []))
         after[key] = before[key] if covered else word
     made = {chapter.name: chapter.made for chapter in chapters}
     everything[preset] = {"verdicts": after, "made": made}
-    style = {"allow_unicode": True, "default_flow_style": None, "sort_keys": False, "width": 200}
+    style = {"allow_unicode": True, "default_flow_style": None, "sort_keys": False}
+    text = SIGNED_HEADER + yaml.safe_dump(everything, width=200, **style)
     unfinished = SIGNED.with_suffix(".tmp")
-    unfinished.write_text(SIGNED_HEADER + yaml.safe_dump(everything, **style), "utf-8")
+    unfinished.write_text(text, "utf-8")
     unfinished.replace(SIGNED)
-    return sum(before.get(key) != after.get(key) for key in before.keys() | after.keys())
+    every = before.keys() | after.keys()
+    return sum(before.get(key) != after.get(key) for key in every)

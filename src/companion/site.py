@@ -20,9 +20,13 @@ STAGING, SITE = Path("_build/staging"), Path("_build/html")
 def executed(preset: str) -> list[Path]:
     """The executed notebooks of a preset, in the order of the contents."""
     contents = Path("_toc.yml").read_text("utf-8")
-    names = yaml.safe_load(Path(f"presets/{preset}.yaml").read_text("utf-8"))
+    chosen = Path(f"presets/{preset}.yaml").read_text("utf-8")
     folder = Path("_build/executed") / preset
-    names = sorted(names, key=lambda name: contents.find(f"/{name}"))
+
+    def place(name: str) -> int:
+        return contents.find(f"/{name}")
+
+    names = sorted(yaml.safe_load(chosen), key=place)
     return [folder / f"{name}.ipynb" for name in names]
 
 

@@ -44,13 +44,20 @@ def number(value: Any) -> str:
 
 
 def _estimate(value: Estimate) -> str:
-    known = not math.isnan(value.high - value.low)
-    scale = max(abs(value.value), abs(value.high - value.low) if known else 0, 1e-12)
-    digits = max(0, 2 - math.floor(math.log10(scale))) if math.isfinite(scale) else 3
-    middle, *ends = (f"{part:,.{digits}f}" for part in (value.value, value.low, value.high))
+    width = abs(value.high - value.low)
+    known = not math.isnan(width)
+    scale = abs(value.value)
+    if known:
+        scale = max(scale, width)
+    digits = 3
+    if 0 < scale < math.inf:
+        digits = max(0, 2 - math.floor(math.log10(scale)))
+    middle = f"{value.value:,.{digits}f}"
     if not known:
         return f"{middle} (no interval, n = {value.n:,})"
-    return f"{middle} [{', '.join(ends)}] (n = {value.n:,})"
+    low = f"{value.low:,.{digits}f}"
+    high = f"{value.high:,.{digits}f}"
+    return f"{middle} [{low}, {high}] (n = {value.n:,})"
 
 
 def visible(text: Any) -> str:

@@ -245,8 +245,8 @@ def test_a_books_own_template_shows_figures_findings_and_answers(book, tmp_path)
     assert ':alt: "A line."\n\nRises \\[by\\] 5\\_0.' in made
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"fig-a.png"}
     assert computed.ABSENT in made
-    assert "[reproduced]{.verdict .reproduced} q of a.one: **1.5**; the paper: 2" in made
-    assert "Not tested here: 1." in made
+    assert "[reproduced]{.verdict .reproduced} q of a.one: **1.5**" in made
+    assert "Of 2 findings, 1 can be tested here." in made
     assert "1.5 It is *so*." in made
 
 

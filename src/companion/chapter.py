@@ -159,7 +159,7 @@ def findings(rows: Sequence[Finding]) -> None:
     """Show a chapter's numbers beside the paper's; the pages that collect them have them too."""
     shown = {
         "quantity": [row.quantity for row in rows],
-        "the paper": [row.paper for row in rows],
+        "the paper (cited)": [row.paper for row in rows],
         "measured here": [number(row.measured) for row in rows],
         "verdict": [row.verdict for row in rows],
         "comment": [row.comment for row in rows],

@@ -151,7 +151,7 @@ def test_a_list_covers_what_a_machine_may_lack_and_outlives_signing(book):
     for state in (book, lacking, without):
         assert results.faults("laptop", [state]) == []
         assert results.sign("laptop", [state]) == 0
-        assert results.load_signed()["laptop"]["verdicts"] == verdicts
+        assert results.load(results.SIGNED)["laptop"]["verdicts"] == verdicts
     against = book._replace(findings=[finding("a.one", BAD), book.findings[1]])
     assert len(results.faults("laptop", [against])) == 1
 
@@ -245,8 +245,8 @@ def test_a_books_own_template_shows_figures_findings_and_answers(book, tmp_path)
     assert ':alt: "A line."\n\nRises \\[by\\] 5\\_0.' in made
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"fig-a.png"}
     assert computed.ABSENT in made
-    assert "[reproduced]{.verdict .reproduced} q of a.one: **1.5**; the paper: 2" in made
-    assert "Not tested here: 1." in made
+    assert "[reproduced]{.verdict .reproduced} q of a.one: **1.5**" in made
+    assert "Of 2 findings, 1 can be tested here." in made
     assert "1.5 It is *so*." in made
 
 
@@ -266,7 +266,7 @@ def test_a_changed_verdict_is_marked_below_its_findings(book, tmp_path, monkeypa
 
 def test_every_number_of_our_reading_of_the_paper_has_its_row():
     claims = (
-        results.load_claims()
+        results.load(results.CLAIMS)
         if Path.cwd() == ROOT
         else yaml.safe_load((ROOT / "book" / "claims.yaml").read_text())
     )

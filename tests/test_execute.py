@@ -53,6 +53,7 @@ def hostile(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_nothing_of_the_readers_environment_reaches_a_chapter(tmp_path):
     folder = tmp_path / "a folder, ü 中 'x'"
     notebook(folder / "one chapter.ipynb", "import json", SHOWN)
@@ -73,6 +74,7 @@ def test_nothing_of_the_readers_environment_reaches_a_chapter(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_chapter_runs_without_a_home(tmp_path):
     notebook(tmp_path / "chapter.ipynb", "import json", SHOWN)
     nowhere = {"HOME": "/nonexistent", "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": ""}
@@ -165,6 +167,7 @@ def test_what_does_not_fit_is_named_with_what_would(tmp_path, name, text, line):
         execute.check_parameters(path, {name: text})
 
 
+@pytest.mark.slow
 def test_a_kernel_that_is_killed_is_told_in_one_line(tmp_path):
     notebook(tmp_path / "chapter.ipynb", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     done = run(tmp_path, "chapter", "chapter.ipynb", "out.ipynb")

@@ -203,6 +203,7 @@ def test_each_planted_fault_is_caught(good, tmp_path):
         assert message in fault
 
 
+@pytest.mark.slow
 def test_build_skip_change_and_kill(project):
     """The whole life of a book: built; nothing to do; package or notebook changed; killed -9 and resumed."""
     page = project / "_build" / "html" / "chapters" / "01_tiny.html"
@@ -255,6 +256,7 @@ def test_build_skip_change_and_kill(project):
     assert "Row 3." in page.read_text(), "the earlier book must outlive a failure"
 
 
+@pytest.mark.slow
 def test_sphinx_warnings_stop_the_book(project):
     (project / "book" / "index.md").write_text("# A book\n\n[nowhere](no-such-page.md)\n")
     done = run(project)
@@ -275,6 +277,7 @@ def test_notebooks_are_committed_clean():
             )
 
 
+@pytest.mark.slow
 def test_chapters_executed_at_once_in_one_folder_do_not_meet(tmp_path):
     notebook(tmp_path / "chapter.ipynb", "import time; time.sleep(2); print(n)")
     command = [sys.executable, "-m", "companion.cli", "chapter", "chapter.ipynb"]

@@ -68,6 +68,7 @@ def test_the_head_is_the_stored_one_whatever_the_files(
 @pytest.mark.parametrize("over_https", [False, True])
 def test_a_tied_models_head_is_its_embedding(served, over_https, monkeypatch):
     monkeypatch.setattr(reader, "authenticated", lambda: over_https)
+
     def tie(tensors):
         return {n: t for n, t in tensors.items() if n != "embed_out.weight"}
 

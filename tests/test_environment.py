@@ -1,4 +1,4 @@
-"""requirements.lock is the truth; pyproject.toml, environment.yml and what is installed agree with it."""
+"""requirements.lock is the truth; pyproject.toml, environment.yml and all installed agree."""
 
 import itertools
 import re

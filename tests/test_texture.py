@@ -1,4 +1,4 @@
-"""The code stays readable: how much stands on a line, how long lines and packages are, who imports whom."""
+"""The code stays readable: density, lengths of lines and packages, who imports whom."""
 
 import ast
 import json
@@ -52,7 +52,9 @@ def notebook_code() -> dict[str, list[str]]:
 
 
 def test_density_counts_nodes_a_line():
-    source = 'def f(x):\n    """Said."""\n    a = x\n    b = a\n\n    # why\n    c = b\n    return c\n'
+    source = (
+        'def f(x):\n    """Said."""\n    a = x\n    b = a\n\n    # why\n    c = b\n    return c\n'
+    )
     (function,) = ast.parse(source).body
     # Three assignments of 5 nodes (statement, name, name, two contexts), a return of 3.
     assert density(function, source.splitlines()) == 18 / 4
@@ -88,7 +90,9 @@ def test_a_package_stays_small(folder, most):
 
 def test_no_notebook_line_is_cut_off_and_together_they_are_short():
     code = notebook_code()
-    wide = {name: [line for line in lines if len(line) > NOTEBOOK_WIDTH] for name, lines in code.items()}
+    wide = {
+        name: [line for line in lines if len(line) > NOTEBOOK_WIDTH] for name, lines in code.items()
+    }
     assert not any(wide.values()), wide
     count = {name: sum(bool(line.strip()) for line in lines) for name, lines in code.items()}
     assert sum(count.values()) <= NOTEBOOK_LINES, count

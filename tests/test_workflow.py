@@ -1,4 +1,4 @@
-"""The pipeline around the notebooks: parameters, gates, resumption; on a tiny chapter so that it takes seconds."""
+"""The pipeline around the notebooks: gates, resumption; on a tiny chapter, for speed."""
 
 import json
 import os
@@ -205,7 +205,7 @@ def test_each_planted_fault_is_caught(good, tmp_path):
 
 @pytest.mark.slow
 def test_build_skip_change_and_kill(project):
-    """The whole life of a book: built; nothing to do; package or notebook changed; killed -9 and resumed."""
+    """A book's life: built; nothing to do; package or notebook changed; killed -9 and resumed."""
     page = project / "_build" / "html" / "chapters" / "01_tiny.html"
     result = project / "_build" / "executed" / "laptop" / "01_tiny.ipynb"
     done = run(project)
@@ -283,9 +283,7 @@ def test_chapters_executed_at_once_in_one_folder_do_not_meet(tmp_path):
     command = [sys.executable, "-m", "companion.cli", "chapter", "chapter.ipynb"]
     environment = os.environ | {"PYTHONPATH": SOURCES}
     runs = [
-        subprocess.Popen(
-            [*command, f"{n}.ipynb", "--set", f"n={n}"], cwd=tmp_path, env=environment
-        )
+        subprocess.Popen([*command, f"{n}.ipynb", "--set", f"n={n}"], cwd=tmp_path, env=environment)
         for n in range(3)
     ]
     assert [run.wait() for run in runs] == [0, 0, 0]

@@ -73,7 +73,7 @@ test-fast: $(STAMP) lint  ## the tests of a few seconds each, for work in betwee
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 proofs: $(STAMP)  ## the long proofs: PRESET=paper on a hub of our own, killed five times; Slurm where it is installed
-	@$(BIN)/python $(PROOFS)/paper_on_loopback.py
+	@PYTHONPATH=tests $(BIN)/python $(PROOFS)/paper_on_loopback.py
 	@if command -v slurmctld >/dev/null; then $(PROOFS)/slurm_on_one_machine.sh; else echo "no Slurm on this machine: its proof is left out"; fi
 
 screenshots: $(STAMP)  ## renew the stored pictures that the tests compare two pages with; look at them before committing

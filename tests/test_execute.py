@@ -1,4 +1,4 @@
-"""One chapter, executed: its parameters, its kernel, its place, whatever the reader's machine holds."""
+"""One chapter: its parameters, its kernel, its place, whatever the reader's machine holds."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from test_workflow import ROOT, notebook, run
 
 from companion import execute
-from test_workflow import ROOT, notebook, run
 
 SHOWN = """
 import locale, os, sys
@@ -30,8 +30,10 @@ def told(path: Path) -> dict:
 
 
 def hostile(folder: Path) -> dict[str, str]:
-    """A long TMPDIR, another Python's kernel by the same name, start-up files, a locale that is not UTF-8."""
-    scratch = folder / "scratch" / "my-group-0123" / "my.user.name" / "slurm_tmpdir" / "job.12345678"
+    """A long TMPDIR, another Python's kernel, start-up files, a locale that is not UTF-8."""
+    scratch = (
+        folder / "scratch" / "my-group-0123" / "my.user.name" / "slurm_tmpdir" / "job.12345678"
+    )
     scratch.mkdir(parents=True)
     kernel = folder / "jupyter" / "kernels" / "python3"
     kernel.mkdir(parents=True)
@@ -53,6 +55,7 @@ def hostile(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_nothing_of_the_readers_environment_reaches_a_chapter(tmp_path):
     folder = tmp_path / "a folder, ü 中 'x'"
     notebook(folder / "one chapter.ipynb", "import json", SHOWN)
@@ -73,6 +76,7 @@ def test_nothing_of_the_readers_environment_reaches_a_chapter(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_chapter_runs_without_a_home(tmp_path):
     notebook(tmp_path / "chapter.ipynb", "import json", SHOWN)
     nowhere = {"HOME": "/nonexistent", "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": ""}
@@ -91,15 +95,15 @@ def test_a_chapter_runs_without_a_home(tmp_path):
         ("/proc/out.ipynb", "name another file"),
     ],
 )
-def test_a_place_that_cannot_be_written_is_found_before_the_run(
-    tmp_path, monkeypatch, output, why
-):
+def test_a_place_that_cannot_be_written_is_found_before_the_run(tmp_path, monkeypatch, output, why):
     monkeypatch.chdir(tmp_path)
     before = notebook(tmp_path / "chapter.ipynb", "1 / 0").read_bytes()
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(execute.papermill, "execute_notebook", None)
-    with pytest.raises(ValueError, match=rf"^output = {re.escape(output.removeprefix('./'))}: .*{why}"):
+    with pytest.raises(
+        ValueError, match=rf"^output = {re.escape(output.removeprefix('./'))}: .*{why}"
+    ):
         execute.execute(Path("chapter.ipynb"), Path(output), "laptop", {})
     assert (tmp_path / "chapter.ipynb").read_bytes() == before
 
@@ -124,7 +128,9 @@ def test_a_read_only_folder_is_named_in_one_line(tmp_path):
     assert done.stderr == "headbound: output = out.ipynb: Permission denied; name another file\n"
 
 
-PARAMETERS = "n = 3\nshare = 0.5\nname = 'x'\nsizes = [1, 2]\nwhole = False\nsuite_options = {'steps': 1}"
+PARAMETERS = (
+    "n = 3\nshare = 0.5\nname = 'x'\nsizes = [1, 2]\nwhole = False\nsuite_options = {'steps': 1}"
+)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +171,7 @@ def test_what_does_not_fit_is_named_with_what_would(tmp_path, name, text, line):
         execute.check_parameters(path, {name: text})
 
 
+@pytest.mark.slow
 def test_a_kernel_that_is_killed_is_told_in_one_line(tmp_path):
     notebook(tmp_path / "chapter.ipynb", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     done = run(tmp_path, "chapter", "chapter.ipynb", "out.ipynb")

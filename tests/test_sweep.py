@@ -197,7 +197,12 @@ def environment(served, cache):
         "HEADBOUND_WAIT": "0.01",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    return {**os.environ, **variables, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'workflow'}", "HF_HUB_OFFLINE": "0"}
+    return {
+        **os.environ,
+        **variables,
+        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'workflow'}",
+        "HF_HUB_OFFLINE": "0",
+    }
 
 
 def contents(cache):
@@ -276,7 +281,9 @@ def test_the_plan_measures_bytes_or_says_that_it_computed_them(served, tmp_path,
 
 
 def test_the_plan_costs_what_its_formula_says(served, tmp_path):
-    table, settings = measure.read(sweep_file(tmp_path, whole=False, models=["EleutherAI/pythia-14m"]))
+    table, settings = measure.read(
+        sweep_file(tmp_path, whole=False, models=["EleutherAI/pythia-14m"])
+    )
     costs = plan.table(table, settings, plan.Rates(tflops=1, tflops64=1))
     V, d = 2048, 32
     assert costs["fetched"].item() == len(STEPS) * 2 * V * d

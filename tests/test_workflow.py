@@ -1,4 +1,4 @@
-"""The pipeline around the notebooks: parameters, gates, resumption; on a tiny chapter so that it takes seconds."""
+"""The pipeline around the notebooks: gates, resumption; on a tiny chapter, for speed."""
 
 import json
 import os
@@ -203,8 +203,9 @@ def test_each_planted_fault_is_caught(good, tmp_path):
         assert message in fault
 
 
+@pytest.mark.slow
 def test_build_skip_change_and_kill(project):
-    """The whole life of a book: built; nothing to do; package or notebook changed; killed -9 and resumed."""
+    """A book's life: built; nothing to do; package or notebook changed; killed -9 and resumed."""
     page = project / "_build" / "html" / "chapters" / "01_tiny.html"
     result = project / "_build" / "executed" / "laptop" / "01_tiny.ipynb"
     done = run(project)
@@ -255,6 +256,7 @@ def test_build_skip_change_and_kill(project):
     assert "Row 3." in page.read_text(), "the earlier book must outlive a failure"
 
 
+@pytest.mark.slow
 def test_sphinx_warnings_stop_the_book(project):
     (project / "book" / "index.md").write_text("# A book\n\n[nowhere](no-such-page.md)\n")
     done = run(project)
@@ -275,14 +277,13 @@ def test_notebooks_are_committed_clean():
             )
 
 
+@pytest.mark.slow
 def test_chapters_executed_at_once_in_one_folder_do_not_meet(tmp_path):
     notebook(tmp_path / "chapter.ipynb", "import time; time.sleep(2); print(n)")
     command = [sys.executable, "-m", "companion.cli", "chapter", "chapter.ipynb"]
     environment = os.environ | {"PYTHONPATH": SOURCES}
     runs = [
-        subprocess.Popen(
-            [*command, f"{n}.ipynb", "--set", f"n={n}"], cwd=tmp_path, env=environment
-        )
+        subprocess.Popen([*command, f"{n}.ipynb", "--set", f"n={n}"], cwd=tmp_path, env=environment)
         for n in range(3)
     ]
     assert [run.wait() for run in runs] == [0, 0, 0]

@@ -1,4 +1,4 @@
-"""The command of a book of notebooks: build it, execute a chapter, sign and check its verdicts, print it."""
+"""The command of a book of notebooks: build it, run a chapter, sign and check its verdicts."""
 
 import json
 import locale
@@ -30,7 +30,7 @@ Set = Annotated[
 
 @app.callback()
 def about() -> None:
-    """Build this book, or run one part of it. Begin with `book`; every command explains itself by --help."""
+    """Build this book, or run one part of it. Begin with `book`; --help explains each command."""
 
 
 @app.command()
@@ -72,7 +72,7 @@ def chapter(
 
 @app.command()
 def sign(preset: Preset = "laptop") -> None:
-    """Accept the verdicts that the chapters now give; git's diff of book/verdicts.yaml shows them."""
+    """Accept the verdicts that the chapters now give; git's diff of verdicts.yaml shows them."""
     from companion import site
 
     raise typer.Exit(done(partial(site.sign, preset)))
@@ -101,7 +101,7 @@ def pdf() -> None:
 
 @app.command()
 def links(preset: Preset = "laptop") -> None:
-    """Ask the other hosts that the book links to whether the links still answer; needs the network."""
+    """Ask the other hosts that the book links to whether the links still answer."""
     from companion import site
 
     raise typer.Exit(done(partial(site.linkcheck, preset)))
@@ -112,15 +112,17 @@ def assigned(values: list[str] | None) -> dict[str, Any]:
 
     **Raises:** `ValueError` for one without a name.
     """
-    pairs = [value.partition("=") for value in values or []]
-    for name, equals, value in pairs:
+    found = {}
+    for given in values or []:
+        name, equals, value = given.partition("=")
         if not name.isidentifier() or not equals:
-            raise ValueError(f"--set {name}{equals}{value}: must be NAME=VALUE, such as seed=1")
-    return {name: value for name, _, value in pairs}
+            raise ValueError(f"--set {given}: must be NAME=VALUE, such as seed=1")
+        found[name] = value
+    return found
 
 
 def done(work: Callable[[], int | None], name: str = "book") -> int:
-    """Do the work of a command: its exit status, and one clear line on standard error for a failure."""
+    """Do the work of a command: its exit status, and one clear line for a failure."""
     from companion.execute import report_failure
 
     status: list[int] = []
@@ -130,10 +132,13 @@ def done(work: Callable[[], int | None], name: str = "book") -> int:
 
 def main() -> None:
     """Run the command, in UTF-8 whatever the locale says."""
-    if not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8"):
-        command = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
-        os.execve(sys.executable, command, os.environ | {"PYTHONUTF8": "1"})
-    app()
+    plain = locale.getencoding().lower() in ("utf-8", "utf8")
+    if plain or sys.flags.utf8_mode:
+        app()
+        return
+    arguments = sys.orig_argv[1:]
+    environment = os.environ | {"PYTHONUTF8": "1"}
+    os.execve(sys.executable, [sys.executable, "-X", "utf8", *arguments], environment)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One chapter: check its parameters, execute it with papermill, keep the result only when it is whole."""
+"""One chapter: check its parameters, execute it, keep the result only when it is whole."""
 
 import ast
 import hashlib
@@ -26,6 +26,7 @@ from companion.words import markdown
 SCHEMA = "presets/schema.json"  # of parameters, by their names; beside the folder of notebooks
 SOCKET = 80  # characters of a folder that leave room for a socket's name below the system's limit
 SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # where sockets may live, if TMPDIR is too long
+
 
 def literals(source: str) -> dict[str, Any]:
     """The names that a cell sets, and their values, which are plain literals."""
@@ -90,7 +91,7 @@ def _read(text: str, default: Any) -> Any:
 
 
 def source_hash(notebook: nbformat.NotebookNode) -> str:
-    """A hash of the cells' sources, without injected parameters: tells whether a result is stale."""
+    """A hash of the cells' sources, injected parameters left out: is a result stale?"""
     injected = "injected-parameters"
     cells = [c.source for c in notebook.cells if injected not in c.metadata.get("tags", [])]
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
@@ -107,7 +108,7 @@ def commit() -> str:
 
 
 def describe_figures(notebook: nbformat.NotebookNode) -> None:
-    """Move captions and alt texts from the outputs, where code computed them, to where myst-nb reads them."""
+    """Move captions and alt texts from the outputs to where myst-nb reads them."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             about = output.get("metadata", {}).get("companion", {})
@@ -153,8 +154,8 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
 def _own_kernel() -> Iterator[Config]:
     """A kernel of this environment's Python that nothing of the reader's own settings reaches.
 
-    It finds its kernel file, its configuration and its start-up files in an empty folder. It listens
-    on no network port where a short enough path for a socket can be had.
+    It finds its kernel file, its configuration and its start-up files in an empty folder. It
+    listens on no network port where a short enough path for a socket can be had.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "kernels" / "python3"
@@ -163,9 +164,7 @@ def _own_kernel() -> Iterator[Config]:
         spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
         (folder / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
         before = dict(os.environ)
-        os.environ |= {
-            name: scratch for name in ("JUPYTER_PATH", "IPYTHONDIR", "JUPYTER_CONFIG_DIR")
-        }
+        os.environ |= dict.fromkeys(("JUPYTER_PATH", "IPYTHONDIR", "JUPYTER_CONFIG_DIR"), scratch)
         os.environ |= {"JUPYTER_RUNTIME_DIR": f"{scratch}/run", "PYTHONUTF8": "1"}
         os.environ.pop("PYTHONSTARTUP", None)
         if not os.access(Path.home(), os.W_OK):
@@ -189,7 +188,7 @@ def _sockets() -> Iterator[Config]:
 
 
 def report_failure(notebook: Path, work: Callable[[], None]) -> int:
-    """Do the work of a command: its exit status, and one clear line on standard error for a failure."""
+    """Do the work of a command: its exit status, and one clear line for a failure."""
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         work()

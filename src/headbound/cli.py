@@ -28,7 +28,7 @@ def diagnose(
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     data: Annotated[Path | None, typer.Option("--json", help="The numbers too, as JSON.")] = None,
 ) -> None:
-    """Is the head the bottleneck of this model on this text? A page with the measurements and the verdict."""
+    """Is the head the bottleneck of this model on this text? A page with measures and verdict."""
     from companion import diagnosis
 
     def work() -> None:
@@ -67,7 +67,7 @@ def tunnel(
     values: Set = None,
     parameters: Annotated[str, typer.Option(help="Parameters as a JSON object.")] = "{}",
 ) -> None:
-    """Train the wind tunnel's suite of small models, or what is missing of it, with chapter 1b's parameters."""
+    """Train what is missing of the wind tunnel's suite, with chapter 1b's parameters."""
 
     def work() -> None:
         import json
@@ -93,7 +93,7 @@ def sweep(
     revision: Annotated[str, typer.Argument(help="For measure.")] = "",
     keep: Annotated[bool, typer.Option(help="Leave the checkpoint in the cache.")] = False,
 ) -> None:
-    """What is left of a sweep over published checkpoints, or one job of it; Snakemake runs them all."""
+    """What is left of a sweep over checkpoints, or one job of it; Snakemake runs them all."""
 
     def work() -> None:
         from sweep import measure

@@ -1,4 +1,4 @@
-"""A sweep over published checkpoints: `hub` reads them, `audit` compares them, `measure` measures, `plan` counts."""
+"""A sweep over published checkpoints: `hub` reads, `audit` compares, `measure`, `plan` counts."""
 
 import os
 from pathlib import Path
@@ -35,7 +35,7 @@ class Settings(NamedTuple):
 
 
 def read(path: str | Path) -> tuple[dict[str, list[str]], Settings]:
-    """A sweep's file (YAML), or that which `HEADBOUND_SWEEP` names: each model's revisions; the settings.
+    """A sweep's file, or that which `HEADBOUND_SWEEP` names: each model's revisions; settings.
 
     `steps` lists single steps; `every` and `last` add regular ones.
 

@@ -1,13 +1,16 @@
-"""Are published checkpoints what their names say? The hashes that the Hub lists, compared; no weights move."""
+"""Are published checkpoints what their names say? Compares hashes that the Hub lists."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 import pandas as pd
 
 from sweep.hub import Listing, listing
 
+COLUMNS = ["model", "revision", "status", "detail", "commit"]
+NO_REVISION = "no such revision"
 FILE = ["revision", "kind", "path", "size", "content"]
 UNUSUAL = 0.01  # a file's size off the usual one, as a share
 
@@ -15,7 +18,7 @@ UNUSUAL = 0.01  # a file's size off the usual one, as a share
 def audit(model: str, names: Sequence[str]) -> pd.DataFrame:
     """Compare the weight files of revisions, given in training order.
 
-    Two whole checkpoints that swapped their names have hashes like any others: hashes can't show that.
+    Two whole checkpoints that swapped names have hashes like any others: that is not seen here.
 
     **Returns:** a row for each, with its commit, `detail` saying with whom, and `status` one of
 
@@ -26,31 +29,26 @@ def audit(model: str, names: Sequence[str]) -> pd.DataFrame:
     - `missing`: no such revision, or no weights in it.
     """
     with ThreadPoolExecutor(8) as pool:
-        listed = list(pool.map(lambda name: _look(model, name), ["main", *names]))
-    found = dict(zip(names, listed[1:], strict=True))
-    files = pd.concat([_weights(name, each) for name, each in found.items()])
-    table = pd.DataFrame({"status": "ok", "detail": ""}, index=pd.Index(names, name="revision"))
-    table["model"] = model
-    table["commit"] = [each.commit if each else "" for each in listed[1:]]
+        looked = pool.map(partial(_look, model), ["main", *names])
+    listed = dict(zip(["main", *names], looked, strict=True))
+    files = pd.concat([_weights(name, listed[name]) for name in names])
+    table = pd.DataFrame({"model": model, "revision": names, "status": "ok", "detail": ""})
+    table["commit"] = [listed[name].commit if listed[name] else "" for name in names]
+    table = table.set_index("revision")
 
-    there = files.groupby("revision").size()
-    odd_size = (files["size"] / files.groupby("path")["size"].transform("median") - 1).abs()
-    odd = files[odd_size > UNUSUAL].groupby("revision")["path"].agg(", ".join)
-    partly = _sharers(files, whole=False)
-    fully = _sharers(files, whole=True)
-    ends = pd.concat([_weights("main", listed[0]), _weights(names[-1], listed[-1])])
-    if names[-1] in _sharers(ends, whole=True):  # the last is what it says
-        partly = partly.drop(names[-1], errors="ignore")
-        fully = fully.drop(names[-1], errors="ignore")
-
-    # The later mask wins.
-    _mark(table, "suspicious", "unusual size: " + odd)
+    # Each mask is a detail by revision; the later one wins.
+    usual = files.groupby("path")["size"].transform("median")
+    odd = files[(files["size"] / usual - 1).abs() > UNUSUAL]
+    _mark(table, "suspicious", "unusual size: " + odd.groupby("revision")["path"].agg(", ".join))
+    ends = pd.concat([_weights("main", listed["main"]), _weights(names[-1], listed[names[-1]])])
+    believed = _sharers(ends, whole=True).index.intersection([names[-1]])
+    partly = _sharers(files, whole=False).drop(believed, errors="ignore")
     _mark(table, "suspicious", "shares files with " + partly)
-    _mark(table, "identical", fully)
-    gone = table.index.difference(there.index)
-    reasons = ["no weights in it" if found[name] else "no such revision" for name in gone]
-    _mark(table, "missing", pd.Series(reasons, index=gone, dtype=object))
-    return table.reset_index()[["model", "revision", "status", "detail", "commit"]]
+    _mark(table, "identical", _sharers(files, whole=True).drop(believed, errors="ignore"))
+    gone = table.index.difference(files["revision"])
+    lacking = table.loc[gone, "commit"].ne("").map({True: "no weights in it", False: NO_REVISION})
+    _mark(table, "missing", lacking)
+    return table.reset_index()[COLUMNS]
 
 
 def _look(model: str, name: str) -> Listing | None:
@@ -71,13 +69,17 @@ def _sharers(files: pd.DataFrame, whole: bool) -> pd.Series:
     pairs = files.merge(files, on=["kind", "content"], suffixes=("", "_other"))
     pairs = pairs[pairs["revision"] != pairs["revision_other"]]
     if whole:
-        size = files.groupby(["revision", "kind"])["path"].nunique()
+        size = files.groupby(["revision", "kind"])["path"].nunique().rename("size")
         shared = pairs.groupby(["revision", "kind", "revision_other"])["path"].nunique()
-        every = shared == size.reindex(shared.index.droplevel(2)).to_numpy()
-        pairs = shared[every].reset_index()
-    order = {name: place for place, name in enumerate(files["revision"].unique())}
-    pairs = pairs.sort_values("revision_other", key=lambda column: column.map(order))
-    return pairs.groupby("revision")["revision_other"].agg(lambda names: ", ".join(names.unique()))
+        counted = shared.rename("shared").reset_index().merge(size, on=["revision", "kind"])
+        pairs = counted[counted["shared"] == counted["size"]]
+    order = files["revision"].drop_duplicates().tolist()
+    pairs = pairs.sort_values("revision_other", key=lambda names: names.map(order.index))
+    return pairs.groupby("revision")["revision_other"].agg(_joined)
+
+
+def _joined(names: pd.Series) -> str:
+    return ", ".join(names.unique())
 
 
 def _mark(table: pd.DataFrame, status: str, detail: pd.Series) -> None:

@@ -1,7 +1,7 @@
-"""The Hub, read with distrust: listings, heads and whole checkpoints, each checked, each asked for again if not good.
+"""The Hub, read with distrust: each answer is checked, and asked for again if it is not good.
 
-A whole file is checked against the hash that the Hub lists. A range of a file has no hash of its own: it is read
-only over https, which authenticates what it carries. Over plain http the whole file is fetched.
+A whole file is checked against the hash that the Hub lists. A range of a file has no hash: it is
+read only over https, which vouches for its bytes. Over plain http the whole file is fetched.
 """
 
 import glob
@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple, TypeVar
@@ -38,16 +39,19 @@ HEADS = ("embed_out.weight", "lm_head.weight")
 TIED = ("embed_in.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 TRIES = 8
 WAIT = float(os.environ.get("HEADBOUND_WAIT", "1"))  # seconds; doubles up to a minute
-ABSENT = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
-UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)  # what a damaged answer raises
 
 
 class DamagedError(OSError):
-    """An answer that contradicts itself or another one. It is asked for again."""
+    """An answer that contradicts itself or another one."""
+
+
+ABSENT = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
+LOST = (httpx2.TransportError, errors.FileMetadataError, FileNotFoundError)
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, errors.SafetensorsParsingError)
 
 
 class File(NamedTuple):
-    """A file as the Hub lists it: its size in bytes, and the SHA-256 of its content (or git's blob id)."""
+    """A file as the Hub lists it: bytes, and the SHA-256 of its content (or git's blob id)."""
 
     size: int
     content: str
@@ -81,9 +85,7 @@ class Head(NamedTuple):
 
 
 def listing(model: str, revision: str = "main") -> Listing:
-    """List a revision's files with their content hashes, without downloading any.
-
-    The model's page and the tree of its commit must tell the same.
+    """A revision's files with their hashes. The model's page and its commit's tree must agree.
 
     **Raises:** `FileNotFoundError` or `PermissionError` for a model or revision that is missing,
     private or gated; `ConnectionError` if the Hub gave no good answer in `TRIES` tries.
@@ -92,14 +94,14 @@ def listing(model: str, revision: str = "main") -> Listing:
 
     def read() -> Listing:
         info = api.model_info(model, revision=revision, files_metadata=True)
-        told = {each.rfilename: _file(each) for each in info.siblings}
+        files = {each.rfilename: _file(each) for each in info.siblings}
         try:
             tree = list(api.list_repo_tree(model, revision=info.sha, recursive=True))
         except errors.RevisionNotFoundError as error:
             raise DamagedError(f"the commit {info.sha} is listed and not there") from error
-        if told != {each.path: _file(each) for each in tree if hasattr(each, "blob_id")}:
+        if files != {each.path: _file(each) for each in tree if hasattr(each, "blob_id")}:
             raise DamagedError("two listings of one commit differ")
-        return Listing(model, revision, info.sha, told)
+        return Listing(model, revision, info.sha, files)
 
     return _asked(model, revision, read)
 
@@ -117,7 +119,7 @@ def small_file(listed: Listing, path: str) -> bytes:
         with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
             _download(listed, [path], Path(scratch))
             with replacing(kept) as temporary:
-                shutil.copy(Path(scratch) / path, temporary)
+                shutil.copy(Path(scratch, path), temporary)
     return kept.read_bytes()
 
 
@@ -130,15 +132,13 @@ def tokenizer(listed: Listing) -> Tokenizer:
 def local(model: str, revision: str = "main", keep: bool = False) -> Iterator[tuple[Path, Listing]]:
     """A whole checkpoint in a folder, each file checked; removed after, unless `keep`.
 
-    **Raises:** as `listing`; `ValueError` for a model that needs code of its own; `OSError` on a
-    full disk.
+    **Raises:** as `listing`; `ValueError` for code of its own; `OSError` on a full disk.
     """
     listed = listing(model, revision)
     config = json.loads(small_file(listed, "config.json"))
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING_NAMES:
-        raise ValueError(
-            f"model = {model!r}: it needs code of its own, which is never run; choose another model"
-        )
+        why = "it needs code of its own, which is never run; choose another model"
+        raise ValueError(f"model = {model!r}: {why}")
     texts = [p for p in listed.files if "/" not in p and p.endswith((".json", ".txt", ".model"))]
     weights = next(iter(listed.weights().values()), {})
     with _files(listed, [*texts, *weights], keep) as folder:
@@ -146,9 +146,9 @@ def local(model: str, revision: str = "main", keep: bool = False) -> Iterator[tu
 
 
 def head(model: str, revision: str = "main", keep: bool = False) -> Head:
-    """Fetch a checkpoint's head alone: over https one tensor's bytes, otherwise the one file it is in.
+    """A checkpoint's head alone: over https its own bytes, otherwise out of the file it is in.
 
-    **Raises:** as `listing`; `ValueError` for a checkpoint without a head, or with NaN or Inf in it.
+    **Raises:** as `listing`; `ValueError` for a checkpoint without a head, or with a NaN in it.
     """
     listed = listing(model, revision)
     kind = next(iter(listed.weights()), None)
@@ -162,9 +162,8 @@ def head(model: str, revision: str = "main", keep: bool = False) -> Head:
     ranged = kind == "safetensors" and authenticated()
     name, weight = _ranged_head(listed, path) if ranged else _whole_head(listed, path, keep)
     if weight.ndim != 2 or not weight.is_floating_point() or not weight.isfinite().all():
-        raise ValueError(
-            f"{model} at {revision}: {name} is no finite matrix; choose another revision"
-        )
+        why = f"{name} is no finite matrix; choose another revision"
+        raise ValueError(f"{model} at {revision}: {why}")
     return Head(weight, name, "ranges" if ranged else "whole files", listed)
 
 
@@ -174,31 +173,30 @@ def authenticated() -> bool:
 
 
 def _ranged_head(listed: Listing, path: str) -> tuple[str, Tensor]:
+    api = HfApi(endpoint=constants.ENDPOINT)
     system = HfFileSystem(endpoint=constants.ENDPOINT, skip_instance_cache=True)
-    place = f"{listed.model}/{path}"
+    where = {"revision": listed.commit}
+    told = partial(api.parse_safetensors_file_metadata, listed.model, path, **where)
+    header = _asked(listed.model, listed.revision, told).tensors
+    name = _head_name(listed, header)
+    info = header[name]
+    length = info.data_offsets[1] - info.data_offsets[0]
+    last = max(each.data_offsets[1] for each in header.values())  # where the file ends
+    start = listed.files[path].size - last + info.data_offsets[0]
 
-    def read() -> tuple[str, Tensor]:
-        with system.open(place, revision=listed.commit, cache_type="none") as file:
-            if file.size != listed.files[path].size:
-                raise DamagedError(f"{path}: {file.size} bytes, not as listed")
-            length = int.from_bytes(_exactly(file, 8), "little")
-            header = json.loads(_exactly(file, length))
-            name = _head_name(listed, header)
-            begin, end = header[name]["data_offsets"]
-            file.seek(8 + length + begin)
-            data = _exactly(file, end - begin)
-        # A file of this one tensor, for the library to read.
-        alone = json.dumps({name: {**header[name], "data_offsets": [0, end - begin]}}).encode()
-        return name, load(len(alone).to_bytes(8, "little") + alone + data)[name]
+    def read() -> bytes:
+        with system.open(f"{listed.model}/{path}", cache_type="none", **where) as file:
+            file.seek(start)
+            data = file.read(length)
+        if len(data) != length:
+            raise DamagedError(f"{path}: {len(data)} bytes of {length}")
+        return data
 
-    return _asked(listed.model, listed.revision, read)
-
-
-def _exactly(file, count: int) -> bytes:
-    data = file.read(count)
-    if len(data) != count:
-        raise DamagedError(f"{len(data)} bytes of {count}")
-    return data
+    data = _asked(listed.model, listed.revision, read)
+    # A file of this one tensor, for the library to read.
+    entry = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [0, length]}
+    alone = json.dumps({name: entry}).encode()
+    return name, load(len(alone).to_bytes(8, "little") + alone + data)[name]
 
 
 def _whole_head(listed: Listing, path: str, keep: bool) -> tuple[str, Tensor]:
@@ -219,16 +217,15 @@ def _whole_head(listed: Listing, path: str, keep: bool) -> tuple[str, Tensor]:
 def _head_name(listed: Listing, names: Iterable[str]) -> str:
     """The head among a file's tensors, else the embedding that a tied model uses as head."""
     names = list(names)
-    heads = [name for name in names if name.endswith(HEADS)]
-    embeddings = [name for name in names if name.endswith(TIED)]
-    if len(heads) == 1:
-        return heads[0]
-    if len(embeddings) == 1:
+    found = [name for name in names if name.endswith(HEADS)]
+    if not found:
         config = json.loads(small_file(listed, "config.json"))
         if config.get("tie_word_embeddings") is not False:
-            return embeddings[0]
-    where = f"{listed.model} at {listed.revision}"
-    raise ValueError(f"{where}: no single head among its tensors; choose another")
+            found = [name for name in names if name.endswith(TIED)]
+    if len(found) != 1:
+        where = f"{listed.model} at {listed.revision}"
+        raise ValueError(f"{where}: no single head among its tensors; choose another")
+    return found[0]
 
 
 @contextmanager
@@ -251,25 +248,24 @@ def _files(listed: Listing, paths: Sequence[str], keep: bool) -> Iterator[Path]:
 
 
 def _download(listed: Listing, paths: Sequence[str], folder: Path) -> None:
-    where = {"revision": listed.commit, "local_dir": folder}
     api = HfApi(endpoint=constants.ENDPOINT)
-    patterns = [glob.escape(path) for path in paths]
+    where = {"revision": listed.commit, "local_dir": folder}
+    wanted = {"allow_patterns": [glob.escape(path) for path in paths]}
 
     def fetch() -> None:
         try:
-            snapshot_download(
-                listed.model, **where, allow_patterns=patterns, endpoint=constants.ENDPOINT
-            )
+            snapshot_download(listed.model, endpoint=constants.ENDPOINT, **where, **wanted)
             checked = api.verify_repo_checksums(listed.model, **where)
         except errors.GatedRepoError:
             raise
         except ABSENT as error:
             raise DamagedError(f"what was listed is not there ({error})") from error
-        for each in checked.mismatches:
-            (folder / each["path"]).unlink()
-        bad = {each["path"] for each in checked.mismatches} | set(checked.missing_paths)
-        if bad & set(paths):
-            raise DamagedError(f"not what the Hub lists: {', '.join(sorted(bad & set(paths)))}")
+        wrong = {each["path"] for each in checked.mismatches}
+        for path in wrong:
+            (folder / path).unlink()
+        bad = sorted(set(paths) & {*wrong, *checked.missing_paths})
+        if bad:
+            raise DamagedError(f"not what the Hub lists: {', '.join(bad)}")
 
     _asked(listed.model, listed.revision, fetch)
 
@@ -282,14 +278,15 @@ def _asked(model: str, revision: str, read: Callable[[], Answer]) -> Answer:
         retry=tenacity.retry_if_exception(_passing),
         reraise=True,
     )
+    what = f"model = {model!r}"
     try:
         return retry(read)
     except errors.GatedRepoError as error:
         fix = "gated; accept its terms on the Hub and set HF_TOKEN"
-        raise PermissionError(f"model = {model!r}: {fix}") from error
+        raise PermissionError(f"{what}: {fix}") from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         fix = "not on the Hub, or private; check it or set HF_TOKEN"
-        raise FileNotFoundError(f"model = {model!r}: {fix}") from error
+        raise FileNotFoundError(f"{what}: {fix}") from error
     except errors.RevisionNotFoundError as error:
         lack = f"{model} has none of that name on the Hub"
         raise FileNotFoundError(f"revision = {revision!r}: {lack}") from error
@@ -297,21 +294,19 @@ def _asked(model: str, revision: str, read: Callable[[], Answer]) -> Answer:
         if not _passing(error) and not isinstance(error, errors.OfflineModeIsEnabled):
             raise
         why = " ".join(str(error).split()) or type(error).__name__
-        raise ConnectionError(
-            f"{model} at {revision}: {why}; run again later, what is done is kept"
-        ) from error
+        fix = "run again later, what is done is kept"
+        raise ConnectionError(f"{model} at {revision}: {why}; {fix}") from error
 
 
 def _passing(error: BaseException) -> bool:
-    """Whether an error may be gone at the next try: the network's, the server's, or a damaged answer."""
+    """Whether an error may be gone next time: the network's, the server's, a damaged answer's."""
     if isinstance(error, errors.HfHubHTTPError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
     if isinstance(error, errors.HFValidationError | PermissionError):
         return False
     if type(error) is OSError:  # a file of the wrong size has no number, a full disk has one
         return error.errno is None
-    network = (DamagedError, httpx2.TransportError, FileNotFoundError, errors.FileMetadataError)
-    return isinstance(error, (*network, *UNREADABLE))
+    return isinstance(error, (DamagedError, *LOST, *UNREADABLE))
 
 
 def _file(entry) -> File:

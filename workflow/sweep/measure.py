@@ -1,4 +1,4 @@
-"""Measurements over models × revisions: one small file a checkpoint, never half a one, never a stale one."""
+"""Measurements over models × revisions: one small file a checkpoint, never half, never stale."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def audited(model: str, revisions: Sequence[str], settings: Settings) -> list[di
 
 
 def result(model: str, revision: str, settings: Settings) -> dict[str, Any] | None:
-    """A job's result if it is there and of these settings and this version; any other is named, not used."""
+    """A job's result if it is of these settings and this version; any other is named, not used."""
     path = settings.folder(model) / f"{revision}.json"
     if not path.exists():
         return None
@@ -57,7 +57,7 @@ def measure(
     audit: Sequence[Mapping[str, str]],
     keep: bool = False,
 ) -> dict[str, Any]:
-    """Measure one checkpoint, or read its result; one that the audit does not find `ok` gets no numbers.
+    """Measure one checkpoint, or read its result; one that is not `ok` gets no numbers.
 
     **Returns:** model, revision, step, the audit's status, detail and commit, a fingerprint of the
     vocabulary, how the bytes were checked, and the numbers: `singular_entropy` of the head,
@@ -90,7 +90,7 @@ def left(table: Mapping[str, Sequence[str]], settings: Settings) -> list[tuple[s
 
 
 def run(table: Mapping[str, Sequence[str]], settings: Settings) -> pd.DataFrame:
-    """All results of a table, what is missing computed here. Only rows of status `ok` belong on a curve.
+    """All results of a table, what is missing computed here. Only `ok` rows belong on a curve.
 
     Beyond the audit's, a row is `suspicious` if the way from the head before to the head after is
     over `DETOUR` times as long when it leads over this one: what two checkpoints look like that
@@ -126,19 +126,24 @@ def run(table: Mapping[str, Sequence[str]], settings: Settings) -> pd.DataFrame:
 
 
 def _same_vocabulary(frame: pd.DataFrame) -> None:
-    if "vocabulary" in frame and frame["vocabulary"].nunique() > 1:
-        groups = frame.dropna(subset="vocabulary").groupby("vocabulary")["model"].unique()
+    if "vocabulary" not in frame:
+        return
+    known = frame.dropna(subset="vocabulary")
+    groups = known.groupby("vocabulary")["model"].unique()
+    if len(groups) > 1:
         told = groups.map(list).tolist()
         raise ValueError(f"models of different vocabularies, {told}: sweep each group by itself")
 
 
 def _out_of_place(rows: pd.DataFrame) -> list[int]:
-    heads = [np.array(sample) for sample in rows["sample_of_head"]]
-    far = []
-    for place, (before, here, after) in enumerate(zip(heads, heads[1:], heads[2:], strict=False)):
-        if norm(before - here) + norm(here - after) > DETOUR * norm(before - after):
-            far.append(rows.index[place + 1])
-    return far
+    heads = np.array(rows["sample_of_head"].tolist())
+    if len(heads) < 3:
+        return []
+    steps = norm(np.diff(heads, axis=0), axis=1)
+    over = steps[:-1] + steps[1:]
+    straight = norm(heads[2:] - heads[:-2], axis=1)
+    inner = rows.index[1:-1]
+    return inner[over > DETOUR * straight].tolist()
 
 
 def _head(model: str, revision: str, settings: Settings, keep: bool):
@@ -150,11 +155,14 @@ def _head(model: str, revision: str, settings: Settings, keep: bool):
 def _whole(model: str, revision: str, settings: Settings, keep: bool):
     held_out = corpus.split(corpus.load(settings.source))[1]
     with hub.local(model, revision, keep) as (path, listed):
-        network, tokenizer = models.load(str(path), dtype=getattr(torch, settings.dtype))
+        dtype = getattr(torch, settings.dtype)
+        network, tokenizer = models.load(str(path), dtype=dtype)
         rows = hidden.sequences(tokenizer, held_out, settings.texts, settings.length)
-        found = checkpoint.measure(network, rows, tokenizer)
-        head = _described(models.head_weight(network, tokenizer), found["singular_entropy"])
-    return listed, {**found, **head, "checked": "whole files"}
+        numbers = checkpoint.measure(network, rows, tokenizer)
+        weight = models.head_weight(network, tokenizer)
+    numbers |= _described(weight, numbers["singular_entropy"])
+    numbers["checked"] = "whole files"
+    return listed, numbers
 
 
 def _described(weight: torch.Tensor, entropy: float | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a sweep costs before anyone starts it: jobs, bytes to fetch, GPU hours, disk at its fullest."""
+"""What a sweep costs before anyone starts it: jobs, bytes, GPU hours, disk at its fullest."""
 
 import json
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from sweep import Settings, hub, measure
 
 
 class Rates(NamedTuple):
-    """What a machine sustains: Tflop/s in the sweep's dtype and in float64, MB/s from the Hub, jobs at once."""
+    """What a machine sustains: Tflop/s in the sweep's dtype and float64, MB/s, jobs at once."""
 
     tflops: float = 20
     tflops64: float = 5
@@ -44,23 +44,27 @@ def shape(model: str, revision: str) -> dict[str, int | str]:
 
 
 def table(work: dict[str, list[str]], settings: Settings, rates: Rates) -> pd.DataFrame:
-    """A line a model: jobs, bytes of a checkpoint and of its head (float16), bytes fetched, GPU hours.
+    """A line a model: jobs, bytes of a checkpoint and its head (float16), GPU hours.
 
-    Two forward passes, one for the loss (with the head) and one for the hidden states: 2 operations
-    for each weight and token, and 4 · layers · width · length for each token's attention. The head's
-    spectrum, in float64: V d² for the symmetric Gram matrix and about 4/3 d³ for its eigenvalues.
+    One forward pass: 2 operations for each weight and token, and 4 · layers · width · length for
+    each token's attention. The head's spectrum, in float64: V d² for the symmetric Gram matrix and
+    about 4/3 d³ for its eigenvalues.
     """
-    frame = pd.DataFrame({model: shape(model, names[-1]) for model, names in work.items()}).T
+    shapes = [shape(model, names[-1]) for model, names in work.items()]
+    frame = pd.DataFrame(shapes, index=list(work))
+    layers, width, rows = frame["layers"], frame["width"], frame["rows"]
     frame["jobs"] = [len(names) for names in work.values()]
-    frame["head"] = 2 * frame["rows"] * frame["width"]
+    frame["head"] = 2 * rows * width
     frame["each"] = frame["size"] if settings.whole else frame["head"]
     frame["fetched"] = frame["jobs"] * frame["each"]
-    body = 24 * frame["layers"] * frame["width"] ** 2
-    attention = 4 * frame["layers"] * frame["width"] * settings.length
+
+    body = 24 * layers * width**2
+    attention = 4 * layers * width * settings.length
     tokens = settings.texts * settings.length * settings.whole
-    forward = tokens * (2 * (body + attention) + 2 * frame["rows"] * frame["width"])
-    spectrum = frame["rows"] * frame["width"] ** 2 + 4 / 3 * frame["width"] ** 3
-    seconds = forward / rates.tflops / 1e12 + spectrum / rates.tflops64 / 1e12
+    forward = tokens * (body + attention + 2 * rows * width)
+    spectrum = rows * width**2 + 4 / 3 * width**3
+    seconds = forward / (1e12 * rates.tflops)
+    seconds += spectrum / (1e12 * rates.tflops64)
     frame["GPU hours"] = frame["jobs"] * seconds / 3600
     return frame
 
@@ -68,19 +72,19 @@ def table(work: dict[str, list[str]], settings: Settings, rates: Rates) -> pd.Da
 def words(work: dict[str, list[str]], settings: Settings, rates: Rates) -> str:
     """The plan as text."""
     frame = table(work, settings, rates)
-    done = frame["jobs"].sum() - len(measure.left(work, settings))
-    total = frame["fetched"].sum()
-    shown = frame[["jobs", "each", "head", "fetched", "GPU hours", "bytes"]].copy()
-    for column in ("each", "head", "fetched"):
-        shown[column] = [f"{count / 1e9:,.3f} GB" for count in shown[column]]
-    shown["GPU hours"] = [f"{hours:.2f}" for hours in shown["GPU hours"]]
-    wait = total / rates.megabytes / 1e6 / 3600
-    speed = f"{rates.tflops:g} Tflop/s ({rates.tflops64:g} in float64)"
-    peak = rates.jobs * frame["each"].max() / 1e9
-    heads = (frame["jobs"] * frame["head"]).sum() / 1e9
-    return f"""{shown.to_string()}
-jobs: {frame["jobs"].sum()}, {done} of them done
-bytes: {total / 1e9:,.1f} GB to fetch, {wait:.1f} h at {rates.megabytes:g} MB/s
-bytes of the heads alone (whole: false): {heads:,.1f} GB
-GPU hours: {frame["GPU hours"].sum():.2f} busy at {speed}
-disk peak: {peak:,.1f} GB with {rates.jobs} jobs at once; HEADBOUND_KEEP=1 keeps all"""
+    jobs = frame["jobs"].sum()
+    done = jobs - len(measure.left(work, settings))
+    fetched = frame["fetched"].sum()
+    hours = frame["GPU hours"].sum()
+    wait = fetched / (1e6 * rates.megabytes) / 3600
+    heads = frame["jobs"] @ frame["head"]
+    peak = rates.jobs * frame["each"].max()
+    sizes = ["each", "head", "fetched"]
+    gigabytes = frame[sizes].map(lambda count: f"{count / 1e9:,.3f} GB")
+    shown = pd.concat([frame["jobs"], gigabytes, frame[["GPU hours", "bytes"]]], axis=1)
+    return f"""{shown.to_string(float_format="{:.2f}".format)}
+jobs: {jobs}, {done} of them done
+bytes: {fetched / 1e9:,.1f} GB to fetch, {wait:.1f} h at {rates.megabytes:g} MB/s
+bytes of the heads alone (whole: false): {heads / 1e9:,.1f} GB
+GPU hours: {hours:.2f} busy at {rates.tflops:g} Tflop/s ({rates.tflops64:g} in float64)
+disk peak: {peak / 1e9:,.1f} GB with {rates.jobs} jobs at once; HEADBOUND_KEEP=1 keeps all"""

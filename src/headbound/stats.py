@@ -27,6 +27,13 @@ class Estimate(NamedTuple):
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}] (n = {self.n:,})"
 
 
+def above(estimate: Estimate, cut: float) -> bool | None:
+    """Whether the whole interval lies above `cut`: None where it holds `cut`, or is unknown."""
+    if estimate.low > cut:
+        return True
+    return False if estimate.high <= cut else None
+
+
 def bootstrap(
     statistic: Callable[[Float[np.ndarray, "sets units"]], Float[np.ndarray, " sets"]],
     units: int,

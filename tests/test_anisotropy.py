@@ -226,7 +226,7 @@ def test_the_rules_on_the_papers_own_curves():
     layers = pythia.figures("2").sort_values("x").groupby(["series", "curve"])
     for _, curve in layers:
         assert anisotropy.most_layers([exact(y) for y in curve["y"]])
-        assert anisotropy.most_layers([exact(y) for y in curve["y"]], cut=0.17)
+        assert anisotropy.most_layers([exact(y) for y in curve["y"]], cut=0.14)
     last = layers["y"].last()
     for cut in (0.21, 0.4, 0.97):
         fits = {

@@ -12,6 +12,7 @@ from headbound import pythia
 from headbound.measure import spectrum
 from headbound.measure.spectrum import (
     effective_rank,
+    fits_size,
     frequency_link,
     participation_ratio,
     probabilities,
@@ -21,6 +22,7 @@ from headbound.measure.spectrum import (
     stable_rank,
     w_error,
 )
+from headbound.stats import Estimate
 
 MEASURES = [singular_entropy, effective_rank, stable_rank, participation_ratio, probabilities]
 SPECTRA = arrays(float, st.integers(1, 20), elements=st.floats(0, 1e6)).filter(
@@ -217,3 +219,18 @@ def test_the_rule_of_saturation_on_counter_examples():
     assert not saturates(0.5 + 0.3 * steps)  # a slow rise
     assert not saturates(5.0 - 4.8 * steps)  # flattening only
     assert saturates(np.concatenate([1.0 - 0.8 * steps, [4.5]]))
+
+
+def exact(value):
+    return Estimate(value, value, value, 1)
+
+
+def test_the_rule_of_sizes_on_the_papers_own_curves():
+    """Figure 5: the last checkpoints below 410M are spiked, the others are not."""
+    ends = pythia.figures("5").sort_values("x").groupby("curve")["y"].last()
+    for cut in (0.6, 1.6, 4.6):
+        for name, entropy in ends.items():
+            assert fits_size(pythia.nominal(name), exact(entropy), cut)
+    assert fits_size(135e6, exact(0.13)) is False  # a small head that stays flat
+    assert fits_size(1e9, exact(5.0)) is False  # a large one that does not
+    assert fits_size(135e6, Estimate(2.0, 1.0, 3.0, 9)) is None

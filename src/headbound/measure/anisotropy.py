@@ -124,7 +124,7 @@ def cosines(
 def most_layers(layers: Sequence[Estimate], cut: float = 0.1) -> bool | None:
     """Whether over half of the layers lie above `cut`: None where an interval decides.
 
-    All 20 models of the paper's figure 2 pass, up to a cut of 0.17.
+    All 20 models of the paper's figure 2 pass, up to a cut of 0.14.
     """
     sides = [stats.above(layer, cut) for layer in layers]
     if 2 * sides.count(True) > len(sides):

@@ -95,6 +95,11 @@ def w_error(singular_values: Values, ranks: Sequence[int]) -> Float[np.ndarray, 
     return np.sqrt(tails[list(ranks)] / tails[0])
 
 
+def first_loadings(weight: Float[Tensor, "vocab d"]) -> Float[np.ndarray, " vocab"]:
+    """Each row's product with the first singular direction v₁, whose sign is arbitrary."""
+    return (weight.double().cpu() @ _first_direction(weight)).numpy()
+
+
 def frequency_link(
     weight: Float[Tensor, "vocab d"], counts: Int[np.ndarray, " vocab"], groups: int = 10
 ) -> stats.Estimate:
@@ -125,6 +130,15 @@ def saturates(entropies: Values, rise: float = 10.0) -> bool:
     In the paper's figure 5 heads up to 160M rise 15- to 29-fold, larger ones 1.3-fold at most.
     """
     return bool((entropies / np.minimum.accumulate(entropies)).max() >= rise)
+
+
+def fits_size(parameters: float, entropy: stats.Estimate, cut: float = 1.6) -> bool | None:
+    """Whether a trained head's singular entropy is above `cut` below 410M parameters only.
+
+    So Pythia's heads end in the paper's figure 5, with any cut from 0.57 to 4.67 nats.
+    """
+    high = stats.above(entropy, cut)
+    return None if high is None else high == (parameters < 410e6)
 
 
 def _gram(weight: Tensor, scale: float = 1.0) -> Tensor:

@@ -247,7 +247,9 @@ def needed_rank(errors: Curve, level: float) -> int | None:
     return int(below[0]) if len(below) else None
 
 
-def carried(vocab_sizes: Sequence[int], ranks: Sequence[int], vocab_size: int) -> stats.Estimate:
+def carried(
+    vocab_sizes: Sequence[int], ranks: Sequence[float | int], vocab_size: int
+) -> stats.Estimate:
     """The needed rank d at another vocabulary size, with the interval of a prediction.
 
     logit(d / V) = a + b ln V, by least squares

@@ -210,7 +210,7 @@ def test_no_formula_in_a_line_is_cut_on_a_phone(site, chromium):
     with pages.served(site) as address:
         for name in ("chapters/06_head_bound.html", "chapters/07_gradient_bottleneck.html"):
             assert pages.cut_formulas(chromium, f"{address}/{name}") == 0
-        assert pages.cut_formulas(chromium, f"{address}/{name}", without="headbound.js") > 0
+        assert pages.cut_formulas(chromium, f"{address}/{name}", without="companion.js") > 0
 
 
 PLANTED = {
@@ -282,7 +282,7 @@ def test_title_and_colour_are_one_line_each_and_a_host_one_variable(
     config, style = small_book / "_config.yml", small_book / "book" / "_static" / "headbound.css"
     config.write_text(re.sub(r"^title: .*$", "title: Another Name", config.read_text(), flags=re.M))
     style.write_text(
-        style.read_text().replace("--headbound-colour: #0b4f99", "--headbound-colour: #7a1f1f")
+        style.read_text().replace("--companion-colour: #0b4f99", "--companion-colour: #7a1f1f")
     )
     monkeypatch.setenv("HEADBOUND_URL", "https://example.org/book")
     done = render(small_book)

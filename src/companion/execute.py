@@ -18,6 +18,8 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from companion.words import markdown
+
 
 def literals(source: str) -> dict[str, Any]:
     """The names that a cell sets and their values, which are plain literals. (papermill's own reading of a cell
@@ -76,7 +78,7 @@ def describe_figures(notebook: nbformat.NotebookNode) -> None:
         for output in cell.get("outputs", []):
             about = output.get("metadata", {}).get("companion", {})
             if "alt" in about:
-                figure = {"caption": about["caption"], "name": about["name"]}
+                figure = {"caption": markdown(about["caption"]), "name": about["name"]}
                 cell.metadata["mystnb"] = {"figure": figure, "image": {"alt": about["alt"]}}
 
 

@@ -27,6 +27,7 @@ COMPUTED = ("measured", "status", "figure", "answer", "map")
 ABSENT = Markup("*This edition had no data for this.*")
 CERTAINTY = {
     "checked": "checked against a published source",
+    "read": "read off a figure",
     "recalled": "recalled",
     "ours": "not the paper's",
 }
@@ -65,6 +66,7 @@ def context(chapters: Sequence[Chapter], preset: str) -> dict[str, Any]:
         "certainty": CERTAINTY,
         "changes": changes,
         "chapters": chapters,
+        "cite": claims.get("cite"),
         "commit": commit(),
         "exempt": results.EXEMPT,
         "found": {f["key"]: f for chapter in chapters for f in chapter.findings},

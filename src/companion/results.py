@@ -186,7 +186,7 @@ def _reason(chapter: Chapter | None, signed: dict[str, dict[str, str]]) -> str:
 
 
 def faults(preset: str, chapters: Sequence[Chapter]) -> list[str]:
-    """What `check` refuses, a line each: verdicts not signed, keys twice, claims without findings."""
+    """What `check` refuses: verdicts not signed, keys twice, claims without findings."""
     keys = [f["key"] for chapter in chapters for f in chapter.findings]
     found = [
         f"{key}: two findings have this key; rename one"

@@ -40,9 +40,12 @@ def number(value: Any) -> str:
         finite = {key: math.nan if part is None else part for key, part in value.items()}
         value = Kept(**finite)
     if isinstance(value, Estimate):
-        scale = max(abs(value.value), abs(value.high - value.low), 1e-12)
+        parts = [abs(value.value), abs(value.high - value.low), 1e-12]
+        scale = max(part for part in parts if not math.isnan(part))
         digits = max(0, 2 - math.floor(math.log10(scale))) if math.isfinite(scale) else 3
         middle, low, high = (f"{part:,.{digits}f}" for part in (value.value, value.low, value.high))
+        if math.isnan(value.low) and math.isnan(value.high):
+            return f"{middle} (no interval, n = {value.n:,})"
         return f"{middle} [{low}, {high}] (n = {value.n:,})"
     real = isinstance(value, Real) and not isinstance(value, Integral)
     return f"{value:.4g}" if real else str(value)
@@ -61,4 +64,5 @@ def visible(text: Any) -> str:
 def markdown(text: Any) -> str:
     """A text from elsewhere as Markdown that shows it as it is."""
     escaped = re.sub(r"([\\`*_{}\[\]<>#|$~^&])", r"\\\1", visible(text))
-    return re.sub(r"^(\d*)([-+=:.)])", r"\1\\\2", escaped)  # no list, no option, no underline
+    # At the start of a line: no list, no option, no underline.
+    return re.sub(r"^(?=[-+=:])|^(\d+)(?=[.)]\s)", r"\1\\", escaped)

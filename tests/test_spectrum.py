@@ -16,7 +16,6 @@ from headbound.measure.spectrum import (
     frequency_link,
     participation_ratio,
     probabilities,
-    saturates,
     singular_entropy,
     singular_values,
     stable_rank,
@@ -204,21 +203,6 @@ def test_the_frequency_link_is_spearmans_over_the_tokens_that_occur():
     assert found.value == pytest.approx(expected)
     turned = frequency_link(torch.from_numpy(-weight), counts)
     assert turned == pytest.approx(found)
-
-
-def test_the_rule_of_saturation_on_the_papers_own_curves():
-    """Figure 5: heads up to 160M are taken over by one value, larger ones are not."""
-    curves = pythia.figures("5").sort_values("x").groupby("curve")["y"]
-    for rise in (1.4, 10.0, 15.0):
-        found = {name: saturates(curve.to_numpy(), rise) for name, curve in curves}
-        assert {name for name, yes in found.items() if yes} == {"14M", "31M", "70M", "160M"}
-
-
-def test_the_rule_of_saturation_on_counter_examples():
-    steps = np.linspace(0, 1, 50)
-    assert not saturates(0.5 + 0.3 * steps)  # a slow rise
-    assert not saturates(5.0 - 4.8 * steps)  # flattening only
-    assert saturates(np.concatenate([1.0 - 0.8 * steps, [4.5]]))
 
 
 def exact(value):

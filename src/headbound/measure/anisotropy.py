@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headbound import device, stats
+from headbound.measure import rules
 from headbound.stats import Estimate
 
 ROWS = 1024  # states normalised at once: what bounds the extra memory
@@ -132,7 +133,7 @@ def most_layers(layers: Sequence[Estimate], cut: float = 0.1) -> bool | None:
     return False if 2 * sides.count(False) >= len(sides) else None
 
 
-def fits_size(parameters: float, last: Estimate, cut: float = 0.4) -> bool | None:
+def fits_size(parameters: float, last: Estimate, cut: float = rules.APART) -> bool | None:
     """Whether a last layer is above `cut` for up to 160M parameters, below it for more.
 
     So are Pythia's in the paper's figure 2, with any cut from 0.20 to 0.97.

@@ -124,14 +124,6 @@ def frequency_link(
     return stats.jackknife(without, turned * whole)
 
 
-def saturates(entropies: Values, rise: float = 10.0) -> bool:
-    """Whether singular entropies along training reach `rise` times the least value before.
-
-    In the paper's figure 5 heads up to 160M rise 15- to 29-fold, larger ones 1.3-fold at most.
-    """
-    return bool((entropies / np.minimum.accumulate(entropies)).max() >= rise)
-
-
 def fits_size(parameters: float, entropy: stats.Estimate, cut: float = 1.6) -> bool | None:
     """Whether a trained head's singular entropy is above `cut` below 410M parameters only.
 

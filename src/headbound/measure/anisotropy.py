@@ -13,7 +13,8 @@ from headbound.measure import rules
 from headbound.stats import Estimate
 
 ROWS = 1024  # states normalised at once: what bounds the extra memory
-SAFE = (1e-12, 1e12)  # norms whose squares neither vanish nor overflow in float32
+LEAST = 1e-12  # norms from here on have squares that do not vanish in float32
+MOST = 1e12  # and up to here none that overflow
 
 
 def mean_cosine(
@@ -42,7 +43,7 @@ def mean_cosine(
     blocks = [hidden_states] if isinstance(hidden_states, Tensor) else hidden_states
     if sink_ratio is not None:
         blocks = [block[~sinks(block, sink_ratio)] for block in blocks]
-    parts = [(sum_of_units(block).cpu().numpy(), len(block)) for block in blocks if len(block)]
+    parts = [_part(block) for block in blocks if len(block)]
     return _over_texts(parts, resamples, seed)
 
 
@@ -65,8 +66,7 @@ def by_layer(
                 some = text[text.ne(0).any(1)]
                 for place, ratio in enumerate(sink_ratios):
                     kept = some if ratio is None else some[~sinks(some, ratio)]
-                    part = (sum_of_units(kept).cpu().numpy(), len(kept))
-                    parts.setdefault((place, layer), []).append(part)
+                    parts.setdefault((place, layer), []).append(_part(kept))
     if not parts:
         raise ValueError("no hidden states: the stream is empty; give it at least one text")
     layers = range(1 + max(layer for _, layer in parts))
@@ -98,7 +98,8 @@ def sum_of_units(hidden_states: Float[Tensor, "tokens d"]) -> Float[Tensor, " d"
     for place, block in enumerate(hidden_states.split(ROWS)):
         rows = block if block.dtype == torch.float64 else block.float()
         norms = torch.linalg.vector_norm(rows, dim=1)
-        if not ((norms > SAFE[0]) & (norms < SAFE[1])).all():  # also where a norm is NaN
+        safe = (norms > LEAST) & (norms < MOST)  # false where a norm is NaN
+        if not safe.all():
             rows = _peak_one(block, place * ROWS)
             norms = torch.linalg.vector_norm(rows, dim=1)
         total += ((1 / norms) @ rows).to(total)
@@ -145,11 +146,19 @@ def fits_size(parameters: float, last: Estimate, cut: float = rules.APART) -> bo
 def _peak_one(block: Tensor, first: int) -> Tensor:
     """Rows over their largest entry, in float64, so that every norm can be squared."""
     peaks = block.abs().amax(1, keepdim=True)
-    problems = {"is zero: it has no direction": peaks == 0, "has NaN or Inf": ~peaks.isfinite()}
-    for problem, wrong in problems.items():
-        if wrong.any():
-            raise ValueError(f"hidden state {first + int(wrong.int().argmax())} {problem}")
-    return block.to(device.precise(block.device), torch.float64) / peaks
+    _refuse(peaks == 0, first, "is zero: it has no direction")
+    _refuse(~peaks.isfinite(), first, "has NaN or Inf")
+    where = device.precise(block.device)
+    return block.to(where, torch.float64) / peaks
+
+
+def _refuse(wrong: Tensor, first: int, problem: str) -> None:
+    if wrong.any():
+        raise ValueError(f"hidden state {first + int(wrong.int().argmax())} {problem}")
+
+
+def _part(block: Tensor) -> tuple[np.ndarray, int]:
+    return sum_of_units(block).cpu().numpy(), len(block)
 
 
 def _over_texts(parts: list[tuple[np.ndarray, int]], resamples: int, seed: int) -> Estimate:
@@ -159,13 +168,15 @@ def _over_texts(parts: list[tuple[np.ndarray, int]], resamples: int, seed: int) 
     units = np.array([total for total, _ in parts])
     squares = (units**2).sum(1)
 
-    def statistic(weights: Float[np.ndarray, "sets texts"]) -> Float[np.ndarray, " sets"]:
+    def statistic(weights: np.ndarray) -> np.ndarray:
         # Pairs of two texts count by the product of their weights, those inside one by its own.
         own = weights - weights**2
         single = weights @ tokens
-        sums = ((weights @ units) ** 2).sum(1) + own @ squares - single
+        between = ((weights @ units) ** 2).sum(1)
+        sums = between + own @ squares - single
         pairs = single**2 + own @ tokens**2 - single
-        mean = np.divide(sums, pairs, out=np.full(len(pairs), math.nan), where=pairs != 0)
+        nothing = np.full(len(pairs), math.nan)
+        mean = np.divide(sums, pairs, out=nothing, where=pairs != 0)
         return np.clip(mean, -1, 1)  # rounding may leave equal directions a hair above one
 
     return stats.bootstrap(statistic, len(tokens), resamples, seed)

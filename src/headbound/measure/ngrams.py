@@ -18,6 +18,7 @@ from scipy.sparse import csr_array, diags_array, vstack
 from scipy.sparse.linalg import LinearOperator, eigsh
 from scipy.special import expit, logit
 from statsmodels.api import OLS, add_constant
+from torch.nn.functional import pad
 
 from headbound import device, stats
 from headbound.measure import spectrum
@@ -28,6 +29,7 @@ BLOCK = 1 << 22  # n-grams read at once
 PARTITION = 1 << 23  # n-grams sorted at once (about 0.4 GB)
 COLUMNS = 512  # columns of the Gram matrix computed at once
 SLOTS = 1 << 16  # values of the hash that deals out contexts
+EPSILON = np.finfo(float).eps
 
 
 class Gram(NamedTuple):
@@ -68,7 +70,7 @@ def count(
     - `order`: tokens in an n-gram; a context has one less.
     - `targets`: what follows each context; by default what does in `tokens`.
     - `partitions`: how many; by default enough for `PARTITION` n-grams in each.
-    - `only`: the partitions wanted; by default all.
+    - `only`: the partitions wanted, by default all; jobs may count some each and add up.
 
     **Raises:** `ValueError` for an order, ids, targets or partitions that don't fit.
     """
@@ -94,7 +96,7 @@ def context_matrix(
 ) -> csr_array:
     """W itself, sparse; it grows with the corpus, which the memory of `gram` does not."""
     parts = count(tokens, order, vocab_size)
-    return vstack([_rows(counts, weighting, 1)[0] for counts in parts], format="csr")
+    return vstack([_rows(counts, weighting)[0] for counts in parts], format="csr")
 
 
 def gram(
@@ -102,8 +104,6 @@ def gram(
     order: int,
     vocab_size: int,
     weighting: str = "contexts",
-    *,
-    min_count: int = 1,
     unbiased: bool = False,
     **counting: Any,
 ) -> Gram:
@@ -115,7 +115,7 @@ def gram(
     **Arguments:**
 
     - `weighting`: `contexts`, w = 1 (the paper's), or `tokens`, w = n (what the loss sees).
-    - `min_count`: contexts seen less often are left out (`unbiased`: those seen once, always).
+    - `unbiased`: contexts seen once are then left out.
     - `counting`: `targets`, `partitions` and `only`, as of `count`.
 
     **Raises:** `ValueError` for bad arguments, or a V × V matrix beyond the free memory.
@@ -126,7 +126,7 @@ def gram(
     contexts = 0
     ngrams = 0
     for counts in count(tokens, order, vocab_size, **counting):
-        rows, factor, n = _rows(counts, weighting, min_count, unbiased)
+        rows, factor, n = _rows(counts, weighting, unbiased)
         contexts += len(n)
         ngrams += int(n.sum())
         if unbiased:
@@ -140,18 +140,6 @@ def gram(
     return Gram(total, contexts, ngrams)
 
 
-def combine(parts: Iterable[Gram]) -> Gram:
-    """The `Gram` of all contexts, from those of disjoint partitions, computed apart.
-
-    **Raises:** `ValueError` if there are none, or of different vocabularies.
-    """
-    parts = list(parts)
-    sizes = sorted({len(part.matrix) for part in parts})
-    if len(sizes) != 1:
-        raise ValueError(f"vocabularies of {sizes} tokens in {len(parts)} parts: give parts of one")
-    return Gram(*(sum(field) for field in zip(*parts, strict=True)))
-
-
 def singular_values(gram: Gram) -> Float64[np.ndarray, " vocab"]:
     """All singular values of W, the largest first, as roots of the eigenvalues of WᵀW.
 
@@ -160,11 +148,12 @@ def singular_values(gram: Gram) -> Float64[np.ndarray, " vocab"]:
     **Raises:** `ValueError` if no context is left.
     """
     if not gram.contexts:
-        raise ValueError("0 contexts: none is frequent enough; lower min_count or give more text")
+        raise ValueError("0 contexts: none occurs twice; give more text")
     matrix = torch.from_numpy(gram.matrix).to(device.precise(device.pick()))
     values = torch.linalg.eigvalsh(matrix).flip(0).cpu().numpy()
-    least = len(values) * np.finfo(float).eps * values[0]
-    return np.sqrt(np.where(values > least, values, 0.0))
+    least = len(values) * EPSILON * values[0]
+    values[values < least] = 0.0
+    return np.sqrt(values)
 
 
 def leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " values"]:
@@ -181,9 +170,10 @@ def leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " value
     square = LinearOperator((size, size), lambda x: matrix.T @ (matrix @ x), dtype=np.float64)
     start = np.random.default_rng(0).random(size)
     values = eigsh(square, ranks, v0=start, return_eigenvectors=False)[::-1]
-    others = min(matrix.shape) - ranks
-    rest = max(0.0, np.sum(matrix.data**2) - values.sum()) / others
-    return np.sqrt(np.append(values, np.full(others, rest)))
+    others = most + 1 - ranks
+    left = np.sum(matrix.data**2) - values.sum()
+    rest = np.full(others, max(0.0, left) / others)
+    return np.sqrt(np.append(values, rest))
 
 
 def errors(tokens: Tokens, order: int, vocab_size: int, leading: int = 0, **rows: Any) -> Curve:
@@ -217,9 +207,9 @@ def split_half(first: Gram, second: Gram) -> SplitHalf:
         raise ValueError("0 contexts in one half: none occurs twice; give more text")
     one, other = (torch.from_numpy(half.matrix / half.matrix.trace()) for half in (first, second))
     both = (_judged(one, other) + _judged(other, one)) / 2
-    held_out, floor, ceiling = both.numpy()
-    curves = (held_out, np.sqrt(floor.clip(0)), np.sqrt(ceiling.clip(0)))
-    return SplitHalf(int(held_out.argmin()), *curves)
+    held_out = both[0].numpy()
+    floor, ceiling = both[1:].clamp(min=0).sqrt().numpy()
+    return SplitHalf(int(held_out.argmin()), held_out, floor, ceiling)
 
 
 def study(
@@ -230,11 +220,13 @@ def study(
     The first two are W-errors, weighted by tokens. The shuffled matrix has true rank one.
     """
     tokens = np.concatenate(pieces)
-    asked = {"order": order, "vocab_size": vocab_size, "weighting": "tokens"}
     targets = np.random.default_rng(seed).permutation(tokens[order - 1 :])
-    parts = [np.concatenate(pieces[half::2]) for half in (0, 1)]
-    split = split_half(*[gram(part, **asked, unbiased=True) for part in parts])
-    return errors(tokens, **asked), errors(tokens, **asked, targets=targets), split
+    asked = {"order": order, "vocab_size": vocab_size, "weighting": "tokens"}
+    counted = errors(tokens, **asked)
+    shuffled = errors(tokens, **asked, targets=targets)
+    halves = (np.concatenate(pieces[half::2]) for half in (0, 1))
+    grams = [gram(half, **asked, unbiased=True) for half in halves]
+    return counted, shuffled, split_half(*grams)
 
 
 def needed_rank(errors: Curve, level: float) -> int | None:
@@ -255,12 +247,13 @@ def carried(
     logit(d / V) = a + b ln V, by least squares
     """
     sizes = np.array(vocab_sizes, float)
-    fit = OLS(logit(np.array(ranks) / sizes), add_constant(np.log(sizes))).fit()
-    row = [[1.0, np.log(vocab_size)]]
-    found = fit.get_prediction(row).summary_frame(alpha=0.05).iloc[0]
-    ends = found[["mean", "obs_ci_lower", "obs_ci_upper"]].to_numpy(float)
-    value, low, high = vocab_size * expit(ends)
-    return stats.Estimate(float(value), float(low), float(high), len(sizes))
+    shares = np.array(ranks) / sizes
+    fit = OLS(logit(shares), add_constant(np.log(sizes))).fit()
+    prediction = fit.get_prediction([[1.0, np.log(vocab_size)]])
+    found = prediction.summary_frame(alpha=0.05).iloc[0]
+    names = ("mean", "obs_ci_lower", "obs_ci_upper")
+    value, low, high = (vocab_size * float(expit(found[name])) for name in names)
+    return stats.Estimate(value, low, high, len(sizes))
 
 
 def meets(found: stats.Estimate, low: float, high: float, factor: float = 3.0) -> bool | None:
@@ -326,17 +319,18 @@ def _runs(columns: list[np.ndarray], vocab_size: int) -> csr_array:
 
 
 def _rows(
-    counts: csr_array, weighting: str, min_count: int, unbiased: bool = False
+    counts: csr_array, weighting: str, unbiased: bool = False
 ) -> tuple[csr_array, np.ndarray, np.ndarray]:
     """Weighted rows, the factors that made them of counts, and how often each context occurs."""
     if weighting not in ("contexts", "tokens"):
         raise ValueError(f"weighting = {weighting!r}: must be 'contexts' or 'tokens'")
     n = counts.sum(axis=1)
-    kept = n >= max(min_count, 2 if unbiased else 1)
-    counts = counts[kept]
-    n = n[kept]
+    if unbiased:
+        counts = counts[n > 1]
+        n = n[n > 1]
     factor = 1 / np.sqrt(n * (n - 1)) if unbiased else 1 / n
-    factor *= np.sqrt(n) if weighting == "tokens" else 1
+    if weighting == "tokens":
+        factor *= np.sqrt(n)
     return diags_array(factor).tocsr() @ counts, factor, n
 
 
@@ -354,8 +348,10 @@ def _add_square(total: np.ndarray, rows: csr_array) -> None:
 
 def _judged(fit: torch.Tensor, judge: torch.Tensor) -> torch.Tensor:
     """Held-out error, floor and ceiling for each rank of `fit`, judged by the other half."""
-    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(fit))
+    values, vectors = torch.linalg.eigh(fit)
     found = ((judge @ vectors) * vectors).sum(0)
-    missed = values * (values - 2 * found) / (judge**2).sum()
+    missed = values * (values - 2 * found)
+    missed /= (judge**2).sum()
     steps = torch.stack([missed, -values, -found])
-    return 1 + torch.nn.functional.pad(steps.cumsum(1), (1, 0))
+    sums = steps.flip(1).cumsum(1)
+    return 1 + pad(sums, (1, 0))

@@ -88,11 +88,12 @@ def w_error(singular_values: Values, ranks: Sequence[int]) -> Float[np.ndarray, 
     **Raises:** `ValueError` for a rank below 0 or above d. **Source:** Eckart & Young 1936.
     """
     squares = np.sort(probabilities(singular_values)) ** 2
-    tails = np.append(0.0, np.cumsum(squares))[::-1]  # from the smallest, which keeps its digits
-    outside = [rank for rank in ranks if not 0 <= rank < len(tails)]
-    if outside:
-        raise ValueError(f"rank = {outside[0]}: must be between 0 and {len(squares)}")
-    return np.sqrt(tails[list(ranks)] / tails[0])
+    tails = np.append(0.0, squares.cumsum())[::-1]  # from the smallest, which keeps its digits
+    asked = np.array(ranks, int)
+    for rank in asked:
+        if not 0 <= rank < len(tails):
+            raise ValueError(f"rank = {rank}: must be between 0 and {len(squares)}")
+    return np.sqrt(tails[asked] / tails[0])
 
 
 def first_loadings(weight: Float[Tensor, "vocab d"]) -> Float[np.ndarray, " vocab"]:
@@ -110,12 +111,14 @@ def frequency_link(
     """
     group = np.random.default_rng(0).integers(groups, size=len(weight))
     first = _first_direction(weight)
+    rows = weight.double().cpu()
+    occurs = counts > 0
 
     def link(kept: np.ndarray) -> float:
         direction = _first_direction(weight[torch.from_numpy(kept)])
         direction *= torch.sign(direction @ first)
-        loadings = (weight.double().cpu() @ direction).numpy()
-        seen = kept & (counts > 0)
+        loadings = (rows @ direction).numpy()
+        seen = kept & occurs
         return float(spearmanr(loadings[seen], counts[seen]).statistic)
 
     whole = link(group >= 0)

@@ -9,7 +9,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headbound import device, stats
-from headbound.measure import rules
 from headbound.stats import Estimate
 
 ROWS = 1024  # states normalised at once: what bounds the extra memory
@@ -134,13 +133,14 @@ def most_layers(layers: Sequence[Estimate], cut: float = 0.1) -> bool | None:
     return False if 2 * sides.count(False) >= len(sides) else None
 
 
-def fits_size(parameters: float, last: Estimate, cut: float = rules.APART) -> bool | None:
-    """Whether a last layer is above `cut` for up to 160M parameters, below it for more.
+def fits_size(parameters: float, last: Estimate) -> bool | None:
+    """Whether a last layer is highly anisotropic for up to 160M parameters only, as Pythia's are.
 
-    So are Pythia's in the paper's figure 2, with any cut from 0.20 to 0.97.
+    High is above 0.57, low is up to 0.20: no model of the paper's figure 2 lies between. None there.
     """
-    high = stats.above(last, cut)
-    return None if high is None else high == (parameters <= 160e6)
+    if stats.above(last, 0.57):
+        return parameters <= 160e6
+    return parameters > 160e6 if stats.above(last, 0.20) is False else None
 
 
 def _peak_one(block: Tensor, first: int) -> Tensor:

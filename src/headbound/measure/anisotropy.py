@@ -136,9 +136,9 @@ def most_layers(layers: Sequence[Estimate], cut: float = 0.1) -> bool | None:
 def fits_size(parameters: float, last: Estimate) -> bool | None:
     """Whether a last layer is highly anisotropic for up to 160M parameters only, as Pythia's are.
 
-    High is above 0.57, low is up to 0.20: no model of the paper's figure 2 lies between. None there.
+    High is above 0.56, low is up to 0.20: in the paper's figure 2 none lies between. None there.
     """
-    if stats.above(last, 0.57):
+    if stats.above(last, 0.56):
         return parameters <= 160e6
     return parameters > 160e6 if stats.above(last, 0.20) is False else None
 

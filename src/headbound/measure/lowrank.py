@@ -13,7 +13,9 @@ from torch.nn.functional import cross_entropy, embedding
 from torch.optim.lr_scheduler import LinearLR
 
 from headbound import device, hidden, progress, stats
+from headbound.measure.rules import NOTICEABLE, Ruling
 
+CLAIMED = 1000  # the rank below which heads lose noticeably, by the paper's section 5.1
 Losses = Float[np.ndarray, "ranks tokens"]
 Texts = Int[np.ndarray, " tokens"]
 
@@ -261,6 +263,18 @@ def perplexity(losses: Float[np.ndarray, " tokens"], texts: Texts) -> stats.Esti
     return stats.mean(losses, texts).map(math.exp)
 
 
+def above_full(ranks: Sequence[int], losses: Losses, texts: Texts) -> pd.DataFrame:
+    """A curve to draw: what each rank loses against the largest one, in nats a token.
+
+    **Returns:** columns `rank r`, `share r/d`, `loss above the full head (nats)`, `low`, `high`.
+    """
+    found = [stats.mean(row - losses[-1], texts) for row in losses]
+    frame = pd.DataFrame(found).drop(columns="n")
+    frame.insert(0, "rank r", ranks)
+    frame.insert(1, "share r/d", frame["rank r"] / ranks[-1])
+    return frame.rename(columns={"value": "loss above the full head (nats)"})
+
+
 def knee(
     ranks: Sequence[int], losses: Losses, texts: Texts, tolerance: float = 0.05
 ) -> stats.Estimate:
@@ -280,6 +294,20 @@ def knee(
         return math.exp(np.interp(-allowed, -excess[pair], logarithms))
 
     return _of_excess(losses, texts, crossing)
+
+
+def knee_at_claim(knee: stats.Estimate, width: int, moved: float = 0.0) -> Ruling:
+    """Section 5.1: perplexity is noticeably worse below rank 1,000.
+
+    The knee must lie within a factor of 2 of 1,000. None for a model that is not wider than that,
+    and where half the training text has `moved` perplexity by 5 % or more.
+    """
+    if width <= CLAIMED:
+        return Ruling(None, f"d = {width}: a knee at 1,000 is out of reach")
+    if moved >= NOTICEABLE:
+        return Ruling(None, f"half the training text moves the curve by {moved:.0%}")
+    factor = max(knee.value / CLAIMED, CLAIMED / knee.value)
+    return Ruling(factor <= 2, f"a factor of {factor:.2f} from 1,000; up to 2 is called the same")
 
 
 def rank_or_share(
@@ -314,6 +342,17 @@ def rank_or_share(
         return at_share - at_rank
 
     return _of_excess(losses, texts, nearer)
+
+
+def rank_decides(difference: stats.Estimate) -> Ruling:
+    """Section 5.1: a rank costs the same "regardless of the model size".
+
+    The interval of `rank_or_share` must lie above 0. None if it holds 0.
+    """
+    comment = "agrees if the interval lies above 0, whatever the tolerance"
+    if difference.low > 0:
+        return Ruling(agrees=True, comment=comment)
+    return Ruling(False if difference.high < 0 else None, comment)
 
 
 def _of_excess(

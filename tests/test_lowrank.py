@@ -292,8 +292,7 @@ def test_losses_of_stored_states_are_the_models_own(oddity, tmp_path, monkeypatc
         torch.nn.init.normal_(model.lm_head.bias, std=2.0)
     ids = torch.randint(60, (5, 33))
     readout = models.readout(model, None, ids)
-    data = lowrank.examples(model, ids)
-    data = data._replace(hidden_states=readout.inputs(data.hidden_states))
+    data = lowrank.examples(model, ids, readout)
     with torch.no_grad():
         logits = model(ids[:, :-1]).logits.double().flatten(0, 1)
     expected = cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from headbound.measure.rules import Ruling
+
 Logits = Float[np.ndarray, "contexts vocab"]
 PerRank = Float64[np.ndarray, " ranks"]
 EPS = float(np.finfo(np.float64).eps)
@@ -54,6 +56,20 @@ def second_order(logits: Logits, change: Logits) -> float:
     squares = (delta - means) ** 2
     variances = (p * squares).sum(1)
     return float(variances.mean() / 2)
+
+
+def local_order(distances: Sequence[float], gaps: Sequence[float]) -> float:
+    """The power of the distance with which the gap falls: the slope of their logarithms.
+
+    >>> round(local_order([1.0, 0.1, 0.01], [3.0, 0.03, 0.0003]), 6)
+    2.0
+    """
+    return float(np.polyfit(np.log(distances), np.log(gaps), 1)[0])
+
+
+def of_first_order(order: float) -> Ruling:
+    """Lemma 5.1 and Theorem 5.3: a head near the ideal one loses O(distance). Ours: its square."""
+    return Ruling(order >= 1, f"asked: 1 or more; up to {order:.2f} could be asked")
 
 
 def textbook_upper(logits: Logits, ranks: Sequence[int]) -> PerRank:

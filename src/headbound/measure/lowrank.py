@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from headbound import device, hidden, progress, stats
 from headbound.measure.rules import NOTICEABLE, Ruling
+from headbound.models import Readout
 
 CLAIMED = 1000  # the rank below which heads lose noticeably, by the paper's section 5.1
 Losses = Float[np.ndarray, "ranks tokens"]
@@ -48,12 +49,18 @@ class Examples(NamedTuple):
     texts: np.ndarray
 
 
-def examples(model: nn.Module, input_ids: Int[Tensor, "texts length"]) -> Examples:
-    """Final hidden states of all tokens but each text's last, memory-mapped, and what follows."""
+def examples(
+    model: nn.Module, input_ids: Int[Tensor, "texts length"], readout: Readout | None = None
+) -> Examples:
+    """Final hidden states of all tokens but each text's last, memory-mapped, and what follows.
+
+    With a readout they are what its `matrix` reads: a head with a bias reads a one beside them.
+    """
     states = hidden.store(model, input_ids[:, :-1])
     texts, length, d = states.shape
+    states = states.reshape(-1, d)
     return Examples(
-        hidden_states=states.reshape(-1, d),
+        hidden_states=states if readout is None else readout.inputs(states),
         targets=input_ids[:, 1:].flatten().numpy(),
         texts=np.repeat(np.arange(texts), length),
     )

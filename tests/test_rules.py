@@ -7,7 +7,8 @@ import pytest
 
 from headbound import pythia
 from headbound.measure import rules
-from headbound.measure.saturation import late_rise
+from headbound.measure.saturation import late_change, late_rise
+from headbound.stats import Estimate
 
 UP_TO_160M = ["14M", "31M", "70M", "160M"]
 UP_TO_410M = [*UP_TO_160M, "410M"]
@@ -77,6 +78,28 @@ def test_the_papers_own_curves_reproduce_its_claims(claim):
 @pytest.mark.parametrize("case", COUNTER)
 def test_counter_examples_do_not(case):
     assert COUNTER[case].agrees is False, COUNTER[case].comment
+
+
+def batches(model, task, metric):
+    """The late changes of a model's runs, the large batch's minus the smaller one's."""
+    rows = pythia.evaluations(model=model, shots=5, task=task, metric=metric)
+    small, large = (run for _, run in rows.groupby("batch"))
+    return late_change((large["tokens"], large["value"]), (small["tokens"], small["value"]))
+
+
+def test_the_late_drop_goes_with_the_batch_at_one_width_and_not_in_large_models():
+    narrow = {m: batches(m, "lambada_openai", "acc") for m in ("pythia-70m", "pythia-160m")}
+    assert rules.width_alone(narrow).agrees is False
+    assert all(difference.high < 0 for difference in narrow.values())
+    wide = {m: batches(m, "lambada_openai", "acc") for m in ("pythia-410m", "pythia-1b")}
+    assert rules.width_alone(wide).agrees is True
+    assert rules.width_alone({}).agrees is None
+
+
+def test_a_number_inside_its_interval():
+    assert rules.holds(Estimate(0.08, 0.05, 0.11, 6), 0.08).agrees is True
+    assert rules.holds(Estimate(-0.04, -0.08, -0.01, 6), 0.08).agrees is False
+    assert rules.holds(Estimate(0.04, -0.02, 0.11, 6), 0.08).agrees is None
 
 
 def test_nothing_to_judge_is_no_verdict():

@@ -1,7 +1,7 @@
 """The book's verdict rules: what the paper says, as functions of curves.
 
-Tests run them on the paper's own curves and on counter-examples. Each rule says how far its threshold
-could move before its word changes.
+Tests run them on the paper's own curves and on counter-examples. Each rule says how far its
+threshold could move before its word changes.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from headbound.measure.saturation import SEEN, LateRise, late_rise
+from headbound.stats import Estimate
 
 TENFOLD = 10.0  # an order of magnitude, which is what the paper's spectra rise by
 APART = 0.5  # mean cosine between "nearly isotropic" and "highly anisotropic"
@@ -30,13 +31,10 @@ class Ruling(NamedTuple):
 def loss_rises(rises: Mapping[str, LateRise], small: Collection[str]) -> Ruling:
     """Section 3: the small models' loss rises late in training.
 
-    Each small model's late rise must be seen, and no larger one's. Without a small model, None.
+    Each small model's late rise must be seen, and no larger one's.
     """
-    seen = [name for name, rise in rises.items() if rise.seen]
     strengths = {name: rise.strength for name, rise in rises.items()}
-    comment = "worst late rise over noise: " + _listed(strengths, ".1f")
-    comment += f"; {_room(strengths, SEEN)}"
-    return Ruling(_split(rises, seen, small), comment)
+    return _just_the_small(strengths, SEEN, small, "worst late rise over noise")
 
 
 def spectrum_saturates(entropies: Mapping[str, Curve], small: Collection[str]) -> Ruling:
@@ -49,9 +47,7 @@ def spectrum_saturates(entropies: Mapping[str, Curve], small: Collection[str]) -
     for name, (steps, values) in entropies.items():
         rise = late_rise(steps, values)
         factors[name] = rise.final / rise.least
-    grown = [name for name, factor in factors.items() if factor >= TENFOLD]
-    comment = "end over least: " + _listed(factors, ".3g") + f"; {_room(factors, TENFOLD)}"
-    return Ruling(_split(factors, grown, small), comment)
+    return _just_the_small(factors, TENFOLD, small, "end over least")
 
 
 def last_layers_part(cosines: Mapping[str, float], small: Collection[str]) -> Ruling:
@@ -59,8 +55,7 @@ def last_layers_part(cosines: Mapping[str, float], small: Collection[str]) -> Ru
 
     High is a mean cosine above 0.5.
     """
-    high = [name for name, cosine in cosines.items() if cosine > APART]
-    return Ruling(_split(cosines, high, small), _room(cosines, APART))
+    return _just_the_small(cosines, APART, small, "mean cosine")
 
 
 def rank_costs(ranks: ArrayLike, losses: ArrayLike, up_to: int = 512) -> Ruling:
@@ -100,6 +95,26 @@ def bends_at(errors: ArrayLike, losses: ArrayLike, bend: float = 0.6) -> Ruling:
     return Ruling(bool(steeper >= STEEPER and beyond > 0), comment)
 
 
+def width_alone(differences: Mapping[str, Estimate]) -> Ruling:
+    """Ours: if width alone decided, another batch would leave the late change as it is.
+
+    Not so where the interval of some model's difference between batches excludes zero.
+    """
+    apart = [name for name, e in differences.items() if not e.low <= 0 <= e.high]
+    if not differences:
+        return Ruling(None, "no model with two batches")
+    comment = f"intervals without zero: {', '.join(apart) or 'none'}, of {len(differences)}"
+    return Ruling(not apart, comment)
+
+
+def holds(measured: Estimate, claim: float) -> Ruling:
+    """A number of the paper's lies within the interval; left open where zero does too."""
+    inside = measured.low <= claim <= measured.high
+    if inside and measured.low <= 0 <= measured.high:
+        return Ruling(None, "the interval holds zero as well")
+    return Ruling(bool(inside), "inside the 95 % interval?")
+
+
 def halved(dimensions: ArrayLike, errors: ArrayLike) -> float:
     """The number of dimensions at which a falling W-error is 0.5; NaN if it ends above."""
     error = np.asarray(errors, float)
@@ -108,22 +123,19 @@ def halved(dimensions: ArrayLike, errors: ArrayLike) -> float:
     return float(np.interp(-0.5, -error, np.asarray(dimensions, float)))
 
 
-def _split(models: Collection[str], shown: Collection[str], small: Collection[str]) -> bool | None:
-    """Whether just the small ones of these models show a sign."""
-    asked = set(small) & set(models)
+def _just_the_small(
+    values: Mapping[str, float], threshold: float, small: Collection[str], what: str
+) -> Ruling:
+    """Whether just the small models reach a threshold, and between which values it could lie."""
+    asked = set(small) & set(values)
     if not asked:
-        return None
-    return set(shown) == asked
-
-
-def _room(values: Mapping[str, float], threshold: float) -> str:
-    """Between which two values a threshold could lie without a change."""
-    below = max((v for v in values.values() if v < threshold), default=-np.inf)
-    above = min((v for v in values.values() if v >= threshold), default=np.inf)
-    words = f"the threshold {threshold:g} could lie anywhere"
-    words += f" from {below:.3g}" if np.isfinite(below) else ""
-    return words + (f" to {above:.3g}" if np.isfinite(above) else "")
-
-
-def _listed(values: Mapping[str, float], style: str) -> str:
-    return ", ".join(f"{name} {value:{style}}" for name, value in values.items())
+        return Ruling(None, "none of the claim's models was measured")
+    reached = {name for name, value in values.items() if value >= threshold}
+    below = [value for name, value in values.items() if name not in reached]
+    listed = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+    room = f"the threshold {threshold:g} could lie anywhere"
+    if below:
+        room += f" from {max(below):.3g}"
+    if reached:
+        room += f" to {min(values[name] for name in reached):.3g}"
+    return Ruling(reached == asked, f"{what}: {listed}; {room}")

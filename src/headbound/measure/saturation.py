@@ -7,9 +7,12 @@ from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 from scipy.optimize import isotonic_regression
 from scipy.stats import spearmanr
+from scipy.stats import t as student
+
+from headbound.stats import Estimate
 
 EARLY = 0.1  # share of the training whose climbs and peaks are a beginning, not a late turn
-SEEN = 4.5  # times the noise: one in a hundred level curves has a chance rise as great
+SEEN = 5.0  # times the noise: one in a hundred level curves has a chance rise as great
 PLATEAU = 4.0  # squared noise: a rise at the end below two standard errors is taken as level
 TRUST = 0.03  # residuals, per checkpoint, that the given stderr is worth beside the scatter seen
 RISING = 1e-9  # relative: below it a ratio is rounding
@@ -84,6 +87,31 @@ def together(first: ArrayLike, second: ArrayLike, window: int = 1) -> tuple[floa
     curves = np.array([first, second], float)
     changes = curves[:, window:] - curves[:, :-window]
     return float(spearmanr(*curves).statistic), float(spearmanr(*changes).statistic)
+
+
+def late_change(*curves: tuple[ArrayLike, ArrayLike]) -> Estimate:
+    """Mean value over the last third of training minus that over its middle third.
+
+    Whole thirds are compared, since one last checkpoint is noisy. The interval is Welch's, over
+    checkpoints. Of two curves it gives the first one's change minus the second one's.
+
+    **Arguments:**
+
+    - `curves`: one or two pairs of tokens (or steps) and values.
+    """
+    thirds = []
+    for tokens, values in curves:
+        share = np.asarray(tokens, float) / np.max(tokens)
+        value = np.asarray(values, float)
+        thirds.append(value[share > 2 / 3])
+        thirds.append(value[(share > 1 / 3) & (share <= 2 / 3)])
+    signs = [1, -1, -1, 1]
+    change = float(sum(sign * third.mean() for sign, third in zip(signs, thirds, strict=False)))
+    sizes = np.array([len(third) for third in thirds])
+    variances = np.array([third.var(ddof=1) for third in thirds]) / sizes
+    freedom = variances.sum() ** 2 / (variances**2 / (sizes - 1)).sum()
+    half = float(student.ppf(0.975, freedom) * np.sqrt(variances.sum()))
+    return Estimate(change, change - half, change + half, int(sizes.sum()))
 
 
 class Saturation(NamedTuple):
@@ -217,9 +245,11 @@ def _scatter(y: Float[np.ndarray, " n"], error: Float[np.ndarray, " n"]) -> floa
 
     The lesser of a robust and a root-mean-square estimate.
     """
-    size = np.abs(y[1:-1] - (y[:-2] + y[2:]) / 2)
-    beside = (error[:-2] ** 2 + error[2:] ** 2) / 4
-    z = size / np.sqrt(error[1:-1] ** 2 + beside)
+    before, after = slice(None, -2), slice(2, None)
+    off = y[1:-1] - (y[before] + y[after]) / 2
+    variance = error[1:-1] ** 2
+    variance += (error[before] ** 2 + error[after] ** 2) / 4
+    z = np.abs(off) / np.sqrt(variance)
     robust = np.median(z) / 0.6745
     whole = np.sqrt((z**2).mean())
     return float(min(robust, whole) if robust > 0 else whole)
@@ -233,11 +263,12 @@ def _level_fit(
     free = isotonic_regression(y, weights=weight).x
     allowed = weight @ (y - free) ** 2 + PLATEAU * noise**2
     for start in range(len(y)):
-        rising = isotonic_regression(y[:start], weights=weight[:start]).x if start else y[:0]
-        end = np.average(y[start:], weights=weight[start:])
-        fit = np.append(rising, np.full(len(y) - start, end))
-        monotone = start == 0 or fit[start - 1] <= end
-        if monotone and weight @ (y - fit) ** 2 <= allowed:
+        fit = np.full(len(y), np.average(y[start:], weights=weight[start:]))
+        if start:
+            fit[:start] = isotonic_regression(y[:start], weights=weight[:start]).x
+        monotone = start == 0 or fit[start - 1] <= fit[start]
+        cost = weight @ (y - fit) ** 2
+        if monotone and cost <= allowed:
             return fit
     return free
 
@@ -247,10 +278,13 @@ def _compare(
 ) -> tuple[Float[np.ndarray, " curves"], Float[np.ndarray, " curves"]]:
     """R₀ − R₁ and R₁ of each curve; a peak may lie anywhere."""
     rising = _rising_costs(curves, error)
-    falling = _rising_costs(curves[:, ::-1], error[::-1])[::-1]
+    backwards = _rising_costs(np.flip(curves, 1), np.flip(error))
+    falling = np.flip(backwards, 0)
     peaked = (rising + falling).min(0)
     gained = rising[-1] - peaked
-    return np.where(gained > RISING * rising[-1], gained, 0.0), peaked
+    rounding = gained <= RISING * rising[-1]
+    gained[rounding] = 0.0
+    return gained, peaked
 
 
 def _rising_costs(

@@ -1,7 +1,7 @@
 """A scaling law: how far do small models fall short of what larger ones promise?"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,45 +9,65 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.optimize import least_squares
 
+from headbound import stats
 from headbound.stats import Estimate
 
 Numbers = ArrayLike | float
+Vector = Float[np.ndarray, " checkpoints"]
+
 NAMES = ("A", "alpha", "B", "beta", "E")
 # The constants that the paper keeps from Hoffmann et al.; A and alpha stay free.
 HOFFMANN = {"B": 410.7, "beta": 0.28, "E": 1.69}
-# Where Huber's loss turns from square to linear, in log loss (Hoffmann et al., section D.2).
-DELTA = 1e-3
+# Huber's loss turns from square to linear where a law is off by this much of ln L. Hoffmann et al.
+# take 1e-3; with a handful of models that is a median, whose jackknife can't be trusted.
+DELTA = 1e-2
 # The search goes over ln A, alpha, ln B, beta, ln E.
 LOGARITHMS = np.array([True, False, True, False, True])
 LOWEST = np.array([-20.0, 0.0, -20.0, 0.0, -20.0])
 HIGHEST = np.array([60.0, 3.0, 60.0, 3.0, 5.0])
 STARTS = 30  # drawn from these ranges
 RANGES = np.array([[0, 12], [0.05, 1.5], [0, 12], [0.05, 1.5], [-3, 1]])
+REREADINGS = 100  # of losses with a reading error
 
 
 class Law(NamedTuple):
-    """A fitted law: its constants with intervals, the draws behind them, and how well it fits.
+    """A fitted law: its constants, the fits behind their intervals, and how well it fits.
 
-    `draws` holds the constants of each resample (draws, 5), in the order of `NAMES`.
-    `misfit` is the root mean square of ln(predicted/observed): 0.02 means off by 2 %.
+    - `left_out`: the search's place (ln A, alpha, ln B, beta, ln E) without each model in turn.
+    - `reread`: the same for losses that were read anew, with noise of the reading error.
+    - `misfit`: root mean square of ln(predicted/observed); 0.02 means off by 2 %.
     """
 
-    constants: dict[str, Estimate]
-    draws: Float[np.ndarray, "draws 5"]
+    place: Float[np.ndarray, "5"]
+    left_out: Float[np.ndarray, "models 5"]
+    reread: Float[np.ndarray, "readings 5"]
     misfit: float
 
-    def promise(self, parameters: Numbers, tokens: Numbers) -> Float[np.ndarray, " models"]:
+    @property
+    def constants(self) -> dict[str, Estimate]:
+        """The law's constants by name, with intervals."""
+        found = {}
+        for i, name in enumerate(NAMES):
+            left_out = self.left_out[:, i].tolist()
+            estimate = _interval(float(self.place[i]), left_out, self.reread[:, i].tolist())
+            found[name] = estimate.map(math.exp) if LOGARITHMS[i] else estimate
+        return found
+
+    def promise(self, parameters: Numbers, tokens: Numbers) -> Vector:
         """The losses (nats) that the law has for these numbers of parameters and tokens."""
-        best = [self.constants[name].value for name in NAMES]
-        return _loss(np.array(best), np.atleast_1d(parameters), np.atleast_1d(tokens))
+        return _loss(self.place, np.atleast_1d(parameters), np.atleast_1d(tokens))
 
     def shortfall(self, loss: Numbers, parameters: Numbers, tokens: Numbers) -> Estimate:
         """By what fraction losses (nats) exceed the law's, on average (0.08: 8 % above it)."""
-        losses, n, t = (np.atleast_1d(values) for values in (loss, parameters, tokens))
-        value = np.mean(losses / self.promise(n, t) - 1)
-        resampled = [np.mean(losses / _loss(draw, n, t) - 1) for draw in self.draws]
-        low, high = np.nanquantile(resampled, [0.025, 0.975])
-        return Estimate(float(value), float(low), float(high), self.constants["A"].n)
+        losses = np.atleast_1d(loss)
+        n = np.atleast_1d(parameters)
+        t = np.atleast_1d(tokens)
+
+        def above(place: np.ndarray) -> float:
+            return float(np.mean(losses / _loss(place, n, t))) - 1
+
+        left_out = [above(place) for place in self.left_out]
+        return _interval(above(self.place), left_out, [above(place) for place in self.reread])
 
 
 def fit(
@@ -58,22 +78,21 @@ def fit(
     *,
     fixed: Mapping[str, float] | None = None,
     error: float = 0.0,
-    resamples: int = 200,
     seed: int = 0,
 ) -> Law:
-    r"""Fit the law by Huber's loss on ln L, from many starts.
+    """Fit the law by Huber's loss on ln L, from many starts.
 
         L(N, T) = A/N^alpha + B/T^beta + E
 
-    The bootstrap draws models, since the checkpoints of one model are not independent.
+    Intervals are jackknifes over models, since the checkpoints of one model are not independent.
 
     **Arguments:**
 
     - `parameters`, `tokens`, `losses`: N, T and L (nats) of each checkpoint, (checkpoints,).
     - `models`: which model each checkpoint is of. None: those with one N are one model.
     - `fixed`: constants to keep, by name. `HOFFMANN` is the paper's way; None fits all five.
-    - `error`: standard error of each loss (nats), such as that of reading a figure. Every resample
-      adds noise of this size.
+    - `error`: standard error of each loss (nats), such as that of reading a figure. It widens the
+      intervals.
 
     **Returns:** a `Law`; `n` of its estimates counts models.
 
@@ -83,27 +102,22 @@ def fit(
     **Source:** Hoffmann et al. 2022, equations 2 and 3; Godey et al. 2024, section 3.
     """
     data = _checked(parameters, tokens, losses)
-    _, member = np.unique(data[0] if models is None else np.asarray(models), return_inverse=True)
-    count = len(np.unique(member))
-    if count < 3:
-        raise ValueError(f"{count} models: a scaling law needs three or more; give more sizes")
+    member = data[0] if models is None else np.asarray(models)
+    names = np.unique(member)
+    if len(names) < 3:
+        raise ValueError(f"{len(names)} models: a scaling law needs three or more; give more sizes")
     kept = _kept(fixed or {})
     rng = np.random.default_rng(seed)
-    best = _minimum(rng.uniform(*RANGES.T, size=(STARTS, 5)), kept, data)
-    if best is None:
-        raise RuntimeError(f"the scaling law did not converge from any of {STARTS} starts")
-    draws = np.full((resamples, 5), np.nan)
-    for draw in draws:
-        chosen = _resample(member, count, rng)
-        drawn = data[:, chosen]
-        drawn[2] += error * rng.standard_normal(len(chosen))
-        found = _minimum(best[None], kept, drawn)
-        if found is not None:
-            draw[:] = _constants(found)
-    _check_lost(draws)
-    residual = np.log(_loss(_constants(best), data[0], data[1]) / data[2])
-    estimates = _estimates(_constants(best), draws, count)
-    return Law(estimates, draws, math.sqrt((residual**2).mean()))
+    place = _minimum(rng.uniform(*RANGES.T, size=(STARTS, 5)), kept, data)
+    left_out = [_minimum(place[None], kept, data[:, member != name]) for name in names]
+    readings = []
+    for _ in range(REREADINGS if error else 0):
+        reread = data.copy()
+        reread[2] += error * rng.standard_normal(len(member))
+        readings.append(_minimum(place[None], kept, reread))
+    residual = np.log(_loss(place, data[0], data[1]) / data[2])
+    misfit = math.sqrt(np.mean(residual**2))
+    return Law(place, np.array(left_out), np.array(readings).reshape(-1, 5), misfit)
 
 
 def _checked(parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike) -> np.ndarray:
@@ -122,28 +136,40 @@ def _checked(parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike) -> np.
 
 def _kept(fixed: Mapping[str, float]) -> np.ndarray:
     """The fixed constants as the search has them, NaN where a constant is free."""
-    if unknown := set(fixed) - set(NAMES):
+    unknown = set(fixed) - set(NAMES)
+    if unknown:
         raise ValueError(f"fixed = {sorted(unknown)}: the law's constants are {', '.join(NAMES)}")
-    kept = np.array([fixed.get(name, np.nan) for name in NAMES], float)
-    kept[LOGARITHMS] = np.log(kept[LOGARITHMS])
+    kept = np.full(5, np.nan)
+    for i, name in enumerate(NAMES):
+        if name in fixed:
+            kept[i] = math.log(fixed[name]) if LOGARITHMS[i] else fixed[name]
     return kept
 
 
-def _minimum(begin: np.ndarray, kept: np.ndarray, data: np.ndarray) -> np.ndarray | None:
-    """The best of the fits that begin at these points; None where none converges."""
+def _minimum(begin: np.ndarray, kept: np.ndarray, data: np.ndarray) -> np.ndarray:
+    """The best of the fits that begin at these places."""
     free = np.isnan(kept)
     n, t, losses = data
 
-    def misfit(values: np.ndarray) -> np.ndarray:
+    def whole(values: np.ndarray) -> np.ndarray:
         place = kept.copy()
         place[free] = values
-        return np.log(_loss(_constants(place), n, t) / losses)
+        return place
+
+    def misfit(values: np.ndarray) -> np.ndarray:
+        return np.log(_loss(whole(values), n, t) / losses)
+
+    def slopes(values: np.ndarray) -> np.ndarray:
+        size, text, rest = _terms(whole(values), n, t)
+        columns = [size, -size * np.log(n), text, -text * np.log(t), rest]
+        return (np.array(columns) / (size + text + rest))[free].T
 
     fits = []
     for start in begin:
         found = least_squares(
             misfit,
             np.clip(start, LOWEST, HIGHEST)[free],
+            slopes,
             bounds=(LOWEST[free], HIGHEST[free]),
             loss="huber",
             f_scale=DELTA,
@@ -152,42 +178,27 @@ def _minimum(begin: np.ndarray, kept: np.ndarray, data: np.ndarray) -> np.ndarra
         if found.success and np.isfinite(found.cost):
             fits.append(found)
     if not fits:
-        return None
+        raise RuntimeError(f"the scaling law did not converge from any of {len(begin)} starts")
     best = kept.copy()
     best[free] = min(fits, key=lambda found: found.cost).x
     return best
 
 
-def _resample(member: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Places of the checkpoints of models drawn with replacement, two different ones at least."""
-    chosen = np.zeros(count, int)
-    while len(np.unique(chosen)) < 2:  # one model alone has no slope in N
-        chosen = rng.integers(count, size=count)
-    return np.concatenate([np.flatnonzero(member == model) for model in chosen])
+def _interval(value: float, left_out: Sequence[float], reread: Sequence[float]) -> Estimate:
+    """A jackknife's 95 % interval over models, widened by the error of reading."""
+    jackknifed = stats.jackknife(left_out, value)
+    reading = 1.96 * float(np.std(reread)) if reread else 0.0
+    half = math.hypot(jackknifed.high - value, reading)
+    return Estimate(value, value - half, value + half, jackknifed.n)
 
 
-def _check_lost(draws: np.ndarray) -> None:
-    lost = float(np.isnan(draws[:, 0]).mean()) if len(draws) else 0.0
-    if lost > 0.1:
-        raise RuntimeError(
-            f"{lost:.0%} of the bootstrap's fits did not converge; fix a constant or add models"
-        )
+def _loss(place: np.ndarray, parameters: np.ndarray, tokens: np.ndarray) -> Vector:
+    return sum(_terms(place, parameters, tokens))
 
 
-def _estimates(best: np.ndarray, draws: np.ndarray, count: int) -> dict[str, Estimate]:
-    if len(draws):
-        low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
-    else:
-        low = high = np.full(5, np.nan)
-    found = zip(NAMES, best, low, high, strict=True)
-    return {name: Estimate(float(v), float(a), float(b), count) for name, v, a, b in found}
-
-
-def _constants(place: np.ndarray) -> np.ndarray:
-    """A, alpha, B, beta, E of a point of the search."""
-    return np.where(LOGARITHMS, np.exp(np.where(LOGARITHMS, place, 0.0)), place)
-
-
-def _loss(constants: np.ndarray, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    A, alpha, B, beta, E = constants
-    return A / parameters**alpha + B / tokens**beta + E
+def _terms(place: np.ndarray, parameters: np.ndarray, tokens: np.ndarray) -> list[Vector]:
+    """The three terms of the law, (checkpoints,) each."""
+    log_A, alpha, log_B, beta, log_E = place
+    size = np.exp(log_A - alpha * np.log(parameters))
+    text = np.exp(log_B - beta * np.log(tokens))
+    return [size, text, np.full(len(size), np.exp(log_E))]

@@ -354,12 +354,10 @@ def rank_or_share(
 def rank_decides(difference: stats.Estimate) -> Ruling:
     """Section 5.1: a rank costs the same "regardless of the model size".
 
-    The interval of `rank_or_share` must lie above 0. None if it holds 0.
+    The interval of `rank_or_share` must lie above 0; below, it is refused. None if it holds 0.
     """
-    comment = "agrees if the interval lies above 0, whatever the tolerance"
-    if difference.low > 0:
-        return Ruling(agrees=True, comment=comment)
-    return Ruling(False if difference.high < 0 else None, comment)
+    agrees = True if difference.low > 0 else False if difference.high < 0 else None
+    return Ruling(agrees, "agrees if the interval lies above 0; short training favours that")
 
 
 def _of_excess(

@@ -1,7 +1,8 @@
-"""What every chapter says of itself: its parameters, its findings beside the paper's, its provenance."""
+"""What every chapter says of itself: its findings beside the paper's, its answer, its origin."""
 
 import ast
 import hashlib
+import html
 import math
 import os
 import platform
@@ -10,8 +11,9 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,27 +22,22 @@ from pandas.io.formats.style import Styler
 
 from companion import figures
 from companion.figures import draw, plot, show
+from companion.words import VERDICTS, Estimate, markdown, number, visible
 
-__all__ = ["Finding", "Run", "begin", "draw", "end", "findings", "plot", "say", "show", "table"]
-
-VERDICTS = ("reproduced", "consistent", "not reproduced", "not testable here")
-PACKAGES = ("torch", "transformers", "numpy", "scipy")  # named in the provenance where installed
-
-
-@runtime_checkable
-class Estimate(Protocol):
-    """Anything that has a value, an interval and a sample size."""
-
-    value: float
-    low: float
-    high: float
-    n: int
+__all__ = ["VERDICTS", "Finding", "Run", "answer", "begin", "draw", "end", "findings"]
+__all__ += ["markdown", "number", "plot", "say", "show", "table"]
 
 
 class Run(NamedTuple):
-    """One execution of a notebook: its parameters and when it began (seconds since the epoch)."""
+    """One execution of a notebook.
+
+    - `parameters`: the names that its parameters cell sets.
+    - `packages`: what it imports, and the versions.
+    - `started`: seconds since the epoch.
+    """
 
     parameters: dict[str, Any]
+    packages: dict[str, str]
     started: float
 
 
@@ -51,7 +48,7 @@ class Finding(NamedTuple):
     - `paper` is what the paper says, in words, or `not given`.
     - `agrees` is what a tested rule says; None where this scale can't tell.
     - `comment` says how the rule decides, and how far its threshold could move.
-    - `one_of_many`: the paper's claim is about many models and this is one, so it can at best be
+    - `one_of_many`: the paper's claim is about many models and this is one. It can at best be
       consistent.
     """
 
@@ -76,15 +73,13 @@ class Finding(NamedTuple):
 def begin(namespace: Mapping[str, Any]) -> Run:
     """Start a chapter: seed every generator and set the style of figures.
 
-    The parameters are the names that the cells before this one set to plain values. What a start-up
-    file of the
-    reader's has set is none.
+    The parameters are the names that the cells before this one set to plain values.
+    A name that a start-up file of the reader's has set is no parameter.
 
     **Arguments:**
 
-    - `namespace`: the notebook's `globals()`, right after its parameters cell and imports. It must
-      hold `seed` and
-      `preset`.
+    - `namespace`: the notebook's `globals()`, right after its parameters cell and its imports.
+      It must hold `seed` and `preset`.
 
     **Raises:** `ValueError` if `seed` or `preset` is missing or of the wrong type.
     """
@@ -103,7 +98,7 @@ def begin(namespace: Mapping[str, Any]) -> Run:
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
     figures.use_style()
-    return Run(parameters, time.time())
+    return Run(parameters, _packages(namespace), time.time())
 
 
 def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,9 +126,27 @@ def _assigned(cells: Sequence[str]) -> list[str]:
     return list(names)
 
 
+def _packages(namespace: Mapping[str, Any]) -> dict[str, str]:
+    modules = [value for value in namespace.values() if isinstance(value, ModuleType)]
+    names = {module.__name__.split(".")[0] for module in modules}
+    names |= {"torch", "transformers", "numpy", "scipy"} & sys.modules.keys()
+    versions = {}
+    for name in sorted(names):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # of the standard library, or named otherwise
+            continue
+    return versions
+
+
 def say(words: str) -> None:
-    """Show computed sentences (Markdown)."""
+    """Show computed sentences (Markdown); `markdown` makes text from elsewhere safe in them."""
     display(Markdown(words))
+
+
+def answer(words: str) -> None:
+    """Show the computed answer to the chapter's question (Markdown); the start page has it too."""
+    display(Markdown(words), metadata={"companion": {"answer": words}})
 
 
 def table(frame: pd.DataFrame, caption: str, digits: int = 4) -> None:
@@ -143,13 +156,13 @@ def table(frame: pd.DataFrame, caption: str, digits: int = 4) -> None:
     """
 
     def words(cell: Any) -> str:
-        return f"{cell:.{digits}g}" if isinstance(cell, float) else str(cell)
+        return f"{cell:.{digits}g}" if isinstance(cell, float) else visible(cell)
 
     display(_styled(frame, caption).format(words, escape="html"))
 
 
 def findings(rows: Sequence[Finding]) -> None:
-    """Show a chapter's numbers beside the paper's, and keep them for the pages that collect them."""
+    """Show a chapter's numbers beside the paper's; the pages that collect them have them too."""
     frame = pd.DataFrame(
         [(r.quantity, r.paper, number(r.measured), r.verdict, r.comment) for r in rows],
         columns=["quantity", "the paper", "measured here", "verdict", "comment"],
@@ -165,19 +178,19 @@ def findings(rows: Sequence[Finding]) -> None:
         }
         for r in rows
     ]
-    shown = _styled(frame, "This chapter's findings").format(str, escape="html")
+    shown = _styled(frame, "This chapter's findings").format(visible, escape="html")
     display(shown, metadata={"companion": {"findings": kept}})
 
 
-def end(run: Run, samples: Mapping[str, int | str], package: str = "headbound") -> None:
-    """Close a chapter with its provenance: preset, seed, versions, device, run time, memory, sample sizes."""
+def end(run: Run, samples: Mapping[str, int | str]) -> None:
+    """Close a chapter with its provenance: preset, seed, versions, device, memory, samples."""
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     rows = {
         "preset": run.parameters["preset"],
         "seed": run.parameters["seed"],
-        **{name: version(name) for name in (package, *PACKAGES)},
         "Python": platform.python_version(),
+        **run.packages,
         "device": _device(),
         "CPU cores": os.cpu_count(),
         "run time": f"{time.time() - run.started:.0f} s",
@@ -186,20 +199,9 @@ def end(run: Run, samples: Mapping[str, int | str], package: str = "headbound") 
     }
     kept = {k: str(v) for k, v in rows.items()}
     frame = pd.DataFrame(kept.items(), columns=["what", "value"])
-    shown = _styled(frame, "How this page was made").format(str, escape="html")
-    display(shown, metadata={"companion": {"provenance": kept}})
-
-
-def number(value: Estimate | float | str | None) -> str:
-    """A number as the whole book prints it: with its interval and sample size where it has them."""
-    if value is None:
-        return "unknown"
-    if isinstance(value, Estimate):
-        scale = max(abs(value.value), abs(value.high - value.low), 1e-12)
-        digits = max(0, 2 - math.floor(math.log10(scale))) if math.isfinite(scale) else 3
-        low, high = f"{value.low:.{digits}f}", f"{value.high:.{digits}f}"
-        return f"{value.value:.{digits}f} [{low}, {high}] (n = {value.n:,})"
-    return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
+    shown = _styled(frame, "How this page was made").format(visible, escape="html")
+    about = {"provenance": kept, "packages": run.packages}
+    display(shown, metadata={"companion": about})
 
 
 def _device() -> str:
@@ -210,15 +212,11 @@ def _device() -> str:
 
 
 def _styled(frame: pd.DataFrame, caption: str) -> Styler:
-    # pandas draws the table's id at random; one that follows from the content keeps equal runs
-    # equal.
+    # pandas draws a table's id at random. One that follows from the content keeps equal runs equal.
     content = hashlib.sha256(f"{caption}{frame.to_csv()}".encode()).hexdigest()[:8]
     styler = Styler(frame, uuid=content, uuid_len=8, cell_ids=False)
-    return styler.set_caption(_escaped(caption)).hide(axis="index")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    styler.set_caption(html.escape(visible(caption))).hide(axis="index")
+    return styler.format_index(visible, axis="columns", escape="html")
 
 
 def _plain(value: Any) -> Any:

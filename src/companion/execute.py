@@ -74,7 +74,7 @@ def describe_figures(notebook: nbformat.NotebookNode) -> None:
     """Move captions and alt texts from the outputs, where code computed them, to where myst-nb reads them."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            about = output.get("metadata", {}).get("headbound", {})
+            about = output.get("metadata", {}).get("companion", {})
             if "alt" in about:
                 figure = {"caption": about["caption"], "name": about["name"]}
                 cell.metadata["mystnb"] = {"figure": figure, "image": {"alt": about["alt"]}}
@@ -108,7 +108,7 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
         describe_figures(content)
         source = source_hash(nbformat.read(notebook, as_version=4))
         made = {"preset": preset, "source": source, "commit": commit()}
-        content.metadata["headbound"] = {**content.metadata.get("headbound", {}), **made}
+        content.metadata["companion"] = {**content.metadata.get("companion", {}), **made}
         nbformat.write(content, finished)
         finished.replace(output)
 

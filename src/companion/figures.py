@@ -1,16 +1,22 @@
 """The figures of a book: one verb for what most of them are, and what every figure must say."""
 
 import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from cycler import cycler
 from IPython.display import display
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+
+from companion.words import visible
 
 # Each has a contrast of 4.5 : 1 or more on white, and all differ for the colour-blind.
 COLORS = ["#0b4f99", "#b34700", "#00705a", "#8f2d7a", "#5c5c00", "#333333"]
@@ -18,6 +24,7 @@ MARKERS = ["o", "s", "^", "D", "v", "P"]
 DASHES = [(1, 0), (5, 2), (1.5, 1.5), (7, 2, 2, 2), (3, 1), (1, 1, 4, 1)]
 CITED = "#6b6b6b"
 MOST_CURVES = 6
+LABEL = 40  # characters of a name in a figure; its table has the whole
 
 
 class Look(TypedDict, total=False):
@@ -39,6 +46,8 @@ class Look(TypedDict, total=False):
 
 def use_style() -> None:
     """Set seaborn up for the book: a white grid, and colours that are read on it."""
+    # A name in a script that the font lacks shows boxes; the caption has it whole.
+    warnings.filterwarnings("ignore", "Glyph .* missing from")
     sns.set_theme(context="notebook", style="whitegrid", palette=COLORS)
     plt.rcParams.update(
         {
@@ -83,8 +92,8 @@ def plot(
     **Raises:** `ValueError` for a column that is not there, more than six curves, or no row.
     """
     fig = draw(frame, x, y, by=by, panels=panels, **look)
-    kind = look.get("kind", "line")
-    caption, alt = _words(frame, x, y, by, panels, kind)
+    caption = _caption(frame, x, y, by, look.get("kind", "line"))
+    alt = _alt(frame, x, y, by, panels, look.get("kind", "line"))
     show(fig, name, f"{caption} {see}.", f"{alt} {see}.")
 
 
@@ -97,8 +106,9 @@ def draw(
     panels: str | None = None,
     **look: Unpack[Look],
 ) -> Figure:
-    """The figure that `plot` shows, for a chapter that adds something special before it calls `show`."""
+    """The figure that `plot` shows, for a chapter that adds something before it calls `show`."""
     _check(frame, x, y, by, panels)
+    frame = _labelled(frame, [x, y, by, panels])
     parts = [("", frame)]
     if panels:
         parts = list(frame.groupby(panels, sort=False))
@@ -122,15 +132,41 @@ def show(fig: Figure, name: str, caption: str, alt: str) -> None:
     - `caption`: what is drawn and what to see in it; it may be computed.
     - `alt`: the shape and the one thing to see, for those who can't see it; it may be computed.
 
-    **Raises:** `ValueError` if a text is missing: the book has no figure without alt text.
+    What would keep a reader from seeing it is kept with it: the weakest contrast of its lines, and
+    its columns of panels.
+
+    **Raises:** `ValueError` if a text is missing, or the name is none.
     """
-    for field, text in {"name": name, "caption": caption, "alt": alt}.items():
-        if not text.strip():
+    texts = {"name": name, "caption": visible(caption), "alt": visible(alt)}
+    for field, text in texts.items():
+        if not text:
             raise ValueError(
                 f"{field} = {text!r}: a figure needs a name, a caption and an alt text"
             )
-    display(fig, metadata={"companion": {"name": name, "caption": caption, "alt": alt}})
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"name = {name!r}: must be letters, digits and hyphens, like fig-loss")
+    seen = {"contrast": round(contrast(fig), 2), "columns": _columns(fig)}
+    display(fig, metadata={"companion": {**texts, **seen}})
     plt.close(fig)
+
+
+def contrast(fig: Figure) -> float:
+    """The weakest contrast on white of a figure's lines and points, as WCAG defines it: 1 to 21."""
+    colours = [line.get_color() for ax in fig.axes for line in ax.lines]
+    ratios = [1.05 / (_luminance(colour) + 0.05) for colour in colours]
+    return min(ratios, default=21.0)
+
+
+def _luminance(colour: Any) -> float:
+    parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return float(np.dot([0.2126, 0.7152, 0.0722], parts))
+
+
+def _columns(fig: Figure) -> int:
+    """How many panels stand side by side; bars of colours are none."""
+    panels = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
+    starts = {round(ax.get_position().x0, 1) for ax in panels}
+    return len(starts)
 
 
 def _check(frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | None) -> None:
@@ -146,6 +182,25 @@ def _check(frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | No
         raise ValueError(
             f"{own[by].nunique()} curves by {by!r}: show {MOST_CURVES} at most, or use panels"
         )
+
+
+def _labelled(frame: pd.DataFrame, columns: Sequence[str | None]) -> pd.DataFrame:
+    """The frame with names that fit into a figure, whatever they hold; equal names stay apart."""
+    frame = frame.copy()
+    for column in {column for column in columns if column}:
+        if pd.api.types.is_numeric_dtype(frame[column]):
+            continue
+        labels: dict[Any, str] = {}
+        for name in dict.fromkeys(frame[column]):
+            label = visible(name)
+            if len(label) > LABEL:
+                label = f"{label[: LABEL // 2]}…{label[-LABEL // 2 :]}"
+            if label.startswith("_"):  # matplotlib would leave it out of the legend
+                label = f" {label}"
+            same = sum(known.startswith(label) for known in labels.values())
+            labels[name] = f"{label} ({same + 1})" if label in labels.values() else label
+        frame[column] = frame[column].map(labels)
+    return frame
 
 
 def _cited(frame: pd.DataFrame) -> "pd.Series[bool]":
@@ -215,12 +270,20 @@ def _lines_cited(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) 
 
 
 def _dots(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
+    keys = _order(frame, by)
+    width = 0.4 if len(keys) > 1 else 0.0
+    style = {"markers": MARKERS[: len(keys)], "palette": COLORS[: len(keys)]} if by else {}
     sns.pointplot(
-        frame, x=x, y=y, hue=by, ax=ax, errorbar=None, linestyle="none", dodge=0.4 if by else False
+        frame, x=x, y=y, hue=by, ax=ax, errorbar=None, linestyle="none", dodge=width, **style
     )
-    if {"low", "high"} <= set(frame) and by is None:
-        places = range(len(frame))
-        ax.hlines(places, frame["low"], frame["high"], color=COLORS[0], lw=2)
+    if not {"low", "high"} <= set(frame):
+        return
+    rows = _order(frame, y)
+    shifts = np.linspace(-width / 2, width / 2, len(keys))
+    for key, shift, color in zip(keys, shifts, COLORS[: len(keys)], strict=True):
+        part = frame if by is None else frame[frame[by] == key]
+        places = [rows.index(row) + shift for row in part[y]]
+        ax.hlines(places, part["low"], part["high"], color=color, lw=2)
 
 
 def _bars(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
@@ -240,26 +303,31 @@ def power(value: float, _place: int = 0) -> str:
     return f"10{digits}"
 
 
-def _words(
-    frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | None, kind: str
-) -> tuple[str, str]:
-    """What is drawn: for the caption, and for the alt text."""
-    cited = _cited(frame)
-    curves = len(_order(frame[~cited], by)) if (~cited).any() else 0
-    shapes = {"line": "line", "dot": "point", "bar": "bar", "heat": "field"}
-    shape = shapes[kind]
+def _caption(frame: pd.DataFrame, x: str, y: str, by: str | None, kind: str) -> str:
+    """What is drawn, in one sentence."""
     caption = f"{y[:1].upper()}{y[1:]} against {x}"
     if by:
-        caption += f", a {shape} for each {by}" if kind == "line" else f", by {by}"
-    caption += "."
+        caption += f", a line for each {by}" if kind == "line" else f", by {by}"
+    notes = []
     if {"low", "high"} <= set(frame):
-        bands = "Bands" if kind == "line" else "Bars"
-        caption += f" {bands}: 95 % intervals."
-    if cited.any():
-        caption += " Grey: cited, not computed here."
+        notes.append(f"{'bands' if kind == 'line' else 'bars'} are 95 % intervals")
+    if _cited(frame).any():
+        notes.append("grey is cited, not computed here")
+    return f"{caption} ({'; '.join(notes)})." if notes else f"{caption}."
+
+
+def _alt(frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | None, kind: str) -> str:
+    """The shape of what is drawn, in one sentence."""
+    cited = _cited(frame)
+    own = frame[~cited]
+    shape = {"line": "line", "dot": "point", "bar": "bar", "heat": "cell"}[kind]
+    curves = len(own)
+    if kind == "line":
+        curves = len(_order(own, by)) if len(own) else 0
     alt = f"{curves} {shape}{'' if curves == 1 else 's'} of {y} against {x}"
     if panels:
         alt += f" in {frame[panels].nunique()} panels"
     if cited.any():
-        alt += f", beside {len(_order(frame[cited], by))} cited in grey"
-    return caption, f"{alt}."
+        count = len(_order(frame[cited], by))
+        alt += f", beside {count} cited in grey"
+    return f"{alt}."

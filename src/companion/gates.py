@@ -13,7 +13,7 @@ def faults(executed: Path, notebook: Path) -> list[str]:
     found = []
     if content.metadata.get("papermill", {}).get("exception"):
         found.append("papermill recorded an exception")
-    if content.metadata.get("headbound", {}).get("source") != source_hash(
+    if content.metadata.get("companion", {}).get("source") != source_hash(
         nbformat.read(notebook, as_version=4)
     ):
         found.append("stale: the notebook has changed since it was executed")
@@ -33,8 +33,8 @@ def _output_faults(output: nbformat.NotebookNode) -> list[str]:
             f"text on standard error: {output.text.strip().splitlines()[0] if output.text.strip() else ''}"
         ]
     if any(kind.startswith("image/") for kind in output.get("data", {})):
-        alt = output.metadata.get("headbound", {}).get("alt", "")
+        alt = output.metadata.get("companion", {}).get("alt", "")
         return (
-            [] if alt.strip() else ["a figure without alt text; show it with headbound.plot.show"]
+            [] if alt.strip() else ["a figure without alt text; show it with companion.chapter.show"]
         )
     return []

@@ -104,7 +104,7 @@ def told(name: str, found: dict[str, Any]) -> pd.DataFrame:
 
 
 def cited() -> pd.DataFrame:
-    """The paper's own models: the end of Figure 5, the last layers of Figure 2, half ranks of 6b."""
+    """The paper's models: the end of Figure 5, the last layers of Figure 2, half ranks of 6b."""
     rows = []
     for figure, quantity in {
         "5": "singular entropy of the head (nats)",

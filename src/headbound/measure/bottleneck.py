@@ -235,7 +235,8 @@ def references(fingerprint: str = "", perplexity: float = 0.0) -> pd.DataFrame:
 def places(known: pd.DataFrame, mine: Mapping[str, stats.Estimate | float]) -> pd.DataFrame:
     """Where numbers lie among those of `references`, in words: how many have less, and the nearest.
 
-    >>> known = pd.DataFrame({"reference": ["a", "b"], "verdict": "", "quantity": "x", "value": [1, 3]})
+    >>> known = pd.DataFrame({"reference": ["a", "b"], "verdict": "", "quantity": "x"})
+    >>> known["value"] = [1, 3]
     >>> places(known, {"x": 2.0}).loc[0, ["known models", "neighbours"]].tolist()
     ['1 of 2', 'above a (1), below b (3)']
     """

@@ -5,8 +5,7 @@ the target's unit vector. The hidden state under the head W (V × d) receives W�
 is orthogonal to W's columns is lost on the way.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from headbound import device, progress, stats
 from headbound.measure.lowrank import Examples
 from headbound.measure.spectrum import ROWS
 
+LARGE = 100_000  # symbols from which the repetition is said to be unlearnable
 NOISE = 1e-12  # a squared singular value below this share of their sum is rounding
 Logits = Callable[[Tensor], Tensor] | None
 
@@ -95,7 +95,7 @@ def orthonormal(weight: Float[Tensor, "vocab d"]) -> Float64[Tensor, "d rank"]:
 
 @torch.inference_mode()
 def singular_values(
-    data: Examples, weight: Float[Tensor, "vocab d"], logits: Logits = None, block: int = 512
+    data: Examples, weight: Float[Tensor, "vocab d"], logits: Logits = None, block: int = 768
 ) -> Float64[np.ndarray, " tokens"]:
     """Singular values of G (tokens × V), the largest first, from G Gᵀ: for a few thousand tokens.
 
@@ -109,29 +109,42 @@ def singular_values(
         for there in _blocks(data, block):
             if there.start > here.start:
                 break
-            others = _gradient(data, there, weight, logits)
+            others = g if there == here else _gradient(data, there, weight, logits)
             products[here, there] = (g @ others.T).cpu()
     squares = np.linalg.eigvalsh(products, "L")
     return np.sqrt(squares[::-1].clip(0))
 
 
-def circle(
-    vocab: int, loss: float
-) -> tuple[Float64[Tensor, "vocab 2"], Float64[Tensor, "vocab 2"]]:
-    """States and a head of rank 2 that say "this token again", at a loss of at most `loss` nats.
+def lost(share: stats.Estimate) -> dict[str, stats.Estimate]:
+    """Three readings of what is lost where the share κ of the squared norm is kept.
 
-    Token v of the head lies on the unit circle at the angle 2πv/V; its state is s times as long.
-    The target's logit leads by m = s (1 − cos 2π/V), and (V − 1) e^(−m) = `loss`.
-
-    >>> states, head = circle(vocab=5, loss=0.01)
-    >>> (states @ head.T).argmax(1).tolist()
-    [0, 1, 2, 3, 4]
+    >>> readings = lost(stats.Estimate(0.04, 0.01, 0.09, 48))
+    >>> [round(reading.value, 2) for reading in readings.values()]
+    [0.96, 0.8, 0.98]
     """
-    angles = 2 * math.pi * torch.arange(vocab, dtype=torch.float64) / vocab
-    head = torch.stack([angles.cos(), angles.sin()], 1)
-    lead = math.log((vocab - 1) / loss)
-    scale = lead / (2 * math.sin(math.pi / vocab) ** 2)
-    return scale * head, head
+    readings = {
+        "1 − κ, of the squared norm": lambda kept: 1 - kept,
+        "1 − √κ, how much shorter the norm gets": lambda kept: 1 - kept**0.5,
+        "√(1 − κ), the norm of what is lost": lambda kept: (1 - kept) ** 0.5,
+    }
+    ends = [share.value, share.high, share.low]  # more kept is less lost
+    return {name: stats.Estimate(*map(f, ends), share.n) for name, f in readings.items()}
+
+
+def as_claimed(loss: stats.Estimate, low: float = 0.945, high: float = 0.995) -> bool | None:
+    """Is it 95 to 99 %, as rounded? None where the interval crosses an end."""
+    if low <= loss.low and loss.high <= high:
+        return True
+    return False if loss.high < low or loss.low > high else None
+
+
+def unlearnable(same_head: Mapping[str, stats.Estimate], vocab: int) -> bool | None:
+    """Does no way of training a head learn the repetition? None at a vocabulary too small to say.
+
+    A way has learned it if surely 99 % of the tokens are right.
+    """
+    learned = [name for name, share in same_head.items() if share.low > 0.99]
+    return not learned if vocab >= LARGE else None
 
 
 def _gradient(data: Examples, here: slice, weight: Tensor, logits: Logits) -> Tensor:

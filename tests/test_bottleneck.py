@@ -29,7 +29,7 @@ PARAGRAPHS = [" ".join(WORDS[i : i + 500]) for i in range(0, len(WORDS), 500)]
 def planted(
     useful: int, seed: int = 0, d: int = 16, vocab: int = 60
 ) -> tuple[lowrank.Examples, lowrank.Examples, lowrank.Head]:
-    """States of which `useful` dimensions decide the next token, in two parts, and the head that decides so."""
+    """States of which `useful` dimensions decide the next token, in two parts, and the head."""
     rng = np.random.default_rng(seed)
     A = torch.from_numpy(rng.standard_normal((vocab, d)) * (np.arange(d) < useful)).float()
     states = rng.standard_normal((9000, d)).astype(np.float32)
@@ -185,7 +185,7 @@ def test_the_target_rank_says_what_it_reduced():
     counts = np.bincount(np.concatenate(tokenizer(PARAGRAPHS)["input_ids"]))
     assert read == counts.sum()
     assert merged == pytest.approx(1 - np.sort(counts)[-23:].sum() / counts.sum())
-    # Words drawn one by one: within a word its letters follow each other, between words nothing does.
+    # Words drawn one by one: letters of a word follow each other, between words nothing does.
     assert 1 <= rank.value <= 24
     assert rank.n == 3
 

@@ -26,7 +26,7 @@ def logit_gradient(data, weight):
 
 @st.composite
 def cases(draw):
-    """Heads of any rank, tiny or huge, columns of unequal scale; one token or several; logits up to 1e5."""
+    """Heads of any rank, tiny or huge, with unequal columns; a token or more; logits up to 1e5."""
     vocab, d, tokens = draw(st.integers(2, 60)), draw(st.integers(1, 12)), draw(st.integers(1, 20))
     rank = draw(st.integers(0, min(vocab, d)))
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
@@ -154,7 +154,7 @@ def test_bad_input(change, message):
 @given(st.data())
 @settings(max_examples=30)
 def test_no_step_moves_the_logits_by_more_than_rank_2d(data):
-    """(H + ΔH)(W + ΔW)ᵀ − H Wᵀ, the second-order term in it: rank at most 2d, and 2d for generic steps."""
+    """(H + ΔH)(W + ΔW)ᵀ − H Wᵀ has rank 2d at most, and 2d for generic steps."""
     d, seed = data.draw(st.integers(1, 5)), data.draw(st.integers(0, 10**6))
     tokens, vocab = data.draw(st.integers(1, 24)), data.draw(st.integers(2, 24))
     rng = np.random.default_rng(seed)
@@ -180,13 +180,13 @@ def test_a_soft_cap_changes_the_gradient_and_not_the_projection():
     def capped(states):
         return 2 * torch.tanh(states @ weight.T / 2)
 
-    found = gradients.share_kept(data, weight, capped, block=5)
+    found = gradients.share_kept(data, weight, 5, capped)
     p = torch.softmax(capped(torch.tensor(data.hidden_states)), 1)
     g = p - torch.nn.functional.one_hot(torch.tensor(data.targets), 30)
     projected = g @ weight @ torch.linalg.pinv(weight)
     np.testing.assert_allclose(found.gradient, g.square().sum(1), rtol=1e-9)
     np.testing.assert_allclose(found.kept, projected.square().sum(1), rtol=1e-9)
-    values = gradients.singular_values(data, weight, capped, block=5)
+    values = gradients.singular_values(data, weight, 5, capped)
     np.testing.assert_allclose(values, torch.linalg.svdvals(g), rtol=1e-6, atol=1e-7)
 
 
@@ -205,8 +205,8 @@ def share(value, low, high):
     return Estimate(value, low, high, 9)
 
 
-@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
-def test_readings_of_lost_are_ordered_and_their_intervals_hold_them(*three):
+@given(st.tuples(*[st.floats(0, 1)] * 3))
+def test_readings_of_lost_are_ordered_and_their_intervals_hold_them(three):
     low, value, high = sorted(three)
     squared, shorter, part = gradients.lost(share(value, low, high)).values()
     for reading in (squared, shorter, part):

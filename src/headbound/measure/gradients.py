@@ -42,7 +42,7 @@ class Squares(NamedTuple):
 
 @torch.inference_mode()
 def share_kept(
-    data: Examples, weight: Float[Tensor, "vocab d"], logits: Logits = None, block: int = 128
+    data: Examples, weight: Float[Tensor, "vocab d"], block: int = 128, logits: Logits = None
 ) -> Squares:
     """How much of each token's logit gradient passes through the head W, exactly, in float64.
 
@@ -95,7 +95,7 @@ def orthonormal(weight: Float[Tensor, "vocab d"]) -> Float64[Tensor, "d rank"]:
 
 @torch.inference_mode()
 def singular_values(
-    data: Examples, weight: Float[Tensor, "vocab d"], logits: Logits = None, block: int = 768
+    data: Examples, weight: Float[Tensor, "vocab d"], block: int = 768, logits: Logits = None
 ) -> Float64[np.ndarray, " tokens"]:
     """Singular values of G (tokens × V), the largest first, from G Gᵀ: for a few thousand tokens.
 

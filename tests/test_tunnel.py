@@ -129,7 +129,7 @@ def test_epochs_cut_the_data_and_ties_tie(source, tmp_path):
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     # 16 steps of 4 windows over 4 epochs: 16 of 64 windows, each seen four times.
     stream = np.arange(64 * 16 + 1)
-    seen = torch.cat([tunnel.batch(stream, step, 4, 16, 0, kept=16)[:, 0] for step in range(16)])
+    seen = torch.cat([tunnel.batch(stream, step, RECIPE, kept=16)[:, 0] for step in range(16)])
     assert sorted(seen.bincount().tolist())[-17:] == [0] + [4] * 16
     assert seen.max() > 16 * 16  # drawn from the whole stream, not cut from its beginning
 

@@ -48,10 +48,17 @@ class Factored(nn.Module):
         """The head as one matrix, None where it is not one."""
         return None if self.activation else self.up.weight @ self.down.weight
 
+    def factors(
+        self, hidden_states: Float[Tensor, "*batch d"]
+    ) -> tuple[Float[Tensor, "*batch inner"], Float[Tensor, "vocab inner"]]:
+        """What is multiplied last: the inner states and A."""
+        inner = self.down(hidden_states)
+        return self.activation(inner) if self.activation else inner, self.up.weight
+
     def forward(self, hidden_states: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
         """Logits."""
-        inner = self.down(hidden_states)
-        return self.up(self.activation(inner) if self.activation else inner)
+        inner, weight = self.factors(hidden_states)
+        return inner @ weight.T
 
 
 class SigSoftmax(nn.Module):

@@ -69,7 +69,9 @@ class Attention(torch.autograd.Function):
         query, key, value = parts
         query *= size**-0.5
         weights = torch.bmm(query, key.transpose(1, 2))
-        weights = _exponentials(weights).tril_()
+        if not _bound(query, key) < SAFE:
+            _lower(_hide_later(weights))
+        weights.exp_().tril_()
         total = weights.sum(-1, keepdim=True)
         out = torch.bmm(weights, value) / total
         ctx.kept = parts, weights, total, out, cosines, sines
@@ -127,24 +129,31 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, z_loss):
         """The loss; `ctx` keeps the gradients of the mean."""
-        tokens = len(hidden)
-        by_hidden = torch.empty_like(hidden)
-        by_weight = torch.zeros_like(weight.T)
+        tokens, d = hidden.shape
+        wide = torch.cat([weight, weight.new_ones(len(weight), 1)], 1)
+        expected = hidden.new_empty(tokens, d + 1)
         normaliser = hidden.new_empty(tokens, 1)
+        by_weight = torch.zeros_like(weight.T)
+        block = hidden.new_empty(min(TOKENS, tokens), len(weight))
+        safe = _bound(hidden, weight) < SAFE
         for start in range(0, tokens, TOKENS):
             here = slice(start, start + TOKENS)
-            shift, weights = _shifted_exponentials(hidden[here] @ weight.T)
-            total = weights.sum(1, keepdim=True)
+            states = hidden[here]
+            weights = torch.mm(states, weight.T, out=block[: len(states)])
+            shift = 0.0 if safe else _lower(weights)
+            # E [W, 1]: the expected row times Z, and Z.
+            sums = torch.mm(weights.exp_(), wide, out=expected[here])
+            total = sums[:, d:]
             normaliser[here] = total.log() + shift
             # The z-loss multiplies the gradient of ln Z by 1 + 2 z ln Z.
             share = (1 + 2 * z_loss * normaliser[here]) / total
-            by_hidden[here] = (weights @ weight) * share
-            by_weight.addmm_((hidden[here] * share).T, weights)
+            by_weight.addmm_((states * share).T, weights)
+            sums *= share
         rows = weight[targets]
         by_weight = by_weight.T.index_add(0, targets, hidden, alpha=-1)
-        ctx.gradients = (by_hidden - rows) / tokens, by_weight / tokens
+        ctx.gradients = (expected[:, :d] - rows) / tokens, by_weight / tokens
         loss = normaliser.mean() - (hidden * rows).sum() / tokens
-        return loss + z_loss * normaliser.square().mean()
+        return loss + z_loss * normaliser.square().mean() if z_loss else loss
 
     @staticmethod
     def backward(ctx, gradient):
@@ -184,25 +193,24 @@ class RoundedCrossEntropy(torch.autograd.Function):
         return gradient * by_hidden, gradient * by_weight, None, None, None
 
 
-def _exponentials(scores: Tensor) -> Tensor:
-    low, high = scores.aminmax()
-    if max(-low, high) > SAFE:
-        scores = scores.masked_fill_(_above_diagonal(scores), -torch.inf)
-        scores -= scores.amax(-1, keepdim=True)
-    return scores.exp_()
+def _bound(one: Tensor, other: Tensor) -> float:
+    """No product of a row of one with a row of the other is larger (Cauchy and Schwarz)."""
+    squares = [rows.square().sum(-1).max().item() for rows in (one, other)]
+    return (squares[0] * squares[1]) ** 0.5
 
 
-def _above_diagonal(scores: Tensor) -> Tensor:
+def _lower(logits: Tensor) -> Tensor:
+    """Take each row's largest entry from it in place, and return it."""
+    highest = logits.amax(-1, keepdim=True)
+    logits -= highest
+    return highest
+
+
+def _hide_later(scores: Tensor) -> Tensor:
+    """Minus infinity above the diagonal, in place."""
     length = scores.shape[-1]
-    return torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-
-
-def _shifted_exponentials(logits: Tensor) -> tuple[Tensor | float, Tensor]:
-    low, high = logits.aminmax()
-    if max(-low, high) < SAFE:
-        return 0.0, logits.exp_()
-    highest = logits.amax(1, keepdim=True)
-    return highest, logits.sub_(highest).exp_()
+    later = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill_(later, -torch.inf)
 
 
 def _rotate(parts: Tensor, cosines: Tensor, sines: Tensor) -> None:

@@ -1,28 +1,40 @@
-"""What every chapter shows of itself: parameters, provenance, and its findings beside the paper's."""
+"""What every chapter says of itself: its parameters, its findings beside the paper's, its provenance."""
 
+import ast
 import hashlib
 import math
 import os
 import platform
+import random
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
-import torch
-from IPython.display import display
+from IPython.display import Markdown, display
 from pandas.io.formats.style import Styler
 
-import headbound
-from companion import plot
-from headbound import device
-from headbound.stats import Estimate
+from companion import figures
+from companion.figures import draw, plot, show
 
-VERDICTS = {True: "reproduced", False: "not reproduced", None: "not testable here"}
+__all__ = ["Finding", "Run", "begin", "draw", "end", "findings", "plot", "say", "show", "table"]
+
+VERDICTS = ("reproduced", "consistent", "not reproduced", "not testable here")
+PACKAGES = ("torch", "transformers", "numpy", "scipy")  # named in the provenance where installed
+
+
+@runtime_checkable
+class Estimate(Protocol):
+    """Anything that has a value, an interval and a sample size."""
+
+    value: float
+    low: float
+    high: float
+    n: int
 
 
 class Run(NamedTuple):
@@ -35,8 +47,12 @@ class Run(NamedTuple):
 class Finding(NamedTuple):
     """One number of a chapter beside the paper's.
 
-    `key` names it across the book (`chapter.quantity`); `agrees` is computed by the notebook against a stated
-    tolerance, and None where this scale can't tell.
+    - `key` names it across the book (`chapter.quantity`).
+    - `paper` is what the paper says, in words, or `not given`.
+    - `agrees` is what a tested rule says; None where this scale can't tell.
+    - `comment` says how the rule decides, and how far its threshold could move.
+    - `one_of_many`: the paper's claim is about many models and this is one, so it can at best be
+      consistent.
     """
 
     key: str
@@ -45,108 +61,169 @@ class Finding(NamedTuple):
     measured: Estimate | float | str
     agrees: bool | None
     comment: str = ""
+    one_of_many: bool = False
 
-
-def table(frame: pd.DataFrame, caption: str, digits: int = 4) -> None:
-    """Display a data frame as a captioned table without its index, floats to `digits` significant digits."""
-    display(
-        _styled(frame, caption).format(
-            lambda cell: f"{cell:.{digits}g}" if isinstance(cell, float) else str(cell)
-        )
-    )
+    @property
+    def verdict(self) -> str:
+        """One of `VERDICTS`."""
+        if self.agrees is None:
+            return "not testable here"
+        if not self.agrees:
+            return "not reproduced"
+        return "consistent" if self.one_of_many else "reproduced"
 
 
 def begin(namespace: Mapping[str, Any]) -> Run:
-    """Start a chapter: seed every generator, set the plotting style, show the parameters in force.
+    """Start a chapter: seed every generator and set the style of figures.
+
+    The parameters are the names that the cells before this one set to plain values. What a start-up
+    file of the
+    reader's has set is none.
 
     **Arguments:**
 
-    - `namespace`: the notebook's `globals()`, right after its parameters cell and imports. Its plain values
-      are the parameters; it must hold `seed` and `preset`.
+    - `namespace`: the notebook's `globals()`, right after its parameters cell and imports. It must
+      hold `seed` and
+      `preset`.
 
     **Raises:** `ValueError` if `seed` or `preset` is missing or of the wrong type.
     """
-    plain = (bool, int, float, str, list, dict, type(None))
-    hidden = {"In", "Out"}
-    parameters = {
-        k: v
-        for k, v in namespace.items()
-        if isinstance(v, plain) and k[0] != "_" and k not in hidden
-    }
+    parameters = _parameters(namespace)
     for name, kind in {"seed": int, "preset": str}.items():
-        if not isinstance(parameters.get(name), kind):
+        value = parameters.get(name)
+        if not isinstance(value, kind):
             raise ValueError(
-                f"{name} = {parameters.get(name)!r}: the parameters cell must set it to a {kind.__name__}"
+                f"{name} = {value!r}: the parameters cell must set it to a {kind.__name__}"
             )
-    if not 0 <= parameters["seed"] < 2**32:
-        raise ValueError(f"seed = {parameters['seed']}: must be between 0 and {2**32 - 1}")
-    np.random.seed(parameters["seed"])  # noqa: NPY002 (libraries below still draw from it)
-    torch.manual_seed(parameters["seed"])
-    plot.use_style()
-    rows = [(name, repr(value)) for name, value in parameters.items()]
-    table(pd.DataFrame(rows, columns=["parameter", "value"]), "Parameters of this run")
+    seed = parameters["seed"]
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed}: must be between 0 and {2**32 - 1}")
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (libraries below still draw from it)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+    figures.use_style()
     return Run(parameters, time.time())
 
 
+def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    plain = (bool, int, float, str, list, dict, type(None))
+    cells = namespace.get("In")
+    names = list(namespace) if cells is None else _assigned(cells)
+    return {
+        name: namespace[name]
+        for name in names
+        if not name.startswith("_") and isinstance(namespace.get(name, plain), plain)
+    }
+
+
+def _assigned(cells: Sequence[str]) -> list[str]:
+    """The names that cells set at their outermost level, in order."""
+    names: dict[str, None] = {}
+    for cell in cells:
+        try:
+            statements = ast.parse(cell).body
+        except SyntaxError:  # a cell with a magic
+            continue
+        for statement in statements:
+            if isinstance(statement, ast.Assign):
+                names |= {t.id: None for t in statement.targets if isinstance(t, ast.Name)}
+    return list(names)
+
+
+def say(words: str) -> None:
+    """Show computed sentences (Markdown)."""
+    display(Markdown(words))
+
+
+def table(frame: pd.DataFrame, caption: str, digits: int = 4) -> None:
+    """Show a frame as a captioned table without its index, floats to `digits` significant digits.
+
+    The text of a cell is shown as it is, whatever it holds.
+    """
+
+    def words(cell: Any) -> str:
+        return f"{cell:.{digits}g}" if isinstance(cell, float) else str(cell)
+
+    display(_styled(frame, caption).format(words, escape="html"))
+
+
 def findings(rows: Sequence[Finding]) -> None:
-    """Show a chapter's numbers beside the paper's, and keep them in the notebook for pages that collect them."""
+    """Show a chapter's numbers beside the paper's, and keep them for the pages that collect them."""
     frame = pd.DataFrame(
-        [(r.quantity, r.paper, _text(r.measured), VERDICTS[r.agrees], r.comment) for r in rows],
+        [(r.quantity, r.paper, number(r.measured), r.verdict, r.comment) for r in rows],
         columns=["quantity", "the paper", "measured here", "verdict", "comment"],
     )
     kept = [
         {
-            **r._asdict(),
+            "key": r.key,
+            "quantity": r.quantity,
+            "paper": r.paper,
             "measured": _plain(r.measured),
-            "agrees": None if r.agrees is None else bool(r.agrees),
+            "verdict": r.verdict,
+            "comment": r.comment,
         }
         for r in rows
     ]
-    display(
-        _styled(frame, "This chapter's findings"),
-        metadata={"headbound": {"findings": kept}},
-    )
+    shown = _styled(frame, "This chapter's findings").format(str, escape="html")
+    display(shown, metadata={"companion": {"findings": kept}})
 
 
-def end(run: Run, samples: Mapping[str, int | str]) -> None:
+def end(run: Run, samples: Mapping[str, int | str], package: str = "headbound") -> None:
     """Close a chapter with its provenance: preset, seed, versions, device, run time, memory, sample sizes."""
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     rows = {
         "preset": run.parameters["preset"],
         "seed": run.parameters["seed"],
-        "headbound": headbound.__version__,
-        **{name: version(name) for name in ("torch", "transformers", "numpy", "scipy")},
+        **{name: version(name) for name in (package, *PACKAGES)},
         "Python": platform.python_version(),
-        "device": device.describe(),
+        "device": _device(),
         "CPU cores": os.cpu_count(),
         "run time": f"{time.time() - run.started:.0f} s",
         "peak memory": f"{peak:.1f} GiB",
-        **{f"sample: {name}": f"{n:,}" if isinstance(n, int) else n for name, n in samples.items()},
+        **{f"sample: {k}": f"{n:,}" if isinstance(n, int) else n for k, n in samples.items()},
     }
-    frame = pd.DataFrame([(k, str(v)) for k, v in rows.items()], columns=["what", "value"])
     kept = {k: str(v) for k, v in rows.items()}
-    display(
-        _styled(frame, "How this page was made"),
-        metadata={"headbound": {"provenance": kept}},
-    )
+    frame = pd.DataFrame(kept.items(), columns=["what", "value"])
+    shown = _styled(frame, "How this page was made").format(str, escape="html")
+    display(shown, metadata={"companion": {"provenance": kept}})
+
+
+def number(value: Estimate | float | str | None) -> str:
+    """A number as the whole book prints it: with its interval and sample size where it has them."""
+    if value is None:
+        return "unknown"
+    if isinstance(value, Estimate):
+        scale = max(abs(value.value), abs(value.high - value.low), 1e-12)
+        digits = max(0, 2 - math.floor(math.log10(scale))) if math.isfinite(scale) else 3
+        low, high = f"{value.low:.{digits}f}", f"{value.high:.{digits}f}"
+        return f"{value.value:.{digits}f} [{low}, {high}] (n = {value.n:,})"
+    return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
+
+
+def _device() -> str:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return f"CPU ({platform.machine()})"
+    return torch.cuda.get_device_name()
 
 
 def _styled(frame: pd.DataFrame, caption: str) -> Styler:
-    # pandas draws the table's id at random; one that follows from the content keeps equal runs equal.
+    # pandas draws the table's id at random; one that follows from the content keeps equal runs
+    # equal.
     content = hashlib.sha256(f"{caption}{frame.to_csv()}".encode()).hexdigest()[:8]
-    return Styler(frame, uuid=content, uuid_len=8, cell_ids=False, caption=caption).hide(
-        axis="index"
-    )
+    styler = Styler(frame, uuid=content, uuid_len=8, cell_ids=False)
+    return styler.set_caption(_escaped(caption)).hide(axis="index")
 
 
-def _text(value: Estimate | float | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _plain(value: Any) -> Any:
     # Strict JSON: no numpy number, and null for NaN, which a kernel would turn into text.
     if isinstance(value, Estimate):
-        return {name: _plain(number) for name, number in value._asdict().items()}
+        return {name: _plain(getattr(value, name)) for name in ("value", "low", "high", "n")}
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value

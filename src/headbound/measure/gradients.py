@@ -12,13 +12,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from headbound import device, progress, stats
 from headbound.measure.lowrank import Examples
 from headbound.measure.spectrum import ROWS
-from headbound.train import tunnel
 
 NOISE = 1e-12  # a squared singular value below this share of the largest is rounding (columns scaled to one norm)
 
@@ -139,62 +136,6 @@ def circle(
     angles = 2 * math.pi * torch.arange(vocab, dtype=torch.float64) / vocab
     head = torch.stack([angles.cos(), angles.sin()], 1)
     return head * math.log((vocab - 1) / loss) / (2 * math.sin(math.pi / vocab) ** 2), head
-
-
-def learn_repeats(
-    vocab: int,
-    d: int,
-    peak: float,
-    steps: int = 300,
-    layers: int = 0,
-    momentum: float | None = None,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Train a GPT-NeoX to say the token before once more, every token equally likely, 256 of them a step.
-
-    **Arguments:**
-
-    - `vocab`, `d`: V and the hidden size. `layers`: with 0, embedding, final norm and head are all there is.
-    - `peak`: of the learning rate, after 5 % of warm-up, then a cosine (`tunnel.learning_rate`).
-    - `momentum`: of plain gradient descent; None trains with Adam.
-
-    **Returns:** loss (nats), learned (share of tokens said right), kept (share of the squared gradient), at the end,
-    over up to 512 tokens spread evenly over the vocabulary. **Raises:** `FloatingPointError` if it diverges.
-    """
-    torch.manual_seed(seed)
-    size = {
-        "vocab_size": vocab,
-        "hidden_size": d,
-        "intermediate_size": 4 * d,
-        "num_hidden_layers": layers,
-    }
-    model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(**size, num_attention_heads=1, max_position_embeddings=1)
-    )
-    weights, where = model.to(device.pick()).parameters(), model.device
-    adam, descent = torch.optim.Adam, torch.optim.SGD
-    optimizer = (
-        adam(weights, betas=(0.9, 0.95))
-        if momentum is None
-        else descent(weights, momentum=momentum)
-    )
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = tunnel.learning_rate(step, steps, peak, "cosine", 0.05)
-        drawn = torch.randint(vocab, (256, 1), device=where)
-        optimizer.zero_grad()
-        cross_entropy(model(drawn, use_cache=False).logits[:, 0], drawn[:, 0]).backward()
-        optimizer.step()
-    shown = torch.arange(0, vocab, max(1, vocab // 512), device=where)[:512]
-    states = model.base_model(shown[:, None]).last_hidden_state[:, 0].detach()
-    logits, numbers = model.lm_head(states).detach(), shown.cpu().numpy()
-    if not torch.isfinite(logits).all():
-        raise FloatingPointError(f"peak = {peak}: training diverged at V = {vocab}; lower it")
-    squares = share_kept(
-        Examples(states.cpu().numpy(), numbers, numbers), model.lm_head.weight.detach()
-    )
-    right = (logits.argmax(1) == shown).double().mean()
-    loss, kept = cross_entropy(logits, shown), squares.kept.sum() / squares.gradient.sum()
-    return {"loss": loss.item(), "learned": right.item(), "kept": float(kept)}
 
 
 def _rows(weight: Tensor) -> Iterator[Tensor]:

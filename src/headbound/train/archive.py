@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from headbound import cache, device
 from headbound.measure import checkpoint, spectrum
 from headbound.measure.anisotropy import mean_cosine
-from headbound.train import arms, tunnel
+from headbound.train import changes, tunnel
 from headbound.train.step import Recipe, Trainer, last_matrix, last_states
 
 DIGITS = 5  # significant ones in a table
@@ -101,27 +101,57 @@ def _logits(
     return torch.cat(losses), mean, float(torch.cat(variances).mean())
 
 
-def run(arm: str, d: int, seed: int, folder: Path, state: Path, **options: Any) -> pd.DataFrame:
+def run(
+    arm: str,
+    d: int,
+    seed: int,
+    folder: Path,
+    state: Path,
+    until: int | None = None,
+    **options: Any,
+) -> pd.DataFrame:
     """Train one arm, or what is missing of it, and keep its table in `folder`.
 
     **Arguments:**
 
-    - `arm`, `d`, `seed`, `options`: see `arms.recipe`.
+    - `arm`, `d`, `seed`, `options`: see `changes.recipe`.
     - `state`: a folder for what a stopped run goes on from; it is the caller's to delete.
+    - `until`: the run stops at its last checkpoint up to this step; None ends it.
 
     **Returns:** a row a checkpoint: run, step, tokens, rate, `measure`, and `rise` with
     `rise_se`: the loss over the least one so far, and its standard error paired over texts.
     """
-    recipe = arms.recipe(arm, d, seed, **options)
+    recipe = changes.recipe(arm, d, seed, **options)
     name = run_name(arm, d, seed)
     place = state / name
     place.mkdir(parents=True, exist_ok=True)
     table = folder / f"{name}.csv"
+    steps = mixed_steps(recipe.steps, recipe.checkpoints)
+    wanted = [step for step in steps if until is None or step <= until]
     with FileLock(place / ".lock"), tunnel.one_thread(device.pick("cpu")):
         if not (place / "done").exists():
-            _run(arm, recipe, place, table)
+            _run(arm, recipe, place, table, wanted)
+        if wanted[-1] == recipe.steps:
             (place / "done").touch()
     return pd.read_csv(table)
+
+
+def differences(found: pd.DataFrame, kept: pd.DataFrame) -> pd.Series:
+    """How far two tables of one run are apart: each column's largest difference.
+
+    It is a share of the column's largest number in `kept`, over the steps that both have.
+
+    **Raises:** `ValueError` if they have no step in common.
+    """
+    names = [name for name in kept.columns if name not in ("arm", "hidden_size", "seed", "step")]
+    both = found.merge(kept, on="step", suffixes=("", "_kept"))
+    if both.empty:
+        raise ValueError("the tables have no step in common")
+    largest = {}
+    for name in names:
+        other = both[f"{name}_kept"]
+        largest[name] = (both[name] - other).abs().max() / max(other.abs().max(), 1e-12)
+    return pd.Series(largest)
 
 
 def run_name(arm: str, d: int, seed: int) -> str:
@@ -129,12 +159,10 @@ def run_name(arm: str, d: int, seed: int) -> str:
     return f"{re.sub(r'[^a-z0-9.]+', '-', arm.lower())}-d{d}-s{seed}"
 
 
-def _run(arm: str, recipe: Recipe, place: Path, table: Path) -> None:
-    text = tunnel.corpus(
-        recipe.source, recipe.vocab_size, recipe.context, recipe.held_out_texts
-    )
+def _run(arm: str, recipe: Recipe, place: Path, table: Path, wanted: list[int]) -> None:
+    text = tunnel.corpus(recipe.source, recipe.vocab_size, recipe.context, recipe.held_out_texts)
     torch.manual_seed(recipe.seed)
-    trainer = Trainer(arms.build(arm)(recipe.config(text.tokenizer.eos_token_id)), recipe)
+    trainer = Trainer(changes.build(arm)(recipe.config(text.tokenizer.eos_token_id)), recipe)
     kept = place / "measured.pt"
     measured = torch.load(kept, weights_only=False) if kept.exists() else {}
     seconds = measured.pop("seconds", 0.0)
@@ -150,13 +178,7 @@ def _run(arm: str, recipe: Recipe, place: Path, table: Path) -> None:
             rows.to_csv(temporary, index=False, float_format=f"%.{DIGITS}g")
         _describe(table.with_suffix(".json"), arm, recipe, text, step, spent)
 
-    tunnel.fit(
-        trainer,
-        text,
-        place / "training.pt",
-        mixed_steps(recipe.steps, recipe.checkpoints),
-        keep,
-    )
+    tunnel.fit(trainer, text, place / "training.pt", wanted, keep)
 
 
 def _table(arm: str, recipe: Recipe, measured: dict[int, tuple]) -> pd.DataFrame:
@@ -223,7 +245,7 @@ def _processor() -> str:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("arm", choices=arms.ARMS)
+    parser.add_argument("arm", choices=changes.ARMS)
     parser.add_argument("hidden_size", type=int)
     parser.add_argument("seed", type=int)
     parser.add_argument("--folder", type=Path, default=Path("book/archive"))

@@ -78,8 +78,7 @@ class Recipe:
             raise ValueError(
                 f"steps = {self.steps}, checkpoints = {self.checkpoints}: both must be 1 or more"
             )
-        if self.schedule not in ("cosine", "constant"):
-            raise ValueError(f"schedule = {self.schedule!r}: must be 'cosine' or 'constant'")
+        self.learning_rate(0)
         if self.precision != "float32" and (self.centred or self.z_loss):
             raise ValueError("precision: a rounded recipe has neither z-loss nor centred rows")
 
@@ -103,14 +102,26 @@ class Recipe:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Linear in the warm-up; then a cosine to a tenth of the peak, as Pythia's, or constant."""
-        ramp = self.warmup * self.steps
-        if step < ramp:
-            return self.peak * (step + 1) / (ramp + 1)
-        if self.schedule == "constant":
-            return self.peak
-        fall = 0.45 * (1 - math.cos(math.pi * (step - ramp) / (self.steps - ramp)))
-        return self.peak * (1 - fall)
+        """See `learning_rate`."""
+        return learning_rate(step, self.steps, self.peak, self.schedule, self.warmup)
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
+    """The rate of a step: linear in the warm-up, a share of `steps`, then by the schedule.
+
+    `cosine` falls to a tenth of the peak, as Pythia's does; `constant` stays.
+
+    **Raises:** `ValueError` for another schedule.
+    """
+    if schedule not in ("cosine", "constant"):
+        raise ValueError(f"schedule = {schedule!r}: must be 'cosine' or 'constant'")
+    ramp = warmup * steps
+    if step < ramp:
+        return peak * (step + 1) / (ramp + 1)
+    if schedule == "constant":
+        return peak
+    fall = 0.45 * (1 - math.cos(math.pi * (step - ramp) / (steps - ramp)))
+    return peak * (1 - fall)
 
 
 class Trainer:
@@ -143,9 +154,7 @@ class Trainer:
         if self.recipe.precision == "float32":
             return fast.cross_entropy(hidden, weight, targets, self.recipe.z_loss)
         scale = LOSS_SCALE if self.recipe.precision == "float16" else 1.0
-        return fast.cross_entropy(
-            hidden, weight, targets, rounding=self.rounding, loss_scale=scale
-        )
+        return fast.cross_entropy(hidden, weight, targets, rounding=self.rounding, loss_scale=scale)
 
     def apply(self, loss: Float[Tensor, ""], rate: float) -> None:
         """Move the weights against the gradient of a loss, clipped to norm 1, at a learning rate."""
@@ -304,7 +313,9 @@ def rounding(precision: str) -> fast.Rounding:
 
 
 def last_states(
-    model: PreTrainedModel, tokens: Int[Tensor, "batch length"], to_format: fast.Rounding = fast.exact
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "batch length"],
+    to_format: fast.Rounding = fast.exact,
 ) -> tuple[Float[Tensor, "batch length d"] | None, Float[Tensor, "batch length d"]]:
     """The last states before the final norm, where the fast way is open, and after it."""
     if fast.can_follow(model.config):

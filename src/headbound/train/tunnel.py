@@ -179,7 +179,7 @@ def fit(
     wanted: Collection[int],
     keep: Callable[[int], None],
 ) -> None:
-    """Train to the recipe's end, from a kept `state` where there is one.
+    """Train to the last `wanted` step, from a kept `state` where there is one.
 
     `keep` is called with each `wanted` step, before its update. After a kill it may be called
     once more for the last of them.
@@ -194,7 +194,8 @@ def fit(
         trainer.restore(before)
     saved = time.monotonic()
     name = state.parent.name
-    for step in progress.bar(range(first, recipe.steps + 1), name, recipe.steps + 1 - first):
+    last = max(wanted)
+    for step in progress.bar(range(first, last + 1), name, last + 1 - first):
         torch.manual_seed(recipe.seed * 1_000_003 + step)  # for a build with dropout
         rows = batch(text.stream, step, recipe, kept).to(trainer.model.device)
         loss = trainer.loss(rows)
@@ -209,7 +210,7 @@ def fit(
             with cache.replacing(state) as temporary:
                 torch.save((step, trainer.state()), temporary)
             saved = time.monotonic()
-        if step < recipe.steps:
+        if step < last:
             trainer.apply(loss, recipe.learning_rate(step))
 
 

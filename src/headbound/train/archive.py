@@ -31,6 +31,7 @@ from headbound.train import changes, tunnel
 from headbound.train.step import Recipe, Trainer, last_matrix, last_states
 
 DIGITS = 5  # significant ones in a table
+TABLES = Path(__file__).parents[3] / "book" / "archive"
 
 
 def mixed_steps(steps: int, checkpoints: int) -> list[int]:
@@ -134,6 +135,21 @@ def run(
         if wanted[-1] == recipe.steps:
             (place / "done").touch()
     return pd.read_csv(table)
+
+
+def load(folder: Path = TABLES) -> pd.DataFrame:
+    """All archived runs, a row a checkpoint, with `finished` and `core_hours` of each run.
+
+    **Raises:** `FileNotFoundError` where there is none, as outside a checkout of the book.
+    """
+    tables = []
+    for path in sorted(folder.glob("*-s*.csv")):
+        record = json.loads(path.with_suffix(".json").read_text())
+        kept = {name: record[name] for name in ("finished", "core_hours")}
+        tables.append(pd.read_csv(path).assign(**kept))
+    if not tables:
+        raise FileNotFoundError(f"no archived run in {folder}; work in a checkout of the book")
+    return pd.concat(tables, ignore_index=True)
 
 
 def differences(found: pd.DataFrame, kept: pd.DataFrame) -> pd.Series:
@@ -248,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("arm", choices=changes.ARMS)
     parser.add_argument("hidden_size", type=int)
     parser.add_argument("seed", type=int)
-    parser.add_argument("--folder", type=Path, default=Path("book/archive"))
+    parser.add_argument("--folder", type=Path, default=TABLES)
     parser.add_argument("--state", type=Path, default=cache.cache_dir() / "tunnel")
     asked = parser.parse_args(arguments)
     run(asked.arm, asked.hidden_size, asked.seed, asked.folder, asked.state)

@@ -1,6 +1,6 @@
 """One change at a time in the wind tunnel: the arms of the long runs, and what each moves."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from scipy.stats import ttest_1samp
+from scipy.stats import binomtest, ttest_1samp
 from statsmodels.stats.multitest import multipletests
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from headbound import stats
+from headbound.train.callback import COSINE, ENTROPY_RATIO, LOSS_RISE
 from headbound.train.step import Recipe
 from headbound.train.tunnel import Build
 
@@ -21,6 +23,14 @@ TOKENS_A_PARAMETER = 4000  # Pythia-70M's
 VOCAB = 1024
 LATE = 0.1  # of the tokens: a course is late after that
 COURSES = ("loss", "cosine_before_norm", "cosine_after_norm", "entropy", "entropy_centred")
+# Within this of the baseline, with the whole interval, a sign is the same.
+SAME = {
+    "rise": LOSS_RISE,
+    "cosine_after_norm": 0.05,
+    "entropy_late": 0.1,
+    "entropy_centred_late": 0.1,
+}
+QUANTITIES = dict(zip(("loss", "cosine", "entropy", "centred"), SAME, strict=True))
 
 
 class Factored(nn.Module):
@@ -134,9 +144,10 @@ def with_head(config: GPTNeoXConfig, head: Callable[[int, int], nn.Module]) -> G
 def signs(table: pd.DataFrame) -> pd.DataFrame:
     """One row a run: the last checkpoint of `archive.run`, and its late course.
 
-    The five `…_late` are the last value minus the least one after the first tenth of the tokens.
-    Above 0 the quantity has risen. Both `rise` columns compare the last loss with the best of all
-    checkpoints, text by text.
+    A course is late after the first tenth of the tokens. `…_late` is the last value minus the
+    least late one, and `…_ratio` their ratio. Both `rise` columns compare the last loss with the
+    best of all checkpoints, text by text. `visible` is the rise that these texts would have shown
+    four times out of five: 2.8 of its standard errors, at the median late checkpoint.
     """
     rows = []
     for key, run in table.groupby(["arm", "hidden_size", "seed"], sort=False):
@@ -146,8 +157,35 @@ def signs(table: pd.DataFrame) -> pd.DataFrame:
         row = dict(zip(["arm", "hidden_size", "seed"], key, strict=True))
         row |= {name: last[name] for name in ("tokens", *COURSES, "mean_share", "rise", "rise_se")}
         row |= {f"{name}_late": last[name] - late[name].min() for name in COURSES}
+        row |= {f"{name}_ratio": last[name] / late[name].min() for name in COURSES[3:]}
+        row["visible"] = 2.8 * late.loc[late["rise_se"] > 0, "rise_se"].median()
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def appeared(signs: pd.DataFrame) -> pd.DataFrame:
+    """Which of the paper's signs each run ends with, by the thresholds of `callback`.
+
+    - `loss`: the last loss is above the best by more than chance, and by more than `LOSS_RISE`.
+    - `cosine`: of the last states after the norm.
+    - `entropy`, `centred`: that of the head, raw and without its mean row, has risen late by the
+      factor `ENTROPY_RATIO`.
+    """
+    sure = signs["rise"] - 1.96 * signs["rise_se"] > 0
+    found = {
+        "loss": sure & (signs["rise"] > LOSS_RISE),
+        "cosine": signs["cosine_after_norm"] > COSINE,
+        "entropy": signs["entropy_ratio"] > ENTROPY_RATIO,
+        "centred": signs["entropy_centred_ratio"] > ENTROPY_RATIO,
+    }
+    return signs[["arm", "hidden_size", "seed"]].assign(**found)
+
+
+def share(found: Sequence[bool]) -> stats.Estimate:
+    """The share of runs with a sign, with Clopper and Pearson's interval."""
+    test = binomtest(int(sum(found)), len(found))
+    interval = test.proportion_ci()
+    return stats.Estimate(test.statistic, interval.low, interval.high, len(found))
 
 
 def effects(
@@ -183,3 +221,46 @@ def _paired(differences: pd.Series) -> dict[str, float]:
         low, high = test.confidence_interval()
         found |= {"low": low, "high": high, "p": test.pvalue}
     return {**found, "n": len(differences)}
+
+
+def outcome(effect: pd.Series) -> str:
+    """What an arm does to a quantity of `SAME`: `more`, `less`, `same`, or `open`.
+
+    It does more or less where Holm's correction leaves the effect below 5 %, and the same where
+    the whole interval is within `SAME`.
+    """
+    if effect["adjusted"] < 0.05:
+        return "more" if effect["value"] > 0 else "less"
+    margin = SAME[effect["quantity"]]
+    return "same" if max(-effect["low"], effect["high"]) < margin else "open"
+
+
+def judge(
+    predictions: Mapping[str, Any], effects: pd.DataFrame, appeared: pd.DataFrame
+) -> pd.DataFrame:
+    """Each account's predictions beside what the arms did.
+
+    **Arguments:** `predictions`: of `book/archive/predictions.yaml`, arm to account to sign to word.
+
+    **Returns:** a row a prediction: arm, account, sign, predicted, found and `held`, which is None
+    where the prediction or the finding is open. Arms that were not run are left out.
+    """
+    outcomes = {(row["arm"], row["quantity"]): outcome(row) for _, row in effects.iterrows()}
+    rows = []
+    for arm, of_arm in predictions.items():
+        runs = appeared[appeared["arm"] == arm]
+        for account, of_account in of_arm.items() if len(runs) else ():
+            for sign, word in of_account.items():
+                found = outcomes.get((arm, QUANTITIES[sign]), "open")
+                if word in ("appears", "absent"):
+                    found = _presence(runs[sign])
+                settled = "open" not in (word, found)
+                held = word == found if settled else None
+                rows.append((arm, account, sign, word, found, held))
+    return pd.DataFrame(rows, columns=["arm", "account", "sign", "predicted", "found", "held"])
+
+
+def _presence(found: "pd.Series[bool]") -> str:
+    if found.all():
+        return "appears"
+    return "open" if found.any() else "absent"

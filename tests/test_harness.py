@@ -9,6 +9,7 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies
+import torch
 from statsmodels.stats.proportion import proportion_confint
 
 from headbound import harness, models
@@ -91,9 +92,9 @@ def test_the_harness_agrees_with_a_hand_count(small):
     for item in items.select(range(3)):
         context = tokenizer(item["context"])["input_ids"]
         word = tokenizer(f"{item['context']} {item['word']}")["input_ids"][len(context) :]
-        rows = tunnel.torch.tensor([(context + word)[-129:]])
+        rows = torch.tensor([(context + word)[-129:]])
         logits = model(rows[:, :-1]).logits[0]
-        each = tunnel.cross_entropy(logits, rows[0, 1:], reduction="none")
+        each = torch.nn.functional.cross_entropy(logits, rows[0, 1:], reduction="none")
         losses.append(each[-len(word) :].sum().item())
         hits += bool((logits.argmax(1) == rows[0, 1:])[-len(word) :].all())
     perplexity = found.loc["perplexity"]

@@ -1,236 +1,266 @@
-"""One change at a time in the wind tunnel: other heads, other training, and what each change moves."""
+"""One change at a time in the wind tunnel: the arms of the long runs, and what each moves."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from joblib import delayed
-from scipy.stats import t as student
+from scipy.stats import binomtest, ttest_1samp
 from statsmodels.stats.multitest import multipletests
 from torch import Tensor, nn
-from torch.nn.functional import gelu, log_softmax, logsigmoid
+from torch.nn.functional import gelu
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from headbound import device, progress
-from headbound.train import tunnel
+from headbound import stats
+from headbound.train.callback import COSINE, ENTROPY_RATIO, LOSS_RISE
+from headbound.train.step import Recipe
+from headbound.train.tunnel import Build
 
-QUANTITIES = (
-    "loss",
-    "loss_late",
-    "anisotropy",
-    "head_entropy",
-    "head_late",
-    "output_entropy",
-    "output_late",
-)
+TOKENS_A_PARAMETER = 4000  # Pythia-70M's
+VOCAB = 1024
+LATE = 0.1  # of the tokens: a course is late after that
+COURSES = ("loss", "cosine_before_norm", "cosine_after_norm", "entropy", "entropy_centred")
+# Within this of the baseline, with the whole interval, a sign is the same.
+SAME = {
+    "rise": LOSS_RISE,
+    "cosine_after_norm": 0.05,
+    "entropy_late": 0.1,
+    "entropy_centred_late": 0.1,
+}
+QUANTITIES = dict(zip(("loss", "cosine", "entropy", "centred"), SAME, strict=True))
 
 
 class Factored(nn.Module):
-    """W = A·B, inner width k = `ratio` · d: of rank min(d, k) at most; with an `activation` in between, of rank k."""
+    """W = A·B, inner width k = `ratio` · d: of rank min(d, k) at most.
+
+    With an `activation` in between, the logits have rank k at most.
+    """
 
     def __init__(
-        self, d: int, vocab: int, ratio: float, activation: Callable[[Tensor], Tensor] | None = None
+        self,
+        d: int,
+        vocab: int,
+        ratio: float,
+        activation: Callable[[Tensor], Tensor] | None = None,
     ):
         super().__init__()
         inner = max(1, round(ratio * d))
-        self.down, self.up, self.activation = (
-            _linear(d, inner),
-            _linear(inner, vocab, 0.02),
-            activation,
-        )
+        self.down = nn.Linear(d, inner, bias=False)
+        self.up = nn.Linear(inner, vocab, bias=False)
+        self.activation = activation
+        # The inner map keeps the size of what it is given; logits start as small as GPT-NeoX's.
+        nn.init.normal_(self.down.weight, std=d**-0.5)
+        nn.init.normal_(self.up.weight, std=0.02)
 
     @property
     def weight(self) -> Float[Tensor, "vocab d"] | None:
         """The head as one matrix, None where it is not one."""
         return None if self.activation else self.up.weight @ self.down.weight
 
+    def factors(
+        self, hidden_states: Float[Tensor, "*batch d"]
+    ) -> tuple[Float[Tensor, "*batch inner"], Float[Tensor, "vocab inner"]]:
+        """What is multiplied last: the inner states and A."""
+        inner = self.down(hidden_states)
+        return self.activation(inner) if self.activation else inner, self.up.weight
+
     def forward(self, hidden_states: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
         """Logits."""
-        inner = self.down(hidden_states)
-        return self.up(self.activation(inner) if self.activation else inner)
+        inner, weight = self.factors(hidden_states)
+        return inner @ weight.T
 
 
-class SigSoftmax(nn.Module):
-    """p ∝ exp(z)·sigmoid(z), z = W h: the softmax of z + ln sigmoid(z), without a new parameter (Kanai et al. 2018)."""
-
-    def __init__(self, d: int, vocab: int):
-        super().__init__()
-        self.weight = _linear(d, vocab, 0.02).weight
-
-    def forward(self, hidden_states: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
-        """Log-probabilities up to a constant a row."""
-        z = hidden_states @ self.weight.T
-        return z + logsigmoid(z)
-
-
-class MixtureOfSoftmaxes(nn.Module):
-    """p = Σ_k π_k softmax(W tanh(U_k h)), π = softmax(P h): a mixture of probabilities (Yang et al. 2018)."""
-
-    def __init__(self, d: int, vocab: int, components: int = 2):
-        super().__init__()
-        self.prior, self.latent = _linear(d, components), _linear(d, components * d)
-        self.weight = _linear(d, vocab, 0.02).weight
-
-    def forward(self, hidden_states: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
-        """Log-probabilities."""
-        prior = log_softmax(self.prior(hidden_states), -1)
-        states = self.latent(hidden_states).tanh().unflatten(-1, (prior.shape[-1], -1))
-        return (log_softmax(states @ self.weight.T, -1) + prior[..., None]).logsumexp(-2)
-
-
-# A change has arguments of `tunnel.train`, and `head`: from hidden size and vocabulary to a module.
-INTERVENTIONS: dict[str, dict[str, Any]] = {
+# An arm has fields of `Recipe`, and `head`. All arms of a width see the same number of tokens,
+# but for the one whose number of steps is said to be equal.
+ARMS: dict[str, dict[str, Any]] = {
     "baseline": {},
-    "head of rank d/2": {"head": partial(Factored, ratio=0.5)},
-    "head four times as wide": {"head": partial(Factored, ratio=4.0)},
-    "two-layer head": {"head": partial(Factored, ratio=4.0, activation=gelu)},
-    "sigsoftmax": {"head": SigSoftmax},
-    "mixture of softmaxes": {"head": MixtureOfSoftmaxes},
-    "no weight decay": {"weight_decay": 0.0},
-    "ten times the weight decay": {"weight_decay": 1.0},
-    "batches of a quarter": {"batch_size": 4},
-    "batches four times as large": {"batch_size": 64},
-    "constant learning rate": {"schedule": "constant"},
+    "batch / 4": {"batch_size": 4},
+    "batch x 8, equal tokens": {"batch_size": 128},
+    "batch x 8, equal steps": {"batch_size": 128, "equal": "steps"},
+    "weight decay 0": {"weight_decay": 0.0},
+    "weight decay 0.01": {"weight_decay": 0.01},
+    "weight decay 1": {"weight_decay": 1.0},
+    "rate held": {"schedule": "constant"},
+    "rate held, weight decay 0": {"schedule": "constant", "weight_decay": 0.0},
+    "rate x 4": {"peak": 4e-2},
+    "float16": {"precision": "float16"},
+    "bfloat16": {"precision": "bfloat16"},
+    "centred rows": {"centred": True},
+    "z-loss": {"z_loss": 1e-4},
+    "coupled Adam": {"optimizer": "coupled"},
+    "momentum": {"optimizer": "sgd", "peak": 0.3, "weight_decay": 0.0},
+    "tied": {"tied": True},
+    "rank cut, forward": {"cut": "forward"},
+    "rank cut, backward": {"cut": "backward"},
+    "lifted head, two layers": {"head": partial(Factored, ratio=4.0, activation=gelu)},
+    "lifted head, linear": {"head": partial(Factored, ratio=4.0)},
+    "10 epochs": {"epochs": 10.0},
+    "100 epochs": {"epochs": 100.0},
+    "unused tokens": {"unused": 0.2},
 }
 
 
+def parameters(d: int, vocab: int = VOCAB, layers: int = 2) -> int:
+    """Of a GPT-NeoX of width d: two tables, 12 d² + 13 d a layer, and the final norm."""
+    return 2 * vocab * d + layers * (12 * d**2 + 13 * d) + 2 * d
+
+
+def recipe(
+    arm: str, d: int, seed: int, tokens_a_parameter: float = TOKENS_A_PARAMETER, **options: Any
+) -> Recipe:
+    """An arm's recipe at a width; `options` change fields of the baseline.
+
+    **Raises:** `KeyError` for an unknown arm.
+    """
+    base = Recipe(d, 1, **{"vocab_size": VOCAB, "checkpoints": 60, "seed": seed, **options})
+    size = parameters(d, base.vocab_size, base.layers)
+    steps = round(tokens_a_parameter * size / base.tokens_a_step)
+    change = dict(ARMS[arm])
+    equal = change.pop("equal", "tokens")
+    if change.pop("head", None) is not None:
+        change["variant"] = arm
+    changed = replace(base, **change)
+    if equal == "tokens":
+        steps = round(steps * base.batch_size / changed.batch_size)
+    return replace(changed, steps=steps)
+
+
+def build(arm: str) -> Build:
+    """How an arm's model is built."""
+    head = ARMS[arm].get("head")
+    return partial(with_head, head=head) if head else GPTNeoXForCausalLM
+
+
 def with_head(config: GPTNeoXConfig, head: Callable[[int, int], nn.Module]) -> GPTNeoXForCausalLM:
-    """A GPT-NeoX with another head; its other weights start as those of the same seed's model with the usual one."""
+    """A GPT-NeoX with another head; its other weights start as those of the usual model."""
     model = GPTNeoXForCausalLM(config)
     model.set_output_embeddings(head(config.hidden_size, config.vocab_size))
     return model
 
 
-def sweep(
-    interventions: Mapping[str, Mapping[str, Any]],
-    hidden_sizes: Sequence[int],
-    steps: int,
-    replicates: int = 3,
-    seed: int = 0,
-    batch_size: int = 16,
-    **options: Any,
-) -> pd.DataFrame:
-    """Train every intervention at every width, `replicates` times, on as many tokens; `tunnel.train` keeps the runs.
+def signs(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a run: the last checkpoint of `archive.run`, and its late course.
 
-    All interventions share a width's seeds (first weights, order of the text); no two widths share one.
-
-    **Arguments:**
-
-    - `interventions`: name to change, as `INTERVENTIONS`. A head is kept under its name: a changed one needs another.
-    - `steps`, `batch_size`: where a change has other batches, its steps make up for it.
-    - `options`: of `tunnel.train`, for all.
-
-    **Returns:** `tunnel.train`'s rows, with a column `intervention`.
-
-    **Raises:** `ValueError` where the tokens can't be equal, and as `tunnel.train` does.
-    """
-    names, jobs = [], []
-    for name, change in interventions.items():
-        arguments = {**options, "batch_size": batch_size, **change}
-        now, over = divmod(steps * batch_size, arguments["batch_size"])
-        if over or not now:
-            raise ValueError(
-                f"batch_size = {arguments['batch_size']} of {name!r}: {steps} steps of {batch_size} windows are not "
-                "a whole number of such batches; choose a divisor"
-            )
-        if head := arguments.pop("head", None):
-            arguments |= {
-                "build": partial(with_head, head=head),
-                "variant": re.sub(r"\W+", "-", name),
-            }
-        for place in range(len(hidden_sizes) * replicates):
-            d = hidden_sizes[place // replicates]
-            jobs.append(delayed(tunnel.train)([d], now, seed=seed + place, **arguments))
-            names.append(name)
-    workers = None if device.pick(options.get("where", "auto")).type == "cpu" else 1
-    tables = progress.parallel(jobs, workers, "runs")
-    return pd.concat(
-        [t.assign(intervention=n) for n, t in zip(names, tables, strict=True)], ignore_index=True
-    )
-
-
-def outcomes(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a run of a `sweep`: its last checkpoint, and its late course.
-
-    `loss`, `anisotropy` (after the norm) and `head_entropy` (singular entropy of the head, NaN if it is not one
-    matrix) are `checkpoint.measure`'s. `output_entropy` = ln(d / `output_rank`): of a linear head's outputs the
-    singular entropy over d dimensions, at least 0; below 0 only where they have more dimensions than the hidden state.
-    The three `…_late`: the last value minus the least one between the early peak and the last. Above 0: saturation.
+    A course is late after the first tenth of the tokens. `…_late` is the last value minus the
+    least late one, and `…_ratio` their ratio. Both `rise` columns compare the last loss with the
+    best of all checkpoints, text by text. `visible` is the rise that these texts would have shown
+    four times out of five: 2.8 of its standard errors, at the median late checkpoint.
     """
     rows = []
-    for key, run in table.groupby(["intervention", "hidden_size", "seed"], sort=False):
+    for key, run in table.groupby(["arm", "hidden_size", "seed"], sort=False):
         run = run.sort_values("step")
-        loss, head = run["loss"].to_numpy(), run["singular_entropy"].to_numpy()
-        output, last = np.log(key[1] / run["output_rank"].to_numpy()), run.iloc[-1]
-        values = (
-            loss[-1],
-            _late(loss),
-            last["anisotropy_after_norm"],
-            head[-1],
-            _late(head),
-            output[-1],
-            _late(output),
-        )
-        rows.append((*key, last["parameters"], *map(float, values)))
-    return pd.DataFrame(
-        rows, columns=["intervention", "hidden_size", "seed", "parameters", *QUANTITIES]
-    )
+        late = run[run["tokens"] > LATE * run["tokens"].max()]
+        last = run.iloc[-1]
+        row = dict(zip(["arm", "hidden_size", "seed"], key, strict=True))
+        row |= {name: last[name] for name in ("tokens", *COURSES, "mean_share", "rise", "rise_se")}
+        row |= {f"{name}_late": last[name] - late[name].min() for name in COURSES}
+        row |= {f"{name}_ratio": last[name] / late[name].min() for name in COURSES[3:]}
+        row["visible"] = 2.8 * late.loc[late["rise_se"] > 0, "rise_se"].median()
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def effects(outcomes: pd.DataFrame, against: str = "baseline") -> pd.DataFrame:
-    """What each intervention changes: differences to the run of the same width and seed, averaged over widths.
+def appeared(signs: pd.DataFrame) -> pd.DataFrame:
+    """Which of the paper's signs each run ends with, by the thresholds of `callback`.
 
-    Each width has a mean of its own and all widths one scatter, so that seeds alone make the t intervals.
+    - `loss`: the last loss is above the best by more than chance, and by more than `LOSS_RISE`.
+    - `cosine`: of the last states after the norm.
+    - `entropy`, `centred`: that of the head, raw and without its mean row, has risen late by the
+      factor `ENTROPY_RATIO`.
+    """
+    sure = signs["rise"] - 1.96 * signs["rise_se"] > 0
+    found = {
+        "loss": sure & (signs["rise"] > LOSS_RISE),
+        "cosine": signs["cosine_after_norm"] > COSINE,
+        "entropy": signs["entropy_ratio"] > ENTROPY_RATIO,
+        "centred": signs["entropy_centred_ratio"] > ENTROPY_RATIO,
+    }
+    return signs[["arm", "hidden_size", "seed"]].assign(**found)
 
-    **Returns:** a row an intervention and quantity: value, low, high, n (pairs of runs), p, and `adjusted`, p after
-    Holm's correction for all tests of the table.
 
-    **Raises:** `ValueError` if a run has no partner.
+def share(found: Sequence[bool]) -> stats.Estimate:
+    """The share of runs with a sign, with Clopper and Pearson's interval."""
+    test = binomtest(int(sum(found)), len(found))
+    interval = test.proportion_ci()
+    return stats.Estimate(test.statistic, interval.low, interval.high, len(found))
+
+
+def effects(
+    signs: pd.DataFrame, quantities: Sequence[str], against: str = "baseline"
+) -> pd.DataFrame:
+    """What each arm changes: differences to the run `against` of the same width and seed.
+
+    **Returns:** a row an arm and quantity: value, low and high of a t interval over pairs, n (the
+    pairs), p, and `adjusted`, p after Holm's correction for all tests of the table. One pair has
+    no interval: NaN.
 
     **Source:** Holm 1979.
     """
-    runs = outcomes.set_index(["intervention", "hidden_size", "seed"])[list(QUANTITIES)]
-    changes = []
-    for name in dict.fromkeys(outcomes["intervention"]):
-        pairs = runs.loc[name] - runs.loc[against]
-        if len(pairs) > min(len(runs.loc[name]), len(runs.loc[against])):
-            raise ValueError(
-                f"{name!r} and {against!r} have other widths or seeds; run both with the same ones"
-            )
-        widths = pairs.groupby("hidden_size")
-        freedom = len(pairs) - len(widths)
-        scatter = ((pairs - widths.transform("mean")) ** 2).sum(skipna=False) / max(freedom, 1)
-        error = (scatter * (1 / widths.size()).sum()).pow(0.5) / len(widths)
-        change = pd.DataFrame(
-            {"value": widths.mean().mean(skipna=False), "error": error}
-        ).rename_axis("quantity")
-        changes.append(
-            change.reset_index().assign(intervention=name, n=len(pairs), freedom=freedom or np.nan)
-        )
-    table = pd.concat(
-        [c for c in changes if c["intervention"].iloc[0] != against], ignore_index=True
-    )
-    error, freedom = table.pop("error"), table.pop("freedom")
-    half = error * student.ppf(0.975, freedom)
-    table["low"], table["high"] = table["value"] - half, table["value"] + half
-    table["p"] = 2 * student.sf(table["value"].abs() / error, freedom)
-    table["adjusted"], known = np.nan, table["p"].notna()
+    runs = signs.set_index(["arm", "hidden_size", "seed"])[list(quantities)]
+    rows = []
+    for arm in dict.fromkeys(signs["arm"]):
+        if arm == against:
+            continue
+        pairs = (runs.loc[arm] - runs.loc[against]).dropna(how="all")
+        rows += [{"arm": arm, "quantity": name, **_paired(pairs[name])} for name in quantities]
+    table = pd.DataFrame(rows)
+    known = table["p"].notna()
+    table["adjusted"] = np.nan
     if known.any():
         table.loc[known, "adjusted"] = multipletests(table["p"][known], method="holm")[1]
     return table
 
 
-def _late(course: Float[np.ndarray, " checkpoints"]) -> float:
-    between = course[course.argmax() : -1]
-    return course[-1] - between.min() if len(between) else 0.0
+def _paired(differences: pd.Series) -> dict[str, float]:
+    found = {"value": differences.mean(), "low": np.nan, "high": np.nan, "p": np.nan}
+    if len(differences) > 1:
+        test = ttest_1samp(differences, 0)
+        low, high = test.confidence_interval()
+        found |= {"low": low, "high": high, "p": test.pvalue}
+    return {**found, "n": len(differences)}
 
 
-def _linear(width: int, to: int, deviation: float | None = None) -> nn.Linear:
-    # 0.02, as in GPT-NeoX, for what makes logits; an inner map keeps the size of what it is given.
-    layer = nn.Linear(width, to, bias=False)
-    nn.init.normal_(layer.weight, std=deviation or width**-0.5)
-    return layer
+def outcome(effect: pd.Series) -> str:
+    """What an arm does to a quantity of `SAME`: `more`, `less`, `same`, or `open`.
+
+    It does more or less where Holm's correction leaves the effect below 5 %, and the same where
+    the whole interval is within `SAME`.
+    """
+    if effect["adjusted"] < 0.05:
+        return "more" if effect["value"] > 0 else "less"
+    margin = SAME[effect["quantity"]]
+    return "same" if max(-effect["low"], effect["high"]) < margin else "open"
+
+
+def judge(
+    predictions: Mapping[str, Any], effects: pd.DataFrame, appeared: pd.DataFrame
+) -> pd.DataFrame:
+    """Each account's predictions beside what the arms did.
+
+    **Arguments:** `predictions`: of `book/archive/predictions.yaml`, arm to account to sign to word.
+
+    **Returns:** a row a prediction: arm, account, sign, predicted, found and `held`, which is None
+    where the prediction or the finding is open. Arms that were not run are left out.
+    """
+    outcomes = {(row["arm"], row["quantity"]): outcome(row) for _, row in effects.iterrows()}
+    rows = []
+    for arm, of_arm in predictions.items():
+        runs = appeared[appeared["arm"] == arm]
+        for account, of_account in of_arm.items() if len(runs) else ():
+            for sign, word in of_account.items():
+                found = outcomes.get((arm, QUANTITIES[sign]), "open")
+                if word in ("appears", "absent"):
+                    found = _presence(runs[sign])
+                settled = "open" not in (word, found)
+                held = word == found if settled else None
+                rows.append((arm, account, sign, word, found, held))
+    return pd.DataFrame(rows, columns=["arm", "account", "sign", "predicted", "found", "held"])
+
+
+def _presence(found: "pd.Series[bool]") -> str:
+    if found.all():
+        return "appears"
+    return "open" if found.any() else "absent"

@@ -7,8 +7,11 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,15 +21,29 @@ from filelock import FileLock
 from jaxtyping import Int
 from joblib import delayed
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from headbound import cache, device, hidden, progress
 from headbound import corpus as prose
 from headbound.measure import checkpoint
+from headbound.train.step import Recipe, Trainer
 
 SAVE_EVERY = 20.0  # seconds between two saves of the training state: what a kill costs at most
 HELD_OUT = 0.1  # more than the book's two per cent, which are among it: the last-word task needs many texts
+Build = Callable[[GPTNeoXConfig], PreTrainedModel]
+
+
+class Text(NamedTuple):
+    """What a run is trained and measured on."""
+
+    tokenizer: PreTrainedTokenizerFast
+    stream: Int[np.ndarray, " tokens"]
+    held_out: Int[Tensor, "texts length"]
+
+    def digest(self) -> str:
+        """A hash of the tokens."""
+        tokens = np.asarray(self.stream).tobytes() + self.held_out.numpy().tobytes()
+        return hashlib.sha256(tokens).hexdigest()
 
 
 def corpus(
@@ -34,7 +51,7 @@ def corpus(
     vocab_size: int = 2048,
     context: int = 128,
     held_out_texts: int = 256,
-) -> tuple[PreTrainedTokenizerFast, Int[np.ndarray, " tokens"], Int[Tensor, "texts length"]]:
+) -> Text:
     """What the suite trains and is measured on.
 
     **Returns:** the tokenizer, the stream of training tokens, and the first `context + 1` tokens of
@@ -53,7 +70,7 @@ def _corpus(source, vocab_size, context, held_out_texts, cache, changed):
     stream = prose.encode(tokenizer, train_texts)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=prose.END_OF_TEXT)
     drawn = [test_texts[i] for i in np.random.default_rng(0).permutation(len(test_texts))]
-    return wrapped, stream, hidden.sequences(wrapped, drawn, held_out_texts, context + 1)
+    return Text(wrapped, stream, hidden.sequences(wrapped, drawn, held_out_texts, context + 1))
 
 
 def checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
@@ -63,52 +80,51 @@ def checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
     """
     if min(steps, checkpoints) < 1:
         raise ValueError(f"steps = {steps}, checkpoints = {checkpoints}: both must be 1 or more")
-    spaced = np.geomspace(
-        steps, max(1, steps / 200), checkpoints
-    )  # from the end, which one alone is
+    # From the end, which one alone is.
+    spaced = np.geomspace(steps, max(1, steps / 200), checkpoints)
     return [0, *np.unique(spaced.round().astype(int)).tolist()]
 
 
-def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
-    """The learning rate of a step: linear during `warmup` (a share of `steps`), then by `schedule`.
-
-    `cosine` falls to a tenth of the peak, as Pythia's does; `constant` stays.
-
-    **Raises:** `ValueError` for another schedule.
-    """
-    if schedule not in ("cosine", "constant"):
-        raise ValueError(f"schedule = {schedule!r}: must be 'cosine' or 'constant'")
-    ramp = warmup * steps
-    if step < ramp:
-        return peak * (step + 1) / (ramp + 1)
-    fall = 0.45 * (1 - math.cos(math.pi * (step - ramp) / (steps - ramp)))
-    return peak * (1 - fall) if schedule == "cosine" else peak
-
-
 def batch(
-    stream: Int[np.ndarray, " tokens"],
-    step: int,
-    size: int,
-    context: int,
-    seed: int,
-    kept: int | None = None,
+    stream: Int[np.ndarray, " tokens"], step: int, recipe: Recipe, kept: int | None = None
 ) -> Int[Tensor, "size length"]:
-    """One step's windows of `context + 1` tokens, in a new order each epoch, from seed and step alone.
+    """One step's windows of `context + 1` tokens, in a new order each epoch, from seed and step.
 
     With `kept`, an epoch has that many windows, drawn from the whole stream.
     """
+    size, context = recipe.batch_size, recipe.context
     windows = (len(stream) - 1) // context
-    places = [divmod(i, kept or windows) for i in range(step * size, (step + 1) * size)]
-    starts = [_order(windows, kept, epoch, seed)[place] * context for epoch, place in places]
-    return torch.from_numpy(np.stack([stream[s : s + context + 1] for s in starts])).long()
+    places = np.arange(step * size, (step + 1) * size)
+    epochs, places = np.divmod(places, kept or windows)
+    chosen = [
+        _order(windows, kept, int(epoch), recipe.seed)[places[epochs == epoch]]
+        for epoch in np.unique(epochs)
+    ]
+    starts = np.concatenate(chosen) * context
+    return torch.from_numpy(stream[starts[:, None] + np.arange(context + 1)]).long()
 
 
 @functools.lru_cache(maxsize=4)
-def _order(windows, kept, epoch, seed):
+def _order(windows: int, kept: int | None, epoch: int, seed: int) -> Int[np.ndarray, " windows"]:
     order = np.random.default_rng([seed, epoch]).permutation(kept or windows)
-    return (
-        np.random.default_rng(seed).choice(windows, kept, replace=False)[order] if kept else order
-    )
+    if kept is None:
+        return order
+    return np.random.default_rng(seed).choice(windows, kept, replace=False)[order]
+
+
+def kept_windows(recipe: Recipe, stream: Int[np.ndarray, " tokens"]) -> int | None:
+    """How many windows `recipe.epochs` leaves, None for all.
+
+    **Raises:** `ValueError` if the text has fewer.
+    """
+    windows = (len(stream) - 1) // recipe.context
+    kept = recipe.epochs and round(recipe.steps * recipe.batch_size / recipe.epochs)
+    if not 1 <= (windows if kept is None else kept) <= windows:
+        raise ValueError(
+            f"epochs = {recipe.epochs}: {kept} windows of {windows}; "
+            "give more text or choose other epochs"
+        )
+    return kept
 
 
 def train(
@@ -116,166 +132,167 @@ def train(
     steps: int,
     folder: Path | str | None = None,
     *,
-    source: str = "docstrings",
-    vocab_size: int = 2048,
-    layers: int = 2,
-    context: int = 128,
-    batch_size: int = 16,
-    peak: float = 1e-2,
-    schedule: str = "cosine",
-    warmup: float = 0.01,
-    weight_decay: float = 0.1,
-    epochs: float | None = None,
-    tied: bool = False,
-    checkpoints: int = 14,
-    held_out_texts: int = 256,
-    seed: int = 0,
-    variant: str = "neox",
-    build: Callable[[GPTNeoXConfig], PreTrainedModel] = GPTNeoXForCausalLM,
+    build: Build = GPTNeoXForCausalLM,
     where: str = "auto",
+    **options: Any,
 ) -> pd.DataFrame:
     """Train the suite, or what is missing of it, and return its measurements; called again, it only reads.
 
-    A killed run goes on from its last training state and ends as an unbroken one, bit for bit: data order and
-    random numbers follow from seed and step, and on a CPU a model has one thread (several train at once).
+    A killed run goes on from its last training state and ends as an unbroken one, bit for bit.
+    Data order and random numbers follow from seed and step, and on a CPU a model has one thread.
+    Several models train at once.
 
     **Arguments:**
 
-    - `hidden_sizes`: multiples of 8; heads of 16 dimensions (else one head), feed-forwards 4 times as wide.
-    - `steps`: of `batch_size` windows of `context` tokens.
-    - `folder`: by default in the cache, under a hash of all but `hidden_sizes`, `build` and `where`.
-    - `source`, `vocab_size`, `held_out_texts`: see `corpus`. `checkpoints`: see `checkpoint_steps`.
-    - `peak`, `schedule`, `warmup`: see `learning_rate`. `weight_decay`: of matrices, by AdamW.
-    - `epochs`: passes over the data, a random part of which is kept to fit; None keeps all of them.
-    - `tied`: one matrix for embedding and head. Pythia's are two.
+    - `hidden_sizes`, `steps`, `options`: see `Recipe`.
+    - `folder`: by default in the cache, under a hash of the recipe without its hidden size.
     - `build`: from a configuration to a GPT-NeoX with any head, kept under the name `variant`.
     - `where`: the device.
 
     **Returns:** a row a checkpoint: model, step, tokens, `checkpoint.measure`, `path` (in the Hub's layout).
 
-    **Raises:** `ValueError` for arguments that cannot be; `FloatingPointError` with the step when the loss is
-    not finite, the checkpoints before it kept.
+    **Raises:** `ValueError` for arguments that cannot be. `FloatingPointError` with the step when
+    the loss is not finite; the checkpoints before it are kept.
     """
-    options = {
-        k: v for k, v in locals().items() if k not in ("hidden_sizes", "folder", "build", "where")
-    }
-    wrong = [size for size in hidden_sizes if size < 8 or size % 8]
-    if wrong or not len(hidden_sizes):
+    widest_first = sorted(set(hidden_sizes), reverse=True)
+    if not widest_first:
+        raise ValueError("hidden_sizes = []: must be multiples of 8, at least one")
+    recipes = [Recipe(size, steps, **options) for size in widest_first]
+    first = recipes[0]
+    if (build is GPTNeoXForCausalLM) != (first.variant == "neox"):
         raise ValueError(
-            f"hidden_sizes = {list(hidden_sizes)}: must be multiples of 8, at least one"
+            f"variant = {first.variant!r}: a model of another build, and only that, has a name of its own"
         )
-    if (build is GPTNeoXForCausalLM) != (variant == "neox"):
-        raise ValueError(
-            f"variant = {variant!r}: a model of another build, and only that, has a name of its own"
-        )
-    checkpoint_steps(steps, checkpoints)
-    learning_rate(0, steps, peak, schedule, warmup)
-    tokenizer, stream, test = corpus(source, vocab_size, context, held_out_texts)
-    windows = (len(stream) - 1) // context
-    kept = None if epochs is None else round(steps * batch_size / epochs)
-    if not 1 <= (windows if kept is None else kept) <= windows:
-        raise ValueError(
-            f"epochs = {epochs}: {kept} windows of {windows}; give more text or choose other epochs"
-        )
-    data = hashlib.sha256(np.asarray(stream).tobytes() + test.numpy().tobytes()).hexdigest()
-    record = json.dumps({**options, "data": data}, indent=1, sort_keys=True)
+    text = corpus(first.source, first.vocab_size, first.context, first.held_out_texts)
+    kept_windows(first, text.stream)
+    root = _settle(first, text, folder)
+    on = device.pick(where)
+    jobs = [delayed(_one)(root, recipe, text, build, on) for recipe in recipes]
+    workers = min(len(jobs), os.cpu_count() or 1) if on.type == "cpu" else 1
+    return pd.DataFrame([row for rows in progress.parallel(jobs, workers)[::-1] for row in rows])
+
+
+def fit(
+    trainer: Trainer,
+    text: Text,
+    state: Path,
+    wanted: Collection[int],
+    keep: Callable[[int], None],
+) -> None:
+    """Train to the last `wanted` step, from a kept `state` where there is one.
+
+    `keep` is called with each `wanted` step, before its update. After a kill it may be called
+    once more for the last of them.
+
+    **Raises:** `FloatingPointError` as `train`.
+    """
+    recipe = trainer.recipe
+    kept = kept_windows(recipe, text.stream)
+    first = 0
+    if state.exists():
+        first, before = torch.load(state, map_location=trainer.model.device)
+        trainer.restore(before)
+    saved = time.monotonic()
+    name = state.parent.name
+    last = max(wanted)
+    for step in progress.bar(range(first, last + 1), name, last + 1 - first):
+        torch.manual_seed(recipe.seed * 1_000_003 + step)  # for a build with dropout
+        rows = batch(text.stream, step, recipe, kept).to(trainer.model.device)
+        loss = trainer.loss(rows)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(
+                f"loss = {loss.item()} at step {step} of {name}: lower peak or lengthen warmup; "
+                "the checkpoints before it are kept"
+            )
+        if step in wanted:
+            keep(step)
+        if step in wanted or time.monotonic() - saved > SAVE_EVERY:
+            with cache.replacing(state) as temporary:
+                torch.save((step, trainer.state()), temporary)
+            saved = time.monotonic()
+        if step < last:
+            trainer.apply(loss, recipe.learning_rate(step))
+
+
+@contextmanager
+def one_thread(on: torch.device) -> Iterator[None]:
+    """One thread inside, on a CPU: what the last bit of a sum depends on."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if on.type == "cpu" else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _settle(recipe: Recipe, text: Text, folder: Path | str | None) -> Path:
+    """The suite's folder, with its recipe in it."""
+    options = asdict(recipe)
+    del options["hidden_size"]
+    record = json.dumps({**options, "data": text.digest()}, indent=1, sort_keys=True)
     key = hashlib.sha256(record.encode()).hexdigest()[:16]
     root = Path(folder or cache.cache_dir() / "suites" / key)
-    settings = root / f"{variant}.json"
+    settings = root / f"{recipe.variant}.json"
     if settings.exists() and settings.read_text() != record:
         raise ValueError(
             f"folder = {str(root)!r}: {settings.name} there has other arguments; choose another folder"
         )
     with cache.replacing(settings) as temporary:
         temporary.write_text(record)
-    on = device.pick(where)
-    widest_first = sorted(set(hidden_sizes), reverse=True)
-    jobs = [
-        delayed(_one)(root, d, options, tokenizer, stream, test, build, on, kept)
-        for d in widest_first
-    ]
-    workers = min(len(jobs), os.cpu_count() or 1) if on.type == "cpu" else 1
-    return pd.DataFrame([row for rows in progress.parallel(jobs, workers)[::-1] for row in rows])
+    return root
 
 
-def _one(root, hidden_size, options, tokenizer, stream, test, build, on, kept):
-    folder = root / f"{options['variant']}-d{hidden_size}"
-    wanted = {
-        n: folder / f"step{n}" for n in checkpoint_steps(options["steps"], options["checkpoints"])
-    }
+def _one(root: Path, recipe: Recipe, text: Text, build: Build, on: torch.device) -> list[dict]:
+    folder = root / f"{recipe.variant}-d{recipe.hidden_size}"
+    steps = checkpoint_steps(recipe.steps, recipe.checkpoints)
+    wanted = {step: folder / f"step{step}" for step in steps}
     folder.mkdir(exist_ok=True)
     # The lock ends with its process: of two chapters that ask for a suite at once, one trains it.
     with FileLock(folder / ".lock"):
         if not all(path.exists() for path in wanted.values()):
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1 if on.type == "cpu" else threads)
-            torch.manual_seed(options["seed"])
-            config = GPTNeoXConfig(
-                vocab_size=options["vocab_size"],
-                hidden_size=hidden_size,
-                intermediate_size=4 * hidden_size,
-                num_attention_heads=1 if hidden_size % 16 else hidden_size // 16,
-                num_hidden_layers=options["layers"],
-                max_position_embeddings=options["context"],
-                tie_word_embeddings=options["tied"],
-                **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id),
-            )
-            try:
-                _fit(build(config).to(on), folder, wanted, options, tokenizer, stream, test, kept)
-            finally:
-                torch.set_num_threads(threads)
-    name = {"variant": options["variant"], "hidden_size": hidden_size, "seed": options["seed"]}
-    numbers = {
-        n: json.loads((path / "measurements.json").read_text()) for n, path in wanted.items()
+            with one_thread(on):
+                _train_one(folder, wanted, recipe, text, build, on)
+    name = {
+        "variant": recipe.variant,
+        "hidden_size": recipe.hidden_size,
+        "seed": recipe.seed,
     }
-    return [{**name, "step": n, **numbers[n], "path": str(path)} for n, path in wanted.items()]
+    rows = []
+    for step, path in wanted.items():
+        numbers = json.loads((path / "measurements.json").read_text())
+        rows.append({**name, "step": step, **numbers, "path": str(path)})
+    return rows
 
 
-def _fit(model, folder, wanted, options, tokenizer, stream, test, kept):
-    steps, size, context, seed = (options[k] for k in ("steps", "batch_size", "context", "seed"))
-    schedule = [options[k] for k in ("steps", "peak", "schedule", "warmup")]
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
-    groups = [{"params": matrices, "weight_decay": options["weight_decay"]}, others]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    state, first, saved = folder / "training.pt", 0, time.monotonic()
-    if state.exists():
-        first, weights, moments = torch.load(state, map_location=model.device)
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(moments)
-    for step in progress.bar(range(first, steps + 1), folder.name, steps + 1 - first):
-        torch.manual_seed(seed * 1_000_003 + step)  # for a build with dropout
-        rows = batch(stream, step, size, context, seed, kept).to(model.device)
-        logits = model(rows[:, :-1], use_cache=False).logits
-        loss = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(
-                f"loss = {loss.item()} at step {step} of {folder.name}: lower peak or lengthen warmup; "
-                "the checkpoints before it are kept"
-            )
-        if step in wanted and not wanted[step].exists():
-            row = {"tokens": step * size * context, "parameters": model.num_parameters()}
-            _keep(wanted[step], model, tokenizer, {**row, **checkpoint.measure(model, test)})
-        if step in wanted or time.monotonic() - saved > SAVE_EVERY:
-            with cache.replacing(state) as temporary:
-                torch.save((step, model.state_dict(), optimizer.state_dict()), temporary)
-            saved = time.monotonic()
-        if step == steps:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, *schedule)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(matrices + others["params"], 1.0)
-        optimizer.step()
+def _train_one(
+    folder: Path,
+    wanted: dict[int, Path],
+    recipe: Recipe,
+    text: Text,
+    build: Build,
+    on: torch.device,
+) -> None:
+    torch.manual_seed(recipe.seed)
+    model = build(recipe.config(text.tokenizer.eos_token_id)).to(on)
+
+    def keep(step: int) -> None:
+        if not wanted[step].exists():
+            size = {"tokens": step * recipe.tokens_a_step, "parameters": model.num_parameters()}
+            _publish(wanted[step], model, text, size)
+
+    state = folder / "training.pt"
+    fit(Trainer(model, recipe), text, state, wanted, keep)
     state.unlink()
 
 
-def _keep(path, model, tokenizer, row):
+def _publish(path: Path, model: PreTrainedModel, text: Text, size: dict[str, int]) -> None:
+    """Keep a checkpoint in the Hub's layout, measured."""
+    numbers = {**size, **checkpoint.measure(model, text.held_out)}
     temporary = path.with_name(f".{path.name}")
     transformers.utils.logging.disable_progress_bar()
     shutil.rmtree(temporary, ignore_errors=True)  # what a kill left
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "measurements.json").write_text(json.dumps(row))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(temporary, state_dict=weights)
+    text.tokenizer.save_pretrained(temporary)
+    (temporary / "measurements.json").write_text(json.dumps(numbers))
     temporary.rename(path)

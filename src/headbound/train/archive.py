@@ -1,0 +1,274 @@
+"""Long runs kept as tables: `python -m headbound.train.archive baseline 8 0 --folder tables`.
+
+A run is measured while its weights are in memory, and only the numbers are kept. After any stop
+the same command goes on from the last state, and ends as if nothing had happened.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import re
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from filelock import FileLock
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from headbound import cache, device
+from headbound.measure import checkpoint, spectrum
+from headbound.measure.anisotropy import mean_cosine
+from headbound.train import changes, tunnel
+from headbound.train.step import Recipe, Trainer, last_matrix, last_states
+
+DIGITS = 5  # significant ones in a table
+TABLES = Path(__file__).parents[3] / "book" / "archive"
+
+
+def mixed_steps(steps: int, checkpoints: int) -> list[int]:
+    """Step 0, a third of the `checkpoints` log-spaced from 8 on, the others evenly spaced."""
+    early = np.geomspace(min(8, steps), steps, checkpoints // 3 + 1)[:-1]
+    late = np.linspace(0, steps, checkpoints - checkpoints // 3 + 1)
+    return np.unique(np.concatenate([early, late]).round().astype(int)).tolist()
+
+
+@torch.inference_mode()
+def measure(
+    model: PreTrainedModel, rows: Int[Tensor, "texts length"]
+) -> tuple[dict[str, float], Float[np.ndarray, " texts"]]:
+    """A model's numbers on held-out texts, and the loss of each text, nats a token.
+
+    - `loss`, `loss_se`: mean and standard error over texts.
+    - `cosine_before_norm`, `cosine_after_norm`: mean over pairs of last states of all texts.
+    - `entropy`, `entropy_centred`: singular entropy of the head, raw and without its mean row.
+    - `mean_share`: of the head's squared norm, what its mean row holds.
+    - `logit_mean`, `logit_sd`: the mean logit, and the deviation within a context.
+    - `head_norm`, `state_norm`, `gain_norm`, `bias_norm`: Frobenius norm of the head, mean norm of
+      the states that it reads, norms of the final norm's gain and bias.
+    - `output_rank`: `checkpoint.output_rank`.
+    - `mean_alignment`: the cosine of the mean state with the mean row.
+
+    A head of two layers is described by its last matrix and the states that this matrix reads.
+    """
+    parts = [last_states(model, some[:, :-1]) for some in rows.split(16)]
+    before, after = (torch.cat(side).flatten(0, 1) for side in zip(*parts, strict=True))
+    head = model.get_output_embeddings()
+    inner, matrix = last_matrix(head, after)
+    weight = head.weight if isinstance(getattr(head, "weight", None), Tensor) else matrix
+    losses, logit_mean, logit_variance = _logits(inner, matrix, rows[:, 1:].flatten())
+    texts = losses.view(len(rows), -1).mean(1).double().numpy()
+    mean_row = weight.mean(0)
+    norm = model.base_model.final_layer_norm
+    states = after if weight.shape[1] == after.shape[1] else inner
+    numbers = {
+        "loss": texts.mean(),
+        "loss_se": texts.std(ddof=1) / math.sqrt(len(texts)),
+        "cosine_before_norm": mean_cosine(before).value,
+        "cosine_after_norm": mean_cosine(after).value,
+        "entropy": spectrum.singular_entropy(spectrum.singular_values(weight)),
+        "entropy_centred": spectrum.singular_entropy(spectrum.singular_values(weight - mean_row)),
+        "mean_share": len(weight) * mean_row.square().sum() / weight.square().sum(),
+        "logit_mean": logit_mean,
+        "logit_sd": math.sqrt(logit_variance),
+        "head_norm": weight.norm(),
+        "state_norm": states.norm(dim=1).mean(),
+        "gain_norm": norm.weight.norm(),
+        "bias_norm": norm.bias.norm(),
+        "output_rank": checkpoint.output_rank(model, rows),
+        "mean_alignment": nn.functional.cosine_similarity(states.mean(0), mean_row, 0),
+    }
+    return {name: float(value) for name, value in numbers.items()}, texts
+
+
+def _logits(
+    states: Tensor, weight: Tensor, targets: Tensor
+) -> tuple[Float[Tensor, " tokens"], float, float]:
+    """Losses, the mean logit, and the mean variance of the logits within a context."""
+    losses, variances = [], []
+    for some, following in zip(states.split(2048), targets.split(2048), strict=True):
+        logits = some @ weight.T
+        losses.append(nn.functional.cross_entropy(logits, following, reduction="none"))
+        variances.append(logits.var(1, correction=0))
+    mean = float(states.mean(0) @ weight.mean(0))
+    return torch.cat(losses), mean, float(torch.cat(variances).mean())
+
+
+def run(
+    arm: str,
+    d: int,
+    seed: int,
+    folder: Path,
+    state: Path,
+    until: int | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Train one arm, or what is missing of it, and keep its table in `folder`.
+
+    **Arguments:**
+
+    - `arm`, `d`, `seed`, `options`: see `changes.recipe`.
+    - `state`: a folder for what a stopped run goes on from; it is the caller's to delete.
+    - `until`: the run stops at its last checkpoint up to this step; None ends it.
+
+    **Returns:** a row a checkpoint: run, step, tokens, rate, `measure`, and `rise` with
+    `rise_se`: the loss over the least one so far, and its standard error paired over texts.
+    """
+    recipe = changes.recipe(arm, d, seed, **options)
+    name = run_name(arm, d, seed)
+    place = state / name
+    place.mkdir(parents=True, exist_ok=True)
+    table = folder / f"{name}.csv"
+    steps = mixed_steps(recipe.steps, recipe.checkpoints)
+    wanted = [step for step in steps if until is None or step <= until]
+    with FileLock(place / ".lock"), tunnel.one_thread(device.pick("cpu")):
+        if not (place / "done").exists():
+            _run(arm, recipe, place, table, wanted)
+        if wanted[-1] == recipe.steps:
+            (place / "done").touch()
+    return pd.read_csv(table)
+
+
+def load(folder: Path = TABLES) -> pd.DataFrame:
+    """All archived runs, a row a checkpoint, with `finished` and `core_hours` of each run.
+
+    **Raises:** `FileNotFoundError` where there is none, as outside a checkout of the book.
+    """
+    tables = []
+    for path in sorted(folder.glob("*-s*.csv")):
+        record = json.loads(path.with_suffix(".json").read_text())
+        kept = {name: record[name] for name in ("finished", "core_hours")}
+        tables.append(pd.read_csv(path).assign(**kept))
+    if not tables:
+        raise FileNotFoundError(f"no archived run in {folder}; work in a checkout of the book")
+    return pd.concat(tables, ignore_index=True)
+
+
+def differences(found: pd.DataFrame, kept: pd.DataFrame) -> pd.Series:
+    """How far two tables of one run are apart: each column's largest difference.
+
+    It is a share of the column's largest number in `kept`, over the steps that both have.
+
+    **Raises:** `ValueError` if they have no step in common.
+    """
+    names = [name for name in kept.columns if name not in ("arm", "hidden_size", "seed", "step")]
+    both = found.merge(kept, on="step", suffixes=("", "_kept"))
+    if both.empty:
+        raise ValueError("the tables have no step in common")
+    largest = {}
+    for name in names:
+        other = both[f"{name}_kept"]
+        largest[name] = (both[name] - other).abs().max() / max(other.abs().max(), 1e-12)
+    return pd.Series(largest)
+
+
+def run_name(arm: str, d: int, seed: int) -> str:
+    """A run's file name."""
+    return f"{re.sub(r'[^a-z0-9.]+', '-', arm.lower())}-d{d}-s{seed}"
+
+
+def _run(arm: str, recipe: Recipe, place: Path, table: Path, wanted: list[int]) -> None:
+    text = tunnel.corpus(recipe.source, recipe.vocab_size, recipe.context, recipe.held_out_texts)
+    torch.manual_seed(recipe.seed)
+    trainer = Trainer(changes.build(arm)(recipe.config(text.tokenizer.eos_token_id)), recipe)
+    kept = place / "measured.pt"
+    measured = torch.load(kept, weights_only=False) if kept.exists() else {}
+    seconds = measured.pop("seconds", 0.0)
+    started = time.process_time()
+
+    def keep(step: int) -> None:
+        measured[step] = measure(trainer.model, text.held_out)
+        spent = seconds + time.process_time() - started
+        with cache.replacing(kept) as temporary:
+            torch.save({**measured, "seconds": spent}, temporary)
+        rows = _table(arm, recipe, {n: measured[n] for n in sorted(measured) if n <= step})
+        with cache.replacing(table) as temporary:
+            rows.to_csv(temporary, index=False, float_format=f"%.{DIGITS}g")
+        _describe(table.with_suffix(".json"), arm, recipe, text, step, spent)
+
+    tunnel.fit(trainer, text, place / "training.pt", wanted, keep)
+
+
+def _table(arm: str, recipe: Recipe, measured: dict[int, tuple]) -> pd.DataFrame:
+    rows = []
+    best = None
+    for step, (numbers, texts) in measured.items():
+        if best is None or texts.mean() < best.mean():
+            best = texts
+        rise = texts - best
+        row = {
+            "arm": arm,
+            "hidden_size": recipe.hidden_size,
+            "seed": recipe.seed,
+            "step": step,
+            "tokens": step * recipe.tokens_a_step,
+            "rate": recipe.learning_rate(step),
+            **numbers,
+            "rise": rise.mean(),
+            "rise_se": rise.std(ddof=1) / math.sqrt(len(rise)),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _describe(
+    path: Path, arm: str, recipe: Recipe, text: tunnel.Text, step: int, seconds: float
+) -> None:
+    """Write beside a table where it comes from."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    today = datetime.date.today().isoformat()
+    command = f"headbound tunnel {arm!r} {recipe.hidden_size} {recipe.seed}"
+    record = {
+        "command": command,
+        "commit": before.get("commit") or _commit(),
+        "machine": f"{platform.machine()}, {_processor()}, one core",
+        "software": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "begun": before.get("begun", today),
+        "last": today,
+        "core_hours": round(seconds / 3600, 3),
+        "finished": step == recipe.steps,
+        "steps_done": step,
+        "data": text.digest(),
+        "recipe": asdict(recipe),
+    }
+    with cache.replacing(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    found = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found[1] if found else platform.processor()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("arm", choices=changes.ARMS)
+    parser.add_argument("hidden_size", type=int)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--folder", type=Path, default=TABLES)
+    parser.add_argument("--state", type=Path, default=cache.cache_dir() / "tunnel")
+    asked = parser.parse_args(arguments)
+    run(asked.arm, asked.hidden_size, asked.seed, asked.folder, asked.state)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""The expensive parts of a small model's training step, exact and fast on one core.
+
+A narrow model spends its time on logits and attention scores, which have far more entries than
+weights. Both functions here keep these entries in the processor's cache and never normalise them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding, gelu, layer_norm
+from transformers import GPTNeoXConfig, GPTNeoXModel
+
+SAFE = 60.0  # exp of numbers up to this neither overflows nor vanishes in a float32 sum
+TOKENS = 256  # a block of logits, which stays in the cache for a vocabulary of a few thousand
+
+Rounding = Callable[[Tensor], Tensor]
+
+
+def exact(numbers: Tensor) -> Tensor:
+    """The numbers as they are: the rounding of a model in full precision."""
+    return numbers
+
+
+def can_follow(config: GPTNeoXConfig) -> bool:
+    """Whether `states` computes what a model of this configuration computes in training."""
+    dropout = config.hidden_dropout + config.attention_dropout
+    usual = config.hidden_act == "gelu" and config.attention_bias
+    return usual and config.use_parallel_residual and dropout == 0
+
+
+def states(
+    model: GPTNeoXModel, tokens: Int[Tensor, "batch length"], rounding: Rounding = exact
+) -> tuple[Float[Tensor, "batch length d"], Float[Tensor, "batch length d"]]:
+    """The last hidden states of a GPT-NeoX, before and after the final norm.
+
+    They are those of the model's own forward pass up to rounding, in about three quarters of the
+    time. A `rounding` is applied to the states after each layer and after the final norm.
+    """
+    cosines, sines = _angles(model, tokens)
+    hidden = rounding(embedding(tokens, model.embed_in.weight))
+    for layer in model.layers:
+        heads = hidden.shape[-1] // layer.attention.head_size
+        mixed = layer.attention.query_key_value(_norm(layer.input_layernorm, hidden))
+        attended = layer.attention.dense(Attention.apply(mixed, cosines, sines, heads))
+        wide = gelu(layer.mlp.dense_h_to_4h(_norm(layer.post_attention_layernorm, hidden)))
+        hidden = rounding(hidden + attended + layer.mlp.dense_4h_to_h(wide))
+    return hidden, rounding(_norm(model.final_layer_norm, hidden))
+
+
+class Attention(torch.autograd.Function):
+    """Causal softmax attention with rotary positions, both passes written out.
+
+    With E = exp(q·k/√n) below the diagonal and z its row sums, the output is E v / z. The
+    gradient of a score is E ∘ (g/z · v − g·o/z), so that the softmax is never stored.
+    """
+
+    @staticmethod
+    def forward(ctx, mixed, cosines, sines, heads):
+        """From the mixed projection (batch, length, heads · 3 · n) to (batch, length, heads · n)."""
+        batch, length, width = mixed.shape
+        size = width // (3 * heads)
+        parts = mixed.view(batch, length, heads, 3, size).permute(3, 0, 2, 1, 4)
+        parts = parts.reshape(3, batch * heads, length, size)
+        if parts.data_ptr() == mixed.data_ptr():
+            parts = parts.clone()
+        _rotate(parts[:2], cosines, sines)
+        query, key, value = parts
+        query *= size**-0.5
+        weights = torch.bmm(query, key.transpose(1, 2))
+        if not _bound(query, key) < SAFE:
+            _lower(_hide_later(weights))
+        weights.exp_().tril_()
+        total = weights.sum(-1, keepdim=True)
+        out = torch.bmm(weights, value) / total
+        ctx.kept = parts, weights, total, out, cosines, sines
+        return out.view(batch, heads, length, size).transpose(1, 2).reshape(batch, length, -1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """The gradient by the mixed projection."""
+        (query, key, value), weights, total, out, cosines, sines = ctx.kept
+        batch, length, width = gradient.shape
+        size = query.shape[-1]
+        heads = width // size
+        gradient = gradient.view(batch, length, heads, size).transpose(1, 2)
+        gradient = gradient.reshape(batch * heads, length, size) / total
+        by_score = torch.bmm(gradient, value.transpose(1, 2))
+        by_score.sub_((gradient * out).sum(-1, keepdim=True)).mul_(weights)
+        by_query = torch.bmm(by_score, key) * size**-0.5
+        by_key = torch.bmm(by_score.transpose(1, 2), query)
+        by_value = torch.bmm(weights.transpose(1, 2), gradient)
+        by_parts = torch.stack((by_query, by_key, by_value))
+        _rotate(by_parts[:2], cosines, -sines)
+        by_parts = by_parts.view(3, batch, heads, length, size).permute(1, 3, 2, 0, 4)
+        return by_parts.reshape(batch, length, 3 * width), None, None, None
+
+
+def cross_entropy(
+    hidden: Float[Tensor, "tokens d"],
+    weight: Float[Tensor, "vocab d"],
+    targets: Int[Tensor, " tokens"],
+    z_loss: float = 0.0,
+    rounding: Rounding | None = None,
+    loss_scale: float = 1.0,
+) -> Float[Tensor, ""]:
+    """The mean of −ln softmax(W h)[target] in nats, with both gradients, block by block.
+
+    With E = exp(W h) and Z = ΣE a block yields ln Z, and E W / Z is the mean row that the
+    softmax expects: the gradient by h is that row minus the target's.
+
+    **Arguments:**
+
+    - `z_loss`: this times the mean of (ln Z)² is added.
+    - `rounding`: of logits and of their gradient, as a 16-bit format does it; None keeps float32.
+    - `loss_scale`: what the gradient of the logits is multiplied by while it is rounded.
+
+    **Source:** of the z-loss Chowdhery et al. 2022.
+    """
+    if rounding is None:
+        return CrossEntropy.apply(hidden, weight, targets, z_loss)
+    return RoundedCrossEntropy.apply(hidden, weight, targets, rounding, loss_scale)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """`cross_entropy` without rounding; the gradients are ready when the loss is."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, z_loss):
+        """The loss; `ctx` keeps the gradients of the mean."""
+        tokens, d = hidden.shape
+        wide = torch.cat([weight, weight.new_ones(len(weight), 1)], 1)
+        expected = hidden.new_empty(tokens, d + 1)
+        normaliser = hidden.new_empty(tokens, 1)
+        by_weight = torch.zeros_like(weight.T)
+        block = hidden.new_empty(min(TOKENS, tokens), len(weight))
+        safe = _bound(hidden, weight) < SAFE
+        for start in range(0, tokens, TOKENS):
+            here = slice(start, start + TOKENS)
+            states = hidden[here]
+            weights = torch.mm(states, weight.T, out=block[: len(states)])
+            shift = 0.0 if safe else _lower(weights)
+            # E [W, 1]: the expected row times Z, and Z.
+            sums = torch.mm(weights.exp_(), wide, out=expected[here])
+            total = sums[:, d:]
+            normaliser[here] = total.log() + shift
+            # The z-loss multiplies the gradient of ln Z by 1 + 2 z ln Z.
+            share = (1 + 2 * z_loss * normaliser[here]) / total
+            by_weight.addmm_((states * share).T, weights)
+            sums *= share
+        rows = weight[targets]
+        by_weight = by_weight.T.index_add(0, targets, hidden, alpha=-1)
+        ctx.gradients = (expected[:, :d] - rows) / tokens, by_weight / tokens
+        loss = normaliser.mean() - (hidden * rows).sum() / tokens
+        return loss + z_loss * normaliser.square().mean() if z_loss else loss
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """The gradients by states and head."""
+        by_hidden, by_weight = ctx.gradients
+        return gradient * by_hidden, gradient * by_weight, None, None
+
+
+class RoundedCrossEntropy(torch.autograd.Function):
+    """`cross_entropy` with logits and their scaled gradient rounded to another format."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, rounding, loss_scale):
+        """The loss; `ctx` keeps the gradients of the mean."""
+        tokens = len(hidden)
+        by_hidden = torch.empty_like(hidden)
+        by_weight = torch.zeros_like(weight)
+        loss = hidden.new_zeros(())
+        for start in range(0, tokens, TOKENS):
+            here = slice(start, start + TOKENS)
+            logits = rounding(hidden[here] @ weight.T)
+            known = torch.log_softmax(logits, 1)
+            target = targets[here, None]
+            loss -= known.gather(1, target).sum()
+            error = known.exp_()
+            error.scatter_add_(1, target, -torch.ones_like(target, dtype=error.dtype))
+            error = rounding(error.mul_(loss_scale / tokens)).div_(loss_scale)
+            by_hidden[here] = error @ weight
+            by_weight.addmm_(error.T, hidden[here])
+        ctx.gradients = by_hidden, by_weight
+        return loss / tokens
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """The gradients by states and head."""
+        by_hidden, by_weight = ctx.gradients
+        return gradient * by_hidden, gradient * by_weight, None, None, None
+
+
+def _bound(one: Tensor, other: Tensor) -> float:
+    """No product of a row of one with a row of the other is larger (Cauchy and Schwarz)."""
+    squares = [rows.square().sum(-1).max().item() for rows in (one, other)]
+    return (squares[0] * squares[1]) ** 0.5
+
+
+def _lower(logits: Tensor) -> Tensor:
+    """Take each row's largest entry from it in place, and return it."""
+    highest = logits.amax(-1, keepdim=True)
+    logits -= highest
+    return highest
+
+
+def _hide_later(scores: Tensor) -> Tensor:
+    """Minus infinity above the diagonal, in place."""
+    length = scores.shape[-1]
+    later = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill_(later, -torch.inf)
+
+
+def _rotate(parts: Tensor, cosines: Tensor, sines: Tensor) -> None:
+    half = cosines.shape[-1]
+    first = parts[..., :half].clone()
+    second = parts[..., half : 2 * half]
+    parts[..., :half] = first * cosines - second * sines
+    parts[..., half : 2 * half] = first * sines + second * cosines
+
+
+def _angles(model: GPTNeoXModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    places = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    cosines, sines = model.rotary_emb(model.embed_in.weight, places)
+    half = cosines.shape[-1] // 2
+    return cosines[0, :, :half], sines[0, :, :half]
+
+
+def _norm(norm: torch.nn.LayerNorm, hidden: Tensor) -> Tensor:
+    return layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

@@ -1,0 +1,89 @@
+"""A language of repetitions, learnt by a model with next to nothing but a head."""
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from headbound import device
+from headbound.measure.gradients import share_kept
+from headbound.measure.lowrank import Examples
+from headbound.train.step import learning_rate
+
+BATCH = 256  # tokens a step
+SHOWN = 512  # tokens that the trained model is measured on, at most
+WARMUP = 0.05  # of the steps
+
+
+def learn(
+    vocab: int,
+    d: int,
+    peak: float,
+    steps: int = 300,
+    layers: int = 0,
+    momentum: float | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Train a GPT-NeoX to say the token before once more, every token equally likely.
+
+    **Arguments:**
+
+    - `vocab`, `d`: V and the hidden size.
+    - `layers`: with 0, embedding, final norm and head are all there is.
+    - `peak`: of the learning rate, after a warm-up, then a cosine.
+    - `momentum`: of plain gradient descent; None trains with Adam.
+
+    **Returns:** at the end, over tokens spread evenly over the vocabulary, loss (nats), learned
+    (share of tokens said right) and kept (share of the squared logit gradient).
+
+    **Raises:** `FloatingPointError` if it diverges.
+    """
+    torch.manual_seed(seed)
+    model = _model(vocab, d, layers)
+    optimizer = _optimizer(model, momentum)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, "cosine", WARMUP)
+        drawn = torch.randint(vocab, (BATCH, 1), device=model.device)
+        logits = model(drawn, use_cache=False).logits[:, 0]
+        optimizer.zero_grad()
+        cross_entropy(logits, drawn[:, 0]).backward()
+        optimizer.step()
+    found = _measure(model, vocab)
+    if found is None:
+        raise FloatingPointError(f"peak = {peak}: training diverged at V = {vocab}; lower it")
+    return found
+
+
+def _model(vocab: int, d: int, layers: int) -> GPTNeoXForCausalLM:
+    config = GPTNeoXConfig(
+        vocab_size=vocab,
+        hidden_size=d,
+        intermediate_size=4 * d,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        max_position_embeddings=1,
+    )
+    return GPTNeoXForCausalLM(config).to(device.pick())
+
+
+def _optimizer(model: GPTNeoXForCausalLM, momentum: float | None) -> torch.optim.Optimizer:
+    if momentum is None:
+        return torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
+    return torch.optim.SGD(model.parameters(), momentum=momentum)
+
+
+@torch.no_grad()
+def _measure(model: GPTNeoXForCausalLM, vocab: int) -> dict[str, float] | None:
+    shown = torch.arange(0, vocab, max(1, vocab // SHOWN), device=model.device)[:SHOWN]
+    states = model.base_model(shown[:, None]).last_hidden_state[:, 0]
+    logits = model.lm_head(states)
+    if not torch.isfinite(logits).all():
+        return None
+    numbers = shown.cpu().numpy()
+    squares = share_kept(
+        Examples(states.cpu().numpy(), numbers, numbers), model.lm_head.weight.detach()
+    )
+    return {
+        "loss": cross_entropy(logits, shown).item(),
+        "learned": (logits.argmax(1) == shown).double().mean().item(),
+        "kept": float(squares.kept.sum() / squares.gradient.sum()),
+    }

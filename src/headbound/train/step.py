@@ -1,0 +1,345 @@
+"""A recipe, and one step of training by it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import GPTNeoXConfig, PreTrainedModel
+
+from headbound.train import fast
+
+FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+LOSS_SCALE = 2.0**12  # what a float16 recipe multiplies the loss by, Pythia's first scale
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a run of the wind tunnel follows from, beside its text and its build.
+
+    **Fields:**
+
+    - `hidden_size`: d, a multiple of 8; a head of attention has 16 dimensions, or all 8.
+    - `steps`: updates, each of `batch_size` windows of `context` tokens.
+    - `vocab_size`: tokens of the tokenizer. `unused`: the share of the model's rows beyond these,
+      for tokens that never occur.
+    - `layers`: blocks, with feed-forwards of 4 d.
+    - `peak`, `schedule`, `warmup`: of the learning rate; `warmup` is a share of `steps`.
+    - `optimizer`: AdamW with betas .9 and .95; Coupled Adam, whose second moment is one for all
+      rows of embedding and head; or gradient descent with momentum .9.
+    - `weight_decay`: of matrices, a share of the weight for each unit of learning rate.
+    - `precision`: weights, states, logits and their gradient are rounded to it. Sums, moments and
+      the kept weights stay float32.
+    - `centred`: the mean row is taken out of the head after each step.
+    - `z_loss`: the factor of the mean (ln Z)² in the loss.
+    - `cut`: the head's rank is cut to d/2, in the forward pass or in the backward pass alone. The
+      cut is the projection on the d/2 leading right singular vectors of the head at that step.
+    - `tied`: one matrix for embedding and head. Pythia's are two.
+    - `epochs`: passes over a part of the windows that is drawn to fit; None keeps all of them.
+    - `checkpoints`: measured models after the first. `held_out_texts`: texts they are measured on.
+    - `seed`: of first weights and of the order of the text.
+    - `variant`: the name of the build.
+
+    **Raises:** `ValueError` for a value outside these.
+    """
+
+    hidden_size: int
+    steps: int
+    source: str = "docstrings"
+    vocab_size: int = 2048
+    layers: int = 2
+    context: int = 128
+    batch_size: int = 16
+    peak: float = 1e-2
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.01
+    optimizer: Literal["adamw", "coupled", "sgd"] = "adamw"
+    weight_decay: float = 0.1
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    centred: bool = False
+    z_loss: float = 0.0
+    cut: Literal["none", "forward", "backward"] = "none"
+    tied: bool = False
+    unused: float = 0.0
+    epochs: float | None = None
+    checkpoints: int = 14
+    held_out_texts: int = 256
+    seed: int = 0
+    variant: str = "neox"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained."""
+        if self.hidden_size < 8 or self.hidden_size % 8:
+            raise ValueError(f"hidden_size = {self.hidden_size}: must be a multiple of 8")
+        if min(self.steps, self.checkpoints) < 1:
+            raise ValueError(
+                f"steps = {self.steps}, checkpoints = {self.checkpoints}: both must be 1 or more"
+            )
+        self.learning_rate(0)
+        if self.precision != "float32" and (self.centred or self.z_loss):
+            raise ValueError("precision: a rounded recipe has neither z-loss nor centred rows")
+
+    @property
+    def tokens_a_step(self) -> int:
+        """Predicted tokens."""
+        return self.batch_size * self.context
+
+    def config(self, end_of_text: int) -> GPTNeoXConfig:
+        """The model's shape, Pythia's in all but size."""
+        return GPTNeoXConfig(
+            vocab_size=round(self.vocab_size / (1 - self.unused)),
+            hidden_size=self.hidden_size,
+            intermediate_size=4 * self.hidden_size,
+            num_attention_heads=1 if self.hidden_size % 16 else self.hidden_size // 16,
+            num_hidden_layers=self.layers,
+            max_position_embeddings=self.context,
+            tie_word_embeddings=self.tied,
+            bos_token_id=end_of_text,
+            eos_token_id=end_of_text,
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """See `learning_rate`."""
+        return learning_rate(step, self.steps, self.peak, self.schedule, self.warmup)
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
+    """The rate of a step: linear in the warm-up, a share of `steps`, then by the schedule.
+
+    `cosine` falls to a tenth of the peak, as Pythia's does; `constant` stays.
+
+    **Raises:** `ValueError` for another schedule.
+    """
+    if schedule not in ("cosine", "constant"):
+        raise ValueError(f"schedule = {schedule!r}: must be 'cosine' or 'constant'")
+    ramp = warmup * steps
+    if step < ramp:
+        return peak * (step + 1) / (ramp + 1)
+    if schedule == "constant":
+        return peak
+    fall = 0.45 * (1 - math.cos(math.pi * (step - ramp) / (steps - ramp)))
+    return peak * (1 - fall)
+
+
+class Trainer:
+    """A model, its optimizer and its loss.
+
+    All weights lie in two flat vectors, with weight decay and without, so that an update is a
+    handful of operations however many layers there are.
+    """
+
+    def __init__(self, model: PreTrainedModel, recipe: Recipe):
+        self.model = model
+        self.recipe = recipe
+        self.rounding = rounding(recipe.precision)
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.ndim < 2]
+        self.flat = [Flat(part, self.rounding) for part in (matrices, vectors)]
+        self.optimizer = self._optimizer(matrices)
+
+    def loss(self, rows: Int[Tensor, "size length"]) -> Float[Tensor, ""]:
+        """The mean loss of the windows, nats a token, with the recipe's additions."""
+        inputs, targets = rows[:, :-1], rows[:, 1:].flatten()
+        hidden = last_states(self.model, inputs, self.rounding)[1].flatten(0, 1)
+        head = self.model.get_output_embeddings()
+        parts = last_matrix(head, hidden)
+        if parts is None:
+            return nn.functional.cross_entropy(head(hidden), targets)
+        hidden, weight = parts
+        if self.recipe.cut != "none":
+            hidden, weight = self._cut(hidden, weight)
+        if self.recipe.precision == "float32":
+            return fast.cross_entropy(hidden, weight, targets, self.recipe.z_loss)
+        scale = LOSS_SCALE if self.recipe.precision == "float16" else 1.0
+        return fast.cross_entropy(hidden, weight, targets, rounding=self.rounding, loss_scale=scale)
+
+    def apply(self, loss: Float[Tensor, ""], rate: float) -> None:
+        """Move the weights against the gradient of a loss, clipped to norm 1, at a learning rate."""
+        loss.backward()
+        nn.utils.clip_grad_norm_([flat.weights for flat in self.flat], 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        for flat in self.flat:
+            flat.weights.grad.zero_()
+            flat.show()
+        if self.recipe.centred:
+            head = self.model.get_output_embeddings().weight.data
+            head -= head.mean(0)
+
+    def state(self) -> dict:
+        """All that a later process needs to go on."""
+        weights = [flat.weights.detach() for flat in self.flat]
+        return {"weights": weights, "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state: dict) -> None:
+        """Go on from a `state`."""
+        for flat, weights in zip(self.flat, state["weights"], strict=True):
+            flat.weights.data.copy_(weights)
+            flat.show()
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _optimizer(self, matrices: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        decayed, others = (flat.weights for flat in self.flat)
+        groups = [
+            {"params": [decayed], "weight_decay": self.recipe.weight_decay},
+            {"params": [others], "weight_decay": 0.0},
+        ]
+        if self.recipe.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=self.recipe.peak, momentum=0.9)
+        if self.recipe.optimizer == "coupled":
+            tables = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+            return CoupledAdamW(groups, places(matrices, [table.weight for table in tables]))
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
+    def _cut(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        vectors = torch.linalg.eigh(weight.detach().T @ weight.detach()).eigenvectors
+        kept = vectors[:, weight.shape[1] // 2 :]
+        projection = kept @ kept.T
+        if self.recipe.cut == "forward":
+            return hidden @ projection, weight
+        return BackwardCut.apply(hidden, projection), BackwardCut.apply(weight, projection)
+
+
+class Flat:
+    """Many parameters as one vector; they become views of it, and so do their gradients.
+
+    With a `rounding` they are views of a second vector, which `show` makes the rounded first.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], rounding: fast.Rounding):
+        joined = torch.cat([parameter.detach().flatten() for parameter in parameters])
+        self.weights = nn.Parameter(joined)
+        self.weights.grad = torch.zeros_like(joined)
+        self.rounding = rounding
+        self.shown = joined if rounding is fast.exact else joined.clone()
+        start = 0
+        for parameter in parameters:
+            here = slice(start, start + parameter.numel())
+            parameter.data = self.shown[here].view_as(parameter)
+            parameter.grad = self.weights.grad[here].view_as(parameter)
+            start = here.stop
+        self.show()
+
+    def show(self) -> None:
+        """Copy the kept weights, rounded, to where the model reads them."""
+        if self.shown.data_ptr() != self.weights.data_ptr():
+            self.shown.copy_(self.rounding(self.weights.detach()))
+
+
+class CoupledAdamW(torch.optim.Optimizer):
+    """AdamW with one second moment for all rows of a table of tokens.
+
+    **Arguments:** `groups`: each of one flat vector. `tables`: where tables lie in the first of
+    them, and their widths.
+
+    **Source:** Stollenwerk & Stollenwerk 2025.
+    """
+
+    def __init__(self, groups: list[dict], tables: Sequence[tuple[slice, int]]):
+        super().__init__(groups, {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8})
+        self.tables = tables
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update from the gradients that are there."""
+        for group in self.param_groups:
+            (weights,) = group["params"]
+            state = self.state[weights] or self._start(weights)
+            state["step"] += 1
+            mean, square = state["exp_avg"], state["exp_avg_sq"]
+            first, second = group["betas"]
+            mean.lerp_(weights.grad, 1 - first)
+            square.lerp_(weights.grad.square(), 1 - second)
+            shared = square / (1 - second ** state["step"])
+            if group is self.param_groups[0]:
+                self._couple(shared)
+            weights.mul_(1 - group["lr"] * group["weight_decay"])
+            rate = group["lr"] / (1 - first ** state["step"])
+            weights.addcdiv_(mean, shared.sqrt_().add_(group["eps"]), value=-rate)
+
+    def _couple(self, squares: Tensor) -> None:
+        for place, width in self.tables:
+            rows = squares[place].view(-1, width)
+            rows.copy_(rows.mean(0).expand_as(rows))
+
+    def _start(self, weights: Tensor) -> dict:
+        zeros = {name: torch.zeros_like(weights) for name in ("exp_avg", "exp_avg_sq")}
+        self.state[weights].update(zeros, step=0)
+        return self.state[weights]
+
+
+class BackwardCut(torch.autograd.Function):
+    """The numbers as they are; their gradient projected."""
+
+    @staticmethod
+    def forward(ctx, numbers, projection):
+        """The numbers."""
+        ctx.projection = projection
+        return numbers.view_as(numbers)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """The gradient of rank d/2."""
+        return gradient @ ctx.projection, None
+
+
+class Rounded(torch.autograd.Function):
+    """The nearest numbers of another format, in float32; the gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx, numbers, name):
+        """The rounded numbers."""
+        return numbers.to(FORMATS[name]).to(numbers.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """The gradient."""
+        return gradient, None
+
+
+def rounding(precision: str) -> fast.Rounding:
+    """The function that rounds float32 to a format of `Recipe.precision`."""
+    if precision == "float32":
+        return fast.exact
+
+    def to_format(numbers: Tensor) -> Tensor:
+        return Rounded.apply(numbers, precision)
+
+    return to_format
+
+
+def last_states(
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "batch length"],
+    to_format: fast.Rounding = fast.exact,
+) -> tuple[Float[Tensor, "batch length d"] | None, Float[Tensor, "batch length d"]]:
+    """The last states before the final norm, where the fast way is open, and after it."""
+    if fast.can_follow(model.config):
+        return fast.states(model.base_model, tokens, to_format)
+    return None, model.base_model(tokens, use_cache=False).last_hidden_state
+
+
+def last_matrix(
+    head: nn.Module, hidden: Float[Tensor, "tokens d"]
+) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, "vocab width"]] | None:
+    """What a head multiplies last, (states, matrix), or None where its outputs are no product."""
+    if isinstance(head, nn.Linear) and head.bias is None:
+        return hidden, head.weight
+    return head.factors(hidden) if hasattr(head, "factors") else None
+
+
+def places(
+    parameters: Sequence[nn.Parameter], tables: Sequence[nn.Parameter]
+) -> list[tuple[slice, int]]:
+    """Where tables lie in a vector of all parameters, and their widths."""
+    found, start = [], 0
+    for parameter in parameters:
+        end = start + parameter.numel()
+        if any(parameter is table for table in tables):
+            found.append((slice(start, end), parameter.shape[1]))
+        start = end
+    return found

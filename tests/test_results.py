@@ -206,7 +206,7 @@ def test_the_pages_have_a_row_for_each_claim_and_link_what_answers_it(book, tmp_
     assert "q of b.more" in beyond
     assert "a.one" not in beyond
     assert ':alt: "A line."' in made["figure.md"]
-    assert r"Rises \[by\] 5\_0." in made["figure.md"]
+    assert r"Rises \[by\] 5\_0 (computed in {doc}`A" in made["figure.md"]
     answer = made["answer.md"]
     assert "tests 1 of 2 claims and numbers of the paper: 1 divided, 1 not testable here" in answer
     assert "q of a.two: **1.5**" in answer

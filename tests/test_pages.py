@@ -52,7 +52,7 @@ def build(copy: Path) -> None:
 
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory, worker_id):
-    """A copy of the repository with the smoke book in it, built once however many workers there are."""
+    """A copy of the repository with the smoke book in it, built once for all workers."""
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "book-clone"
     with FileLock(f"{folder}.lock"):

@@ -355,9 +355,7 @@ def test_a_broken_link_to_another_host_is_found(small_book):
 
 @needs_chromium
 def test_the_whole_book_prints_as_one_document(clone):
-    done = subprocess.run(
-        PRINT, cwd=clone, capture_output=True, text=True
-    )
+    done = subprocess.run(PRINT, cwd=clone, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     printed = (clone / "_build" / "book.pdf").read_bytes()
     assert printed.startswith(b"%PDF")

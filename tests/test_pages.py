@@ -52,7 +52,7 @@ def build(copy: Path) -> None:
 
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory, worker_id):
-    """A copy of the repository with the smoke book in it, built once however many workers there are."""
+    """A copy of the repository with the smoke book in it, built once for all workers."""
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "book-clone"
     with FileLock(f"{folder}.lock"):
@@ -355,9 +355,7 @@ def test_a_broken_link_to_another_host_is_found(small_book):
 
 @needs_chromium
 def test_the_whole_book_prints_as_one_document(clone):
-    done = subprocess.run(
-        PRINT, cwd=clone, capture_output=True, text=True
-    )
+    done = subprocess.run(PRINT, cwd=clone, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     printed = (clone / "_build" / "book.pdf").read_bytes()
     assert printed.startswith(b"%PDF")

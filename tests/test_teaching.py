@@ -1,4 +1,4 @@
-"""What learners are handed: exercises in three grades, solutions that run, checks whose hints fit the mistake."""
+"""What learners are handed: exercises in three grades, solutions that run, hints that fit."""
 
 import contextlib
 import io

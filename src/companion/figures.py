@@ -180,18 +180,20 @@ def _labelled(frame: pd.DataFrame, columns: Sequence[str | None]) -> pd.DataFram
     """The frame with names that fit into a figure, whatever they hold; equal names stay apart."""
     frame = frame.copy()
     for column in {column for column in columns if column}:
-        if pd.api.types.is_numeric_dtype(frame[column]):
-            continue
-        labels: dict[Any, str] = {}
+        labels: dict[str, str] = {}
         for name in dict.fromkeys(frame[column]):
+            if not isinstance(name, str):
+                continue
             label = visible(name)
             if len(label) > LABEL:
                 label = f"{label[: LABEL // 2]}…{label[-LABEL // 2 :]}"
             if label.startswith("_"):  # matplotlib would leave it out of the legend
                 label = f" {label}"
-            same = list(labels.values()).count(label)
-            labels[name] = f"{label} ({len(labels)})" if same else label
-        frame[column] = frame[column].map(labels)
+            if label in labels.values():
+                label = f"{label} ({len(labels)})"
+            labels[name] = label
+        if labels:
+            frame[column] = [labels.get(name, name) for name in frame[column]]
     return frame
 
 

@@ -101,8 +101,10 @@ def names(preset: str, asked: Sequence[str] = ()) -> list[str]:
     **Raises:** `ValueError` for a preset or a chapter that is not there.
     """
     presets = sorted(path.stem for path in Path("presets").glob("*.yaml"))
+    if not presets:
+        raise ValueError(f"{Path.cwd()}: no presets/ in it; go to the book's folder")
     if preset not in presets:
-        raise ValueError(f"PRESET = {preset}: must be one of {', '.join(presets) or 'none here'}")
+        raise ValueError(f"PRESET = {preset}: must be one of {', '.join(presets)}")
     chapters = yaml.safe_load(Path(f"presets/{preset}.yaml").read_text(encoding="utf-8"))
     if not asked:
         return list(chapters)

@@ -21,6 +21,12 @@ class Estimate(NamedTuple):
     n: int
 
 
+def begun(**parameters):
+    """What a notebook's `globals()` hold after its parameters cell."""
+    cell = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    return {**parameters, "In": [cell], "np": np}
+
+
 @pytest.fixture(autouse=True)
 def shown(monkeypatch):
     """What was displayed: (html, metadata) pairs."""
@@ -49,7 +55,7 @@ def test_a_chapters_parameters_are_what_its_cells_set_and_nothing_else(shown):
 def test_begin_seeds_every_generator():
     draws = []
     for _ in range(2):
-        chapter.begin({"seed": 5, "preset": "smoke"})
+        chapter.begin(begun(seed=5, preset="smoke"))
         draws.append((torch.rand(3).tolist(), np.random.rand(3).tolist()))  # noqa: NPY002 (what begin seeds)
     assert draws[0] == draws[1]
 
@@ -66,7 +72,7 @@ def test_begin_seeds_every_generator():
 )
 def test_begin_needs_seed_and_preset(namespace, message, shown):
     with pytest.raises(ValueError, match=message):
-        chapter.begin(namespace)
+        chapter.begin(begun(**namespace))
     assert not shown
 
 
@@ -131,7 +137,7 @@ def test_a_table_rounds_floats_and_has_its_caption(shown):
 
 
 def test_the_end_shows_where_the_numbers_come_from(shown):
-    chapter.end(chapter.begin({"seed": 0, "preset": "smoke"}), {"tokens": 12_345, "texts": "all"})
+    chapter.end(chapter.begin(begun(seed=0, preset="smoke")), {"tokens": 12_345, "texts": "all"})
     html, metadata = shown[-1]
     kept = json.loads(json.dumps(metadata))["companion"]["provenance"]
     assert kept["preset"] == "smoke"

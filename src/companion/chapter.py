@@ -29,12 +29,7 @@ __all__ += ["markdown", "number", "plot", "say", "show", "table"]
 
 
 class Run(NamedTuple):
-    """One execution of a notebook.
-
-    - `parameters`: the names that its parameters cell sets.
-    - `packages`: what it imports, and the versions.
-    - `started`: seconds since the epoch.
-    """
+    """One execution of a notebook: parameters, versions of packages, start (seconds)."""
 
     parameters: dict[str, Any]
     packages: dict[str, str]
@@ -85,11 +80,9 @@ def begin(namespace: Mapping[str, Any]) -> Run:
     """
     parameters = _parameters(namespace)
     for name, kind in {"seed": int, "preset": str}.items():
-        value = parameters.get(name)
-        if not isinstance(value, kind):
-            raise ValueError(
-                f"{name} = {value!r}: the parameters cell must set it to a {kind.__name__}"
-            )
+        if not isinstance(parameters.get(name), kind):
+            told = f"{name} = {parameters.get(name)!r}"
+            raise ValueError(f"{told}: the parameters cell must set it to a {kind.__name__}")
     seed = parameters["seed"]
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed = {seed}: must be between 0 and {2**32 - 1}")
@@ -103,30 +96,31 @@ def begin(namespace: Mapping[str, Any]) -> Run:
 
 def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     plain = (bool, int, float, str, list, dict, type(None))
-    cells = namespace.get("In")
-    names = list(namespace) if cells is None else _assigned(cells)
-    return {
-        name: namespace[name]
-        for name in names
-        if not name.startswith("_") and isinstance(namespace.get(name, plain), plain)
-    }
+    found = {}
+    for name in _assigned(namespace.get("In", [])):
+        if name.startswith("_") or name not in namespace:
+            continue
+        if isinstance(namespace[name], plain):
+            found[name] = namespace[name]
+    return found
 
 
 def _assigned(cells: Sequence[str]) -> list[str]:
     """The names that cells set at their outermost level, in order."""
-    names: dict[str, None] = {}
+    names = []
     for cell in cells:
         try:
             statements = ast.parse(cell).body
-        except SyntaxError:  # a cell with a magic
+        except SyntaxError:  # a cell that did not run either
             continue
         for statement in statements:
-            if isinstance(statement, ast.Assign):
-                names |= {t.id: None for t in statement.targets if isinstance(t, ast.Name)}
-    return list(names)
+            targets = statement.targets if isinstance(statement, ast.Assign) else []
+            names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names
 
 
 def _packages(namespace: Mapping[str, Any]) -> dict[str, str]:
+    """The versions of what the notebook imports, and of what its numbers rest on."""
     modules = [value for value in namespace.values() if isinstance(value, ModuleType)]
     names = {module.__name__.split(".")[0] for module in modules}
     names |= {"torch", "transformers", "numpy", "scipy"} & sys.modules.keys()
@@ -163,23 +157,18 @@ def table(frame: pd.DataFrame, caption: str, digits: int = 4) -> None:
 
 def findings(rows: Sequence[Finding]) -> None:
     """Show a chapter's numbers beside the paper's; the pages that collect them have them too."""
-    frame = pd.DataFrame(
-        [(r.quantity, r.paper, number(r.measured), r.verdict, r.comment) for r in rows],
-        columns=["quantity", "the paper", "measured here", "verdict", "comment"],
-    )
-    kept = [
-        {
-            "key": r.key,
-            "quantity": r.quantity,
-            "paper": r.paper,
-            "measured": _plain(r.measured),
-            "verdict": r.verdict,
-            "comment": r.comment,
-        }
-        for r in rows
-    ]
-    shown = _styled(frame, "This chapter's findings").format(visible, escape="html")
-    display(shown, metadata={"companion": {"findings": kept}})
+    shown = {
+        "quantity": [row.quantity for row in rows],
+        "the paper (cited)": [row.paper for row in rows],
+        "measured here": [number(row.measured) for row in rows],
+        "verdict": [row.verdict for row in rows],
+        "comment": [row.comment for row in rows],
+    }
+    kept = []
+    for row in rows:
+        about = {name: getattr(row, name) for name in ("key", "quantity", "paper", "comment")}
+        kept.append({**about, "measured": _plain(row.measured), "verdict": row.verdict})
+    _show(pd.DataFrame(shown), "This chapter's findings", {"findings": kept})
 
 
 def end(run: Run, samples: Mapping[str, int | str]) -> None:
@@ -199,9 +188,7 @@ def end(run: Run, samples: Mapping[str, int | str]) -> None:
     }
     kept = {k: str(v) for k, v in rows.items()}
     frame = pd.DataFrame(kept.items(), columns=["what", "value"])
-    shown = _styled(frame, "How this page was made").format(visible, escape="html")
-    about = {"provenance": kept, "packages": run.packages}
-    display(shown, metadata={"companion": about})
+    _show(frame, "How this page was made", {"provenance": kept, "packages": run.packages})
 
 
 def _device() -> str:
@@ -211,17 +198,28 @@ def _device() -> str:
     return torch.cuda.get_device_name()
 
 
+def _show(frame: pd.DataFrame, caption: str, about: dict[str, Any]) -> None:
+    shown = _styled(frame, caption).format(visible, escape="html")
+    display(shown, metadata={"companion": about})
+
+
 def _styled(frame: pd.DataFrame, caption: str) -> Styler:
     # pandas draws a table's id at random. One that follows from the content keeps equal runs equal.
-    content = hashlib.sha256(f"{caption}{frame.to_csv()}".encode()).hexdigest()[:8]
-    styler = Styler(frame, uuid=content, uuid_len=8, cell_ids=False)
-    styler.set_caption(html.escape(visible(caption))).hide(axis="index")
+    content = caption + frame.to_csv()
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    styler = Styler(frame, uuid=digest, uuid_len=8, cell_ids=False)
+    styler.set_caption(html.escape(visible(caption)))
+    styler.hide(axis="index")
     return styler.format_index(visible, axis="columns", escape="html")
 
 
 def _plain(value: Any) -> Any:
     # Strict JSON: no numpy number, and null for NaN, which a kernel would turn into text.
     if isinstance(value, Estimate):
-        return {name: _plain(getattr(value, name)) for name in ("value", "low", "high", "n")}
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        names = ("value", "low", "high", "n")
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

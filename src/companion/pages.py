@@ -1,16 +1,16 @@
 """The pages that are computed from all chapters together: the templates here, and the book's own.
 
 A book's own template is `book/NAME.md.j2`; it becomes `book/generated/NAME.md`. It may use
-`figure("fig-…")`, `findings("01_name")` and the names that `context` gives.
+`figure("fig-…")`, `findings("01_name")` and the names that `write` gives.
 
 Whatever a template puts into a page is shown as it is: a text that holds Markdown or HTML does
 nothing. Only `| safe` lets it through.
 """
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,55 +25,67 @@ from companion.words import markdown, number
 BOOK = Path("book")
 COMPUTED = ("measured", "status", "figure", "answer", "map")
 ABSENT = Markup("*This edition had no data for this.*")
-CERTAINTY = {
-    "checked": "checked against a published source",
-    "recalled": "recalled",
-    "ours": "not the paper's",
-}
-NO_CLAIM = {"", "–", "-", "not given", "no level given"}
 
 
 def write(chapters: Sequence[Chapter], preset: str, folder: Path) -> None:
-    """Write every computed page and the claims as data into a folder of the book."""
-    extra = folder / "extra"  # goes to the root of the site
-    extra.mkdir(parents=True, exist_ok=True)
-    data = results.published(preset, chapters, commit())
-    (extra / "claims.json").write_text(json.dumps(data, ensure_ascii=False, indent=1), "utf-8")
-    schema = files("companion").joinpath("claims.schema.json").read_text("utf-8")
-    (extra / "claims.schema.json").write_text(schema, "utf-8")
-    about = context(chapters, preset)
-    if about["front"]:
-        (extra / "front.png").write_bytes(about["front"][1]["png"])
-    templates = environment(chapters, folder)
-    names = [f"{name}.md" for name in COMPUTED]
-    names += [path.stem for path in sorted(BOOK.glob("*.md.j2"))]
-    for name in names:
-        page = templates.get_template(f"{name}.j2").render(about)
-        (folder / name).write_text(page, "utf-8")
-
-
-def context(chapters: Sequence[Chapter], preset: str) -> dict[str, Any]:
-    """The names that templates have."""
-    claims = results.load_claims()
+    """Write every computed page, and the claims as data, into a folder of the book."""
+    claims = results.load(results.CLAIMS)
     sections = results.join(claims, chapters)
     changes = results.changes(preset, chapters)
+    every = [(chapter, finding) for chapter in chapters for finding in chapter.findings]
     answered = {f["key"] for _, rows in sections for row in rows for _, f in row.pairs}
     figures = {name: (c, figure) for c in chapters for name, figure in c.figures.items()}
-    return {
+    about = {
         "answered": {chapter.name: chapter.answer for chapter in chapters},
-        "beyond": [(c, f) for c in chapters for f in c.findings if f["key"] not in answered],
-        "certainty": CERTAINTY,
+        "beyond": [(c, finding) for c, finding in every if finding["key"] not in answered],
         "changes": changes,
         "chapters": chapters,
         "cite": claims.get("cite"),
         "commit": commit(),
         "exempt": results.EXEMPT,
-        "found": {f["key"]: f for chapter in chapters for f in chapter.findings},
-        "front": next((figures[name] for name in claims["front"] if name in figures), None),
+        "found": {finding["key"]: finding for _, finding in every},
+        "front": next((figures[f] for f in claims.get("front", []) if f in figures), None),
         "preset": preset,
         "sections": sections,
         "signed": {change.key: change.signed for change in changes},
         "words": WORDS,
+    }
+    extra = folder / "extra"  # goes to the root of the site
+    extra.mkdir(parents=True, exist_ok=True)
+    data = json.dumps(published(about), ensure_ascii=False, indent=1)
+    (extra / "claims.json").write_text(data, "utf-8")
+    shutil.copy(Path(__file__).with_name("claims.schema.json"), extra)
+    if about["front"]:
+        (extra / "front.png").write_bytes(about["front"][1]["png"])
+    templates = environment(chapters, folder)
+    own = [path.stem for path in sorted(BOOK.glob("*.md.j2"))]
+    for name in [*(f"{name}.md" for name in COMPUTED), *own]:
+        page = templates.get_template(f"{name}.j2").render(about)
+        (folder / name).write_text(page, "utf-8")
+
+
+def published(about: dict[str, Any]) -> dict[str, Any]:
+    """Claims joined with findings as one JSON object: `claims.json` beside the book."""
+    signed = about["signed"]
+
+    def told(chapter: Chapter, finding: dict[str, Any]) -> dict[str, Any]:
+        before = {"signed": signed[finding["key"]]} if finding["key"] in signed else {}
+        return {**finding, "chapter": chapter.name, **before}
+
+    claims = []
+    for section, rows in about["sections"]:
+        for claim, pairs, verdict in rows:
+            findings = [told(*pair) for pair in pairs]
+            answer = {"section": section["title"], "verdict": verdict, "findings": findings}
+            claims.append(claim | answer)
+    return {
+        "$schema": "claims.schema.json",
+        "version": 1,
+        "preset": about["preset"],
+        "commit": about["commit"],
+        "verdicts": WORDS,
+        "claims": claims,
+        "beyond": [told(*pair) for pair in about["beyond"]],
     }
 
 
@@ -86,12 +98,10 @@ def environment(chapters: Sequence[Chapter], folder: Path) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for verb in (badge, cited, counts, figure_link, having, judged, last_sentence, link):
-        made.filters[verb.__name__] = verb
-    for verb in (number, of_the_paper, quoted, scale, tested, versions):
-        made.filters[verb.__name__] = verb
+    verbs = (badge, counts, figure_link, link, number, quoted, scale, versions)
+    made.filters |= {verb.__name__: verb for verb in verbs}
     figures = {name: figure for chapter in chapters for name, figure in chapter.figures.items()}
-    by_name = {chapter.name: chapter for chapter in chapters}
+    every = {chapter.name: chapter.findings for chapter in chapters}
 
     def figure(name: str) -> Markup:
         if name not in figures:
@@ -101,12 +111,8 @@ def environment(chapters: Sequence[Chapter], folder: Path) -> Environment:
         return Markup(page.render(name=name, figure=figures[name]))
 
     def findings(name: str) -> Markup:
-        every = by_name[name].findings if name in by_name else []
-        told = [finding for finding in every if finding["verdict"] != "not testable here"]
         page = made.get_template("findings_on_slide.md.j2")
-        return Markup(
-            page.render(tested=told, untested=len(every) - len(told)) if every else ABSENT
-        )
+        return Markup(page.render(findings=every[name])) if every.get(name) else ABSENT
 
     made.globals |= {"figure": figure, "findings": findings}
     return made
@@ -119,7 +125,7 @@ def badge(word: str) -> Markup:
 
 def link(chapter: Chapter) -> Markup:
     """A link to a chapter's page."""
-    return Markup(f"{{doc}}`{chapter.short} </chapters/{chapter.name}>`")
+    return Markup(f"{{doc}}`{chapter.title.split(':')[0]} </chapters/{chapter.name}>`")
 
 
 def figure_link(name: str) -> Markup:
@@ -132,11 +138,6 @@ def quoted(text: str) -> Markup:
     return Markup(json.dumps(text, ensure_ascii=False))
 
 
-def last_sentence(caption: str) -> str:
-    """What is to be seen, without what is drawn."""
-    return caption.rsplit(". ", 1)[-1]
-
-
 def scale(chapter: Chapter) -> str:
     """On what a chapter's numbers rest: preset, model, sample sizes."""
     samples = [f"{k[8:]} {v}" for k, v in chapter.provenance.items() if k.startswith("sample: ")]
@@ -146,39 +147,11 @@ def scale(chapter: Chapter) -> str:
 
 def versions(chapters: Sequence[Chapter]) -> dict[str, list[str]]:
     """Each package with the versions that the chapters ran with."""
-    used: dict[str, set[str]] = {}
-    for chapter in chapters:
-        for name, version in chapter.packages.items():
-            used.setdefault(name, set()).add(version)
-    return {name: sorted(used[name]) for name in sorted(used)}
-
-
-def having(rows: Sequence[Row], word: str) -> list[Row]:
-    """The rows with this verdict."""
-    return [row for row in rows if row.verdict == word]
+    pairs = sorted({pair for chapter in chapters for pair in chapter.packages.items()})
+    return {name: [version for other, version in pairs if other == name] for name, _ in pairs}
 
 
 def counts(rows: Sequence[Row]) -> str:
     """How many claims have which verdict, in words."""
     count = Counter(row.verdict for row in rows)
     return ", ".join(f"{count[word]} {word}" for word in WORDS if count[word])
-
-
-def cited(rows: Sequence[Row]) -> list[Row]:
-    """The rows that are a paper's, not numbers of the book's own."""
-    return [row for row in rows if row.claim["certainty"] != "ours"]
-
-
-def of_the_paper(sections: Sequence[tuple[dict[str, Any], list[Row]]]) -> list[Row]:
-    """The claims of the paper itself, without those of later papers."""
-    return [row for section, rows in sections if not section.get("after") for row in cited(rows)]
-
-
-def tested(rows: Sequence[Row]) -> list[Row]:
-    """The rows that something here answers."""
-    return [row for row in rows if row.verdict != "not testable here"]
-
-
-def judged(finding: dict[str, Any]) -> bool:
-    """Whether a finding stands beside something that the paper says."""
-    return finding["verdict"] != "not testable here" or finding["paper"] not in NO_CLAIM

@@ -39,9 +39,25 @@ class Chapter(NamedTuple):
     run: dict[str, Any]
 
     @property
-    def short(self) -> str:
-        """Its title up to the colon."""
-        return self.title.split(":")[0]
+    def made(self) -> dict[str, str]:
+        """On what its verdicts rest, by the reason that a change of it would be."""
+        given = {key: value for key, value in self.parameters.items() if key != "preset"}
+        digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+        packages = [f"{name} {version}" for name, version in self.packages.items()]
+        return {
+            "other parameters": digest[:8],
+            "a change of the notebook": self.run.get("source", "unknown")[:8],
+            "other versions of packages": ", ".join(packages),
+            "another device": self.provenance.get("device", "unknown"),
+        }
+
+
+class Row(NamedTuple):
+    """A claim, the findings that answer it with their chapters, and one word for them all."""
+
+    claim: dict[str, Any]
+    pairs: list[tuple[Chapter, dict[str, Any]]]
+    verdict: str
 
 
 class Change(NamedTuple):
@@ -57,14 +73,6 @@ class Change(NamedTuple):
         """One line for the terminal."""
         told = f"{self.key} ({self.chapter}): signed {self.signed}, here {self.now}"
         return f"{told}; likely because of {self.reason}"
-
-
-class Row(NamedTuple):
-    """A claim, the findings that answer it with their chapters, and one word for them all."""
-
-    claim: dict[str, Any]
-    pairs: list[tuple[Chapter, dict[str, Any]]]
-    verdict: str
 
 
 def read(path: Path) -> Chapter:
@@ -84,8 +92,8 @@ def read(path: Path) -> Chapter:
                 png = base64.b64decode(output["data"]["image/png"])
                 figures[about["name"]] = {**about, "png": png}
     own = content.metadata.get("companion", {})
-    opening = " ".join(content.cells[0].source.split("\n", 1)[-1].split())
-    asked = re.findall(r"[^.?!]*\?", opening)
+    opening = " ".join(content.cells[0].source.partition("\n")[2].split())
+    asked = re.search(r"[^.?!]*\?", opening)
     return Chapter(
         name=path.stem,
         title=title.strip(),
@@ -116,18 +124,16 @@ def overall(verdicts: Sequence[str]) -> str:
     return next((word for word in order if word in told), "not testable here")
 
 
-def load_claims() -> dict[str, Any]:
-    """The paper's claims; none where the book has no such file."""
-    if not CLAIMS.exists():
-        return {"front": [], "sections": []}
-    return yaml.safe_load(CLAIMS.read_text("utf-8"))
+def load(path: Path) -> dict[str, Any]:
+    """The claims of the paper or the signed verdicts; nothing where the book has no such file."""
+    return (yaml.safe_load(path.read_text("utf-8")) or {}) if path.exists() else {}
 
 
 def join(claims: dict[str, Any], chapters: Sequence[Chapter]) -> list[tuple[dict, list[Row]]]:
-    """Each section of the claims with its rows."""
+    """Each section of the claims with its rows; a finding that no chapter has is not testable."""
     by_key = {f["key"]: (chapter, f) for chapter in chapters for f in chapter.findings}
     sections = []
-    for section in claims["sections"]:
+    for section in claims.get("sections", []):
         rows = []
         for claim in section["claims"]:
             asked = claim.get("findings", [])
@@ -139,26 +145,9 @@ def join(claims: dict[str, Any], chapters: Sequence[Chapter]) -> list[tuple[dict
     return sections
 
 
-def load_signed() -> dict[str, dict[str, Any]]:
-    """The signed verdicts of every preset, and what they were made with."""
-    return (yaml.safe_load(SIGNED.read_text("utf-8")) or {}) if SIGNED.exists() else {}
-
-
-def made(chapter: Chapter) -> dict[str, str]:
-    """On what a chapter's verdicts rest, part by part."""
-    given = {key: value for key, value in chapter.parameters.items() if key != "preset"}
-    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]
-    return {
-        "other parameters": digest,
-        "a change of the notebook": chapter.run.get("source", "unknown")[:8],
-        "other versions of packages": ", ".join(f"{k} {v}" for k, v in chapter.packages.items()),
-        "another device": chapter.provenance.get("device", "unknown"),
-    }
-
-
 def changes(preset: str, chapters: Sequence[Chapter]) -> list[Change]:
     """Every finding whose verdict is not the signed one, or that is new, or gone."""
-    signed = load_signed().get(preset)
+    signed = load(SIGNED).get(preset)
     if preset in EXEMPT or signed is None:
         return []
     now = {f["key"]: (chapter, f["verdict"]) for chapter in chapters for f in chapter.findings}
@@ -167,43 +156,43 @@ def changes(preset: str, chapters: Sequence[Chapter]) -> list[Change]:
         chapter, verdict = now.get(key, (None, "absent"))
         before = _fine(signed["verdicts"].get(key, "absent"))
         if verdict not in before:
-            reason = _reason(chapter, signed.get("made", {}))
-            name = chapter.name if chapter else "no chapter"
+            name, reason = "no chapter", "a chapter that no longer has it"
+            if chapter:
+                name, reason = chapter.name, _reason(chapter, signed["made"].get(chapter.name, {}))
             found.append(Change(key, name, " or ".join(before), verdict, reason))
     return found
 
 
 def _fine(words: str | list[str]) -> list[str]:
-    return [words] if isinstance(words, str) else list(words)
+    return [words] if isinstance(words, str) else words
 
 
-def _reason(chapter: Chapter | None, signed: dict[str, dict[str, str]]) -> str:
-    if chapter is None:
-        return "a chapter that no longer has it"
-    before = signed.get(chapter.name, {})
-    different = [why for why, value in made(chapter).items() if before.get(why, value) != value]
+def _reason(chapter: Chapter, signed: dict[str, str]) -> str:
+    different = [why for why, value in chapter.made.items() if signed.get(why, value) != value]
     return " and ".join(different) or "another processor or number of threads"
 
 
 def faults(preset: str, chapters: Sequence[Chapter]) -> list[str]:
     """What `check` refuses: verdicts not signed, keys twice, claims without findings."""
-    keys = [f["key"] for chapter in chapters for f in chapter.findings]
-    found = [
-        f"{key}: two findings have this key; rename one"
-        for key in sorted(set(keys))
-        if keys.count(key) > 1
-    ]
-    signed, claims = load_signed(), load_claims()
-    lists = [part["verdicts"].items() for part in signed.values()]
-    optional = {key for pairs in lists for key, words in pairs if "absent" in _fine(words)}
-    for claim in (claim for section in claims["sections"] for claim in section["claims"]):
-        for key in sorted(set(claim.get("findings", [])) - set(keys) - optional):
-            told = f"{CLAIMS}: claim {claim['id']}: no chapter has the finding {key}"
-            found.append(f"{told}; correct one or the other")
+    keys = [finding["key"] for chapter in chapters for finding in chapter.findings]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    found = [f"{key}: two findings have this key; rename one" for key in twice]
+    everything = load(SIGNED)
+    known = set(keys)
+    for part in everything.values():
+        known |= {key for key, words in part["verdicts"].items() if "absent" in words}
+    claims = [row.claim for _, rows in join(load(CLAIMS), chapters) for row in rows]
+    for claim in claims:
+        for key in claim.get("findings", []):
+            if key not in known:
+                told = f"{CLAIMS}: claim {claim['id']}: no chapter has the finding {key}"
+                found.append(f"{told}; correct one or the other")
     fix = f"look at it, then `make sign PRESET={preset}` and commit {SIGNED}"
-    if claims["sections"] and preset not in signed and preset not in EXEMPT:
+    if preset not in everything and preset not in EXEMPT:
         found.append(f"PRESET={preset} has no signed verdicts yet ({len(keys)} findings): {fix}")
-    return found + [f"{change}: {fix}" for change in changes(preset, chapters)]
+    for change in changes(preset, chapters):
+        found.append(f"{change}: {fix}")
+    return found
 
 
 def sign(preset: str, chapters: Sequence[Chapter]) -> int:
@@ -211,40 +200,22 @@ def sign(preset: str, chapters: Sequence[Chapter]) -> int:
 
     A list that covers the present verdict stays.
     """
-    everything = load_signed()
-    before = everything.get(preset, {}).get("verdicts", {})
-    now = {f["key"]: f["verdict"] for chapter in chapters for f in chapter.findings}
-    now |= {key: "absent" for key, words in before.items() if "absent" in words and key not in now}
+    everything = load(SIGNED)
+    signed = everything.get(preset, {"verdicts": {}})
+    before = signed["verdicts"]
+    now = {key: "absent" for key, words in before.items() if "absent" in words}
+    for chapter in chapters:
+        now |= {finding["key"]: finding["verdict"] for finding in chapter.findings}
     after = {}
     for key, word in sorted(now.items()):
         covered = word in _fine(before.get(key, []))
         after[key] = before[key] if covered else word
-    rest = {chapter.name: made(chapter) for chapter in chapters}
-    everything[preset] = {"verdicts": after, "made": rest}
-    style = {"allow_unicode": True, "default_flow_style": None, "sort_keys": False, "width": 200}
+    made = {chapter.name: chapter.made for chapter in chapters}
+    everything[preset] = {"verdicts": after, "made": made}
+    style = {"allow_unicode": True, "default_flow_style": None, "sort_keys": False}
+    text = SIGNED_HEADER + yaml.safe_dump(everything, width=200, **style)
     unfinished = SIGNED.with_suffix(".tmp")
-    unfinished.write_text(SIGNED_HEADER + yaml.safe_dump(everything, **style), "utf-8")
+    unfinished.write_text(text, "utf-8")
     unfinished.replace(SIGNED)
-    return sum(before.get(key) != after.get(key) for key in before.keys() | after.keys())
-
-
-def published(preset: str, chapters: Sequence[Chapter], commit: str) -> dict[str, Any]:
-    """Claims joined with findings as one JSON object: what `claims.json` beside the book holds."""
-    changed = {change.key: change.signed for change in changes(preset, chapters)}
-
-    def told(chapter: Chapter, finding: dict[str, Any]) -> dict[str, Any]:
-        signed = {"signed": changed[finding["key"]]} if finding["key"] in changed else {}
-        return {**finding, "chapter": chapter.name, **signed}
-
-    sections = join(load_claims(), chapters)
-    claims = [
-        {**row.claim, "section": section["title"], "verdict": row.verdict}
-        | {"findings": [told(*pair) for pair in row.pairs]}
-        for section, rows in sections
-        for row in rows
-    ]
-    answered = {finding["key"] for claim in claims for finding in claim["findings"]}
-    rest = [(chapter, f) for chapter in chapters for f in chapter.findings]
-    beyond = [told(chapter, f) for chapter, f in rest if f["key"] not in answered]
-    about = {"$schema": "claims.schema.json", "version": 1, "preset": preset, "commit": commit}
-    return {**about, "verdicts": list(WORDS), "claims": claims, "beyond": beyond}
+    every = before.keys() | after.keys()
+    return sum(before.get(key) != after.get(key) for key in every)

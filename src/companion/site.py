@@ -20,16 +20,20 @@ STAGING, SITE = Path("_build/staging"), Path("_build/html")
 def executed(preset: str) -> list[Path]:
     """The executed notebooks of a preset, in the order of the contents."""
     contents = Path("_toc.yml").read_text("utf-8")
-    names = yaml.safe_load(Path(f"presets/{preset}.yaml").read_text("utf-8"))
-    names = sorted(names, key=lambda name: contents.find(f"/{name}"))
-    return [Path("_build/executed") / preset / f"{name}.ipynb" for name in names]
+    chosen = Path(f"presets/{preset}.yaml").read_text("utf-8")
+    folder = Path("_build/executed") / preset
+
+    def place(name: str) -> int:
+        return contents.find(f"/{name}")
+
+    names = sorted(yaml.safe_load(chosen), key=place)
+    return [folder / f"{name}.ipynb" for name in names]
 
 
 def publish(preset: str, builder: str = "html") -> int:
     """Build the site beside the old one, and put it in place when Sphinx had nothing to warn of.
 
-    A verdict that is not the signed one is told and marked, and stops nothing. Returns the exit
-    status.
+    A verdict that is not the signed one is told and marked, and stops nothing. Returns the status.
     """
     paths = executed(preset)
     broken = [fault for path in paths for fault in gates.faults(path, Path("notebooks", path.name))]
@@ -66,8 +70,7 @@ def sign(preset: str) -> int:
     missing = [path.stem for path in executed(preset) if not path.exists()]
     if preset in results.EXEMPT or missing:
         reason = f"chapters are not all executed ({', '.join(missing)})"
-        if preset in results.EXEMPT:
-            reason = "numbers mean nothing"
+        reason = "numbers mean nothing" if preset in results.EXEMPT else reason
         print(f"headbound: PRESET={preset} is not signed: its {reason}", file=sys.stderr)
         return 1
     changed = results.sign(preset, [results.read(path) for path in executed(preset)])
@@ -81,17 +84,19 @@ def stage(paths: Sequence[Path], changes: Sequence[Change]) -> None:
     for folder in (STAGED, GENERATED):
         shutil.rmtree(folder, ignore_errors=True)
     STAGED.mkdir(parents=True)
+    told = {change.key: f"- {markdown(change)}" for change in changes}
     for path in paths:
         content = nbformat.read(path, as_version=4)
-        told = [change for change in changes if change.chapter == path.stem]
-        for place, cell in reversed(list(enumerate(content.cells))):
+        cells = []
+        for cell in content.cells:
+            cells.append(cell)
             about = [o.get("metadata", {}).get("companion", {}) for o in cell.get("outputs", [])]
-            keys = {finding["key"] for part in about for finding in part.get("findings", [])}
-            lines = [f"- {markdown(change)}" for change in told if change.key in keys]
+            keys = [finding["key"] for part in about for finding in part.get("findings", [])]
+            lines = [told[key] for key in keys if key in told]
             if lines:
-                head = "```{warning}\nA verdict above differs from the signed one:\n"
-                mark = nbformat.v4.new_markdown_cell("\n".join([head, *lines, "```"]))
-                content.cells.insert(place + 1, mark)
+                lines = ["```{warning}", "A verdict above is not the signed one:\n", *lines, "```"]
+                cells.append(nbformat.v4.new_markdown_cell("\n".join(lines)))
+        content.cells = cells
         nbformat.write(content, STAGED / path.name)
 
 
@@ -102,9 +107,9 @@ def sphinx(builder: str) -> int:
     files = ["--config", Path("_config.yml").resolve(), "--toc", Path("_toc.yml").resolve()]
     how = [] if builder == "html" else ["--builder", "custom", "--custom-builder", builder]
     command = ["jupyter-book", "build", "book", *files, "-n", "-W", "--keep-going", *how]
-    command += ["--path-output", STAGING]
     log = Path("_build/sphinx.log")
     with log.open("w") as file:
+        command += ["--path-output", STAGING]
         built = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
     if built.returncode:
         said = ("WARNING", "ERROR", "broken ")
@@ -115,14 +120,8 @@ def sphinx(builder: str) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`--preset NAME`, and `--links`, `--check` or `--sign` instead of building."""
+    """`--preset NAME`, and `--links` to ask other hosts instead of building."""
     preset = arguments[arguments.index("--preset") + 1]
-    if "--check" in arguments:
-        found = check(preset)
-        print(*found, sep="\n", file=sys.stderr)
-        return bool(found)
-    if "--sign" in arguments:
-        return sign(preset)
     return publish(preset, "linkcheck" if "--links" in arguments else "html")
 
 

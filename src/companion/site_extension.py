@@ -11,18 +11,24 @@ from sphinx.application import Sphinx
 
 KEPT = ("tex-chtml.js", "output/chtml/fonts", "input/tex/extensions")  # of MathJax, 24 MB otherwise
 LOCAL = "http://localhost:8000/"  # where `make serve` shows the book
+CITATIONS = 'role="list" class="citation-list"'
+DOWNLOAD = {"icon": "fas fa-download", "tooltip": "Download this chapter's notebook"}
+LOST = """<h1>There is no such page</h1>
+<p>It may have moved with a new edition. The <a href="{home}index.html">start page</a> has a map,
+and <a href="{home}search.html">the search</a> finds words.</p>"""
 
 
 def set_up_site(app: Sphinx, config: Any) -> None:
     """What every book's site has; where it will live, its builder may say in HEADBOUND_URL."""
     address = os.environ.get("HEADBOUND_URL") or config.html_baseurl or LOCAL
-    address = address.rstrip("/") + "/"
-    config.html_baseurl = config.ogp_site_url = address
-    config.notfound_urls_prefix = urlparse(address).path
+    config.html_baseurl = config.ogp_site_url = address.rstrip("/") + "/"
+    home = config.notfound_urls_prefix = urlparse(config.html_baseurl).path
+    config.notfound_context = {"title": "Not found", "body": LOST.format(home=home)}
     config.sitemap_url_scheme = "{link}"
     config.sitemap_excludes = ["404.html", "genindex.html", "search.html", "prf-prf.html"]
     config.ogp_site_name = config.html_title
     config.ogp_custom_meta_tags = ['<meta name="twitter:card" content="summary_large_image">']
+    config.smartquotes = False  # a token is shown as it is
     config.html_context.setdefault("default_mode", "auto")
     config.html_static_path.append(str(Path(__file__).parent / "static"))
     extra = Path(app.srcdir, "generated", "extra")
@@ -39,20 +45,18 @@ def trim_page(app: Sphinx, page: str, template: str, context: dict, doctree: Any
     loaded = [(script, getattr(script, "attributes", "")) for script in scripts]
     context["script_files"] = [s for s, more in loaded if "thebe" not in f"{s} {more}".lower()]
     # docutils calls the bibliography a list, yet not its entries items: screen readers stumble.
-    citations = 'role="list" class="citation-list"'
-    context["body"] = context.get("body", "").replace(citations, 'class="citation-list"')
+    context["body"] = context.get("body", "").replace(CITATIONS, 'class="citation-list"')
     if app.config.html_baseurl == LOCAL:
         context["pageurl"] = None  # no canonical address
-    offer_notebook(context.get("header_buttons", []))
-
-
-def offer_notebook(buttons: list[dict[str, Any]]) -> None:
-    """One button downloads a chapter's notebook; no other source is offered."""
-    for place, button in enumerate(buttons):
+    # One button downloads a chapter's notebook; no other source is offered.
+    buttons = []
+    for button in context.get("header_buttons", []):
+        entries = [button]
         if button.get("label") == "download-buttons":
-            looks = {"icon": "fas fa-download", "tooltip": "Download this chapter's notebook"}
-            entries = [entry | looks for entry in button["buttons"] if "url" in entry]
-            buttons[place : place + 1] = [e for e in entries if e["url"].endswith(".ipynb")]
+            notebooks = [e for e in button["buttons"] if e.get("url", "").endswith(".ipynb")]
+            entries = [entry | DOWNLOAD for entry in notebooks]
+        buttons += entries
+    context["header_buttons"] = buttons
 
 
 def excuse_missing_figures(

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 VERDICTS = ("reproduced", "consistent", "not reproduced", "not testable here")
-LONGEST = 1_000  # characters of a foreign text that are shown
+LONGEST = 1_000  # characters of a text from elsewhere that are shown
 
 
 @runtime_checkable
@@ -34,21 +34,30 @@ def number(value: Any) -> str:
 
     An estimate looks like `0.41 [0.38, 0.44] (n = 64)`.
     """
-    if value is None:
-        return "unknown"
     if isinstance(value, dict):
-        finite = {key: math.nan if part is None else part for key, part in value.items()}
-        value = Kept(**finite)
+        value = Kept(**{name: math.nan if v is None else v for name, v in value.items()})
     if isinstance(value, Estimate):
-        parts = [abs(value.value), abs(value.high - value.low), 1e-12]
-        scale = max(part for part in parts if not math.isnan(part))
-        digits = max(0, 2 - math.floor(math.log10(scale))) if math.isfinite(scale) else 3
-        middle, low, high = (f"{part:,.{digits}f}" for part in (value.value, value.low, value.high))
-        if math.isnan(value.low) and math.isnan(value.high):
-            return f"{middle} (no interval, n = {value.n:,})"
-        return f"{middle} [{low}, {high}] (n = {value.n:,})"
-    real = isinstance(value, Real) and not isinstance(value, Integral)
-    return f"{value:.4g}" if real else str(value)
+        return _estimate(value)
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        return f"{value:.4g}"
+    return "unknown" if value is None else str(value)
+
+
+def _estimate(value: Estimate) -> str:
+    width = abs(value.high - value.low)
+    known = not math.isnan(width)
+    scale = abs(value.value)
+    if known:
+        scale = max(scale, width)
+    digits = 3
+    if 0 < scale < math.inf:
+        digits = max(0, 2 - math.floor(math.log10(scale)))
+    middle = f"{value.value:,.{digits}f}"
+    if not known:
+        return f"{middle} (no interval, n = {value.n:,})"
+    low = f"{value.low:,.{digits}f}"
+    high = f"{value.high:,.{digits}f}"
+    return f"{middle} [{low}, {high}] (n = {value.n:,})"
 
 
 def visible(text: Any) -> str:

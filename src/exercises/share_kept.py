@@ -56,6 +56,7 @@ def no_projection(states: np.ndarray, head: np.ndarray, targets: np.ndarray) -> 
 def no_target(states: np.ndarray, head: np.ndarray, targets: np.ndarray) -> float:
     """the target is missing: g = p − e_y"""
     weights = np.exp(states @ head.T)
-    gradient = weights / weights.sum(axis=1, keepdims=True)
+    total = weights.sum(axis=1, keepdims=True)
+    gradient = weights / total
     kept = gradient @ _projection(head)
     return (kept**2).sum() / (gradient**2).sum()

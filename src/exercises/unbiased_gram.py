@@ -42,5 +42,6 @@ def squares_subtracted(counts: np.ndarray) -> np.ndarray:
     total = np.zeros((counts.shape[1], counts.shape[1]))
     for row in counts[counts.sum(axis=1) >= 2]:
         seen = row.sum()
-        total += (np.outer(row, row) - np.diag(row**2)) / (seen * (seen - 1))
+        product = np.outer(row, row) - np.diag(row**2)
+        total += product / (seen * (seen - 1))
     return total

@@ -84,7 +84,10 @@ def test_a_package_stays_small(folder, most):
     kinds = {".py", ".smk", ".yaml", ""} if folder == "workflow" else {".py"}
     files = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
     texts = [path for path in files if path.suffix in kinds and "__pycache__" not in path.parts]
-    count = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in texts}
+    count = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in texts
+    }
     assert sum(count.values()) <= most, count
 
 

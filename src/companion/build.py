@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -161,6 +162,7 @@ def _run(preset: str, targets: list[str], cores: int) -> int:
         plan = "\n".join(_log())
         if planned.returncode or "Nothing to be done" in plan:
             return planned.returncode
+        signal.signal(signal.SIGTERM, _stop)
         work = subprocess.Popen([*command, "--quiet", "rules", "--", *targets], **told)
         try:
             _watch(work, Clock(_steps(preset, plan)))
@@ -169,6 +171,11 @@ def _run(preset: str, targets: list[str], cores: int) -> int:
                 work.terminate()
                 work.wait()
     return work.returncode
+
+
+def _stop(*_: object) -> None:
+    """Leave by the way that stops Snakemake too."""
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _steps(preset: str, plan: str) -> list[Step]:

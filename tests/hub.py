@@ -58,7 +58,7 @@ class Hub:
         self.lock = threading.Lock()
         self.script: Iterator[str | None] = itertools.repeat(None)
         bound = type("Bound", (Handler,), {"hub": self})
-        # The real Hub redirects large files to another host: here another port, another origin to clients.
+        # The real Hub redirects large files to another host: here another port.
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), bound) for _ in range(2)]
         self.url, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
 
@@ -85,11 +85,11 @@ class Hub:
         return sha
 
     def fail(self, kinds: Iterable[str | None]) -> None:
-        """Give the next answers these faults, one each (None: a good answer), then none any more."""
+        """Give the next answers these faults, one each (None: a good one), then none any more."""
         self.script = itertools.chain(kinds, itertools.repeat(None))
 
     def fail_often(self, rate: float, kinds: Iterable[str] = KINDS, seed: int = 0) -> None:
-        """From now on, give each answer a fault with probability `rate`, the kind drawn from `kinds`."""
+        """From now on, give each answer a fault with probability `rate`, drawn from `kinds`."""
         rng, kinds = random.Random(seed), list(kinds)
         self.script = (
             rng.choice(kinds) if rng.random() < rate else None for _ in itertools.count()
@@ -138,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_GET  # noqa: N815
 
     def route(self, path: str, query: dict[str, list[str]]) -> tuple[int, bytes, dict[str, str]]:
-        """Status, whole body and headers; KeyError with the Hub's error code where there is nothing."""
+        """Status, body and headers; KeyError with the Hub's error code where there is nothing."""
         if path.startswith("/cdn/"):
             data = self.hub.content[path.removeprefix("/cdn/")]
             return (
@@ -197,7 +197,7 @@ class Handler(BaseHTTPRequestHandler):
     def tree(
         self, model: str, kind: str, revision: str, folder: str | None, query: dict[str, list[str]]
     ) -> Any:
-        """A listing with content hashes, in pages as the Hub's (`tree`) or of chosen paths (`paths-info`)."""
+        """A listing with hashes, in pages (`tree`) or of chosen paths (`paths-info`)."""
         files = self.files(model, revision)[1]
         if kind == "paths-info":
             form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
@@ -213,7 +213,7 @@ class Handler(BaseHTTPRequestHandler):
         return status, body, headers
 
     def resolve(self, model: str, revision: str, path: str) -> tuple[int, bytes, dict[str, str]]:
-        """A file: what is small at once, what is in LFS by a redirect that names its sha256 and size."""
+        """A file: a small one at once, one in LFS by a redirect that names its sha256 and size."""
         sha, files = self.files(model, revision)
         if path not in files:
             raise KeyError("EntryNotFound")
@@ -380,7 +380,7 @@ def pythia_suite(
     rows: int = 2048,
     real: int = 2000,
 ) -> dict[str, list[str]]:
-    """Fill a hub with EleutherAI models, a branch `step{N}` for each checkpoint, `main` equal to the last.
+    """Fill a hub with EleutherAI models, a branch `step{N}` a checkpoint, `main` like the last.
 
     The first model is one file, the second sharded, the third `.bin` at first and then one file.
     """

@@ -27,14 +27,16 @@ import json, sys, torch, lm_eval, lm_eval.tasks
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], revision="step8", dtype=torch.float32)
-binary = AutoModelForCausalLM.from_pretrained("EleutherAI/pythia-70m", revision="step0", dtype=torch.float32)
+binary = AutoModelForCausalLM.from_pretrained(
+    "EleutherAI/pythia-70m", revision="step0", dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], revision="step8")
 ids = tokenizer("the loss of a model", return_tensors="pt").input_ids
 tasks = lm_eval.tasks.TaskManager(include_path=".", include_defaults=False)
 evaluated = lm_eval.simple_evaluate(
     HFLM(pretrained=sys.argv[1], revision="step8", dtype="float32", device="cpu"),
     tasks=["last_word"], task_manager=tasks, bootstrap_iters=0)
-print(json.dumps({"head": model.get_output_embeddings().weight[:2, :3].tolist(), "tokens": len(tokenizer),
+head = model.get_output_embeddings().weight[:2, :3].tolist()
+print(json.dumps({"head": head, "tokens": len(tokenizer),
     "finite": bool(model(ids).logits.isfinite().all()), "binary": list(binary.lm_head.weight.shape),
     "n": evaluated["n-samples"]["last_word"]["effective"]}))
 """

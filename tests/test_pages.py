@@ -43,7 +43,7 @@ def build(copy: Path) -> None:
         if name and (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
-    command = [sys.executable, "-m", "companion.cli", "--preset", "smoke"]
+    command = [sys.executable, "-m", "companion.cli", "book", "--preset", "smoke"]
     done = subprocess.run(
         command, cwd=copy, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"}
     )

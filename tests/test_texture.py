@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"src/headbound": 3100, "src/companion": 1300, "workflow": 550}  # lines at most
+PACKAGES = {"src/headbound": 3100, "src/companion": 2300, "workflow": 950}  # lines at most
 DENSITY = 15  # syntax nodes a code line, in functions of MINIMUM lines or more
 MINIMUM = 4
 WIDTH = 100
@@ -84,7 +84,10 @@ def test_a_package_stays_small(folder, most):
     kinds = {".py", ".smk", ".yaml", ""} if folder == "workflow" else {".py"}
     files = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
     texts = [path for path in files if path.suffix in kinds and "__pycache__" not in path.parts]
-    count = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in texts}
+    count = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in texts
+    }
     assert sum(count.values()) <= most, count
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -101,8 +102,10 @@ def names(preset: str, asked: Sequence[str] = ()) -> list[str]:
     **Raises:** `ValueError` for a preset or a chapter that is not there.
     """
     presets = sorted(path.stem for path in Path("presets").glob("*.yaml"))
+    if not presets:
+        raise ValueError(f"{Path.cwd()}: no presets/ in it; go to the book's folder")
     if preset not in presets:
-        raise ValueError(f"PRESET = {preset}: must be one of {', '.join(presets) or 'none here'}")
+        raise ValueError(f"PRESET = {preset}: must be one of {', '.join(presets)}")
     chapters = yaml.safe_load(Path(f"presets/{preset}.yaml").read_text(encoding="utf-8"))
     if not asked:
         return list(chapters)
@@ -159,6 +162,7 @@ def _run(preset: str, targets: list[str], cores: int) -> int:
         plan = "\n".join(_log())
         if planned.returncode or "Nothing to be done" in plan:
             return planned.returncode
+        signal.signal(signal.SIGTERM, _stop)
         work = subprocess.Popen([*command, "--quiet", "rules", "--", *targets], **told)
         try:
             _watch(work, Clock(_steps(preset, plan)))
@@ -167,6 +171,11 @@ def _run(preset: str, targets: list[str], cores: int) -> int:
                 work.terminate()
                 work.wait()
     return work.returncode
+
+
+def _stop(*_: object) -> None:
+    """Leave by the way that stops Snakemake too."""
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _steps(preset: str, plan: str) -> list[Step]:

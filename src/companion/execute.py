@@ -196,7 +196,10 @@ def report_failure(notebook: Path, work: Callable[[], None]) -> int:
         return _told(f"{notebook.stem}: {error.ename}: {error.evalue}", 1)
     except DeadKernelError:
         return _told(f"{notebook.stem}: its kernel was killed; it may have run out of memory", 1)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        plain = error.filename is not None and error.strerror is not None
+        return _told(f"{error.filename}: {error.strerror}" if plain else str(error), 2)
+    except ValueError as error:
         return _told(str(error), 2)
     return 0
 

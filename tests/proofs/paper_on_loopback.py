@@ -1,9 +1,10 @@
-"""The paper preset, proved on one machine: 3 models × 12 revisions from a hub on loopback, killed five times.
+"""The paper preset on one machine: 3 models × 12 revisions from a hub on loopback, killed often.
 
     make proofs
 
-It executes chapters 03 and 10 as `make book PRESET=paper` does, once unbroken and once killed with -9 five times at
-random moments, and compares every result, byte for byte. Takes a quarter of an hour on two cores. Exit code 0 if equal.
+It executes chapters 03 and 10 as `make book PRESET=paper` does, once unbroken and once killed with
+-9 five times at random moments, and compares every result, byte for byte. Takes a quarter of an
+hour on two cores. Exit code 0 if equal.
 """
 
 import json
@@ -32,7 +33,7 @@ def command(folder: Path) -> list[str]:
 
 
 def build(folder: Path, variables: dict[str, str], kills: int, rng: random.Random) -> int:
-    """Run to the end, killing it and all its children on the way; how often it was killed at work."""
+    """Run to the end, killing it and its children on the way; how often it was killed."""
     done = 0
     while True:
         process = subprocess.Popen(
@@ -105,10 +106,8 @@ def main() -> int:
             killed = build(folder, variables, kills, rng)
             outcomes.append(results(folder, cache))
             count = sum(name.startswith("sweeps") for name in outcomes[-1])
-            print(
-                f"killed {killed} times: {count} checkpoints measured, {time.monotonic() - begin:.0f} s",
-                flush=True,
-            )
+            took = f"{time.monotonic() - begin:.0f} s"
+            print(f"killed {killed} times: {count} checkpoints measured, {took}", flush=True)
     different = sorted(name for name in outcomes[0] if outcomes[0][name] != outcomes[1].get(name))
     same = not different and len(outcomes[0]) == len(outcomes[1])
     print("identical" if same else f"different: {different}; see {scratch}")

@@ -50,7 +50,7 @@ def load(source: str = "docstrings") -> list[str]:
       into texts of at least 2,000 characters.
     - `hf:NAME[/CONFIG][:SPLIT]`: the column `text` of a Hub dataset.
 
-    **Raises:** `FileNotFoundError` or `ValueError` for a source that is missing, empty or not UTF-8.
+    **Raises:** `FileNotFoundError`, or `ValueError` for a source that is empty or not UTF-8.
     """
     if source == "docstrings":
         return _docstrings()
@@ -80,7 +80,7 @@ def load(source: str = "docstrings") -> list[str]:
 
 
 def split(texts: Sequence[str], held_out: float = 0.02) -> tuple[list[str], list[str]]:
-    """Training and held-out texts, told apart by a hash of their content, so that the split outlives reordering."""
+    """Training and held-out texts, told apart by a hash of their content, in whatever order."""
     if not 0 < held_out < 1:
         raise ValueError(f"held_out = {held_out}: must be a share between 0 and 1")
     parts: tuple[list[str], list[str]] = ([], [])
@@ -217,7 +217,8 @@ def _dataset(source: str) -> list[str]:
         ) from error
     if "text" not in data.column_names:
         raise ValueError(
-            f"text = {source!r}: columns {data.column_names}, none called 'text'; choose another dataset"
+            f"text = {source!r}: columns {data.column_names}, none called 'text'; "
+            "choose another dataset"
         )
     texts = [text for text in data["text"] if text and text.strip()]
     if not texts:
@@ -226,11 +227,11 @@ def _dataset(source: str) -> list[str]:
 
 
 def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of exactly `vocab_size` tokens, trained once and kept in the cache.
+    """A byte-level BPE tokenizer of exactly `vocab_size` tokens, kept in the cache.
 
     Id 0 is `<|endoftext|>`, as in GPT-NeoX.
 
-    **Raises:** `ValueError` if the vocabulary can't hold the 256 bytes, or the text is too short to fill it.
+    **Raises:** `ValueError` if it can't hold the 256 bytes, or the text is too short to fill it.
     """
     if vocab_size < 257:
         raise ValueError(

@@ -1,0 +1,108 @@
+"""Pythia's sizes, and the cited figures that the book carries in `book/data`: the paper's and EleutherAI's."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+# Layers, hidden size and padded vocabulary, as in Biderman et al. 2023, table 1.
+PYTHIA = {
+    "14m": (6, 128, 50_304),
+    "31m": (6, 256, 50_304),
+    "70m": (6, 512, 50_304),
+    "160m": (12, 768, 50_304),
+    "410m": (24, 1024, 50_304),
+    "1b": (16, 2048, 50_304),
+    "1.4b": (24, 2048, 50_304),
+    "2.8b": (32, 2560, 50_304),
+    "6.9b": (32, 4096, 50_432),
+    "12b": (36, 5120, 50_688),
+}
+STEP_TOKENS = 2**21  # tokens a step of the main runs
+DATA = Path(__file__).parents[2] / "book" / "data"
+
+
+def parameters(model: str, embeddings: bool = True) -> int:
+    """Parameters of a Pythia model, from its architecture of l layers, hidden size d and vocabulary V.
+
+        l (12 d² + 13 d) + 2 d,  and 2 V d of embeddings
+
+    The head counts as an embedding.
+
+    **Raises:** `ValueError` for a model whose name has no size of Pythia's.
+    """
+    layers, d, vocabulary = PYTHIA[_size(model)]
+    body = layers * (12 * d**2 + 13 * d) + 2 * d
+    return body + 2 * vocabulary * d if embeddings else body
+
+
+def nominal(model: str) -> float:
+    """The number in a model's name: 70e6 for `pythia-70m` or `70M`. The axis of the paper's Figure 1b fits it.
+
+    **Raises:** `ValueError` for a model whose name has no size of Pythia's.
+    """
+    size = _size(model)
+    return float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
+
+
+def figures(figure: str, **chosen: str) -> pd.DataFrame:
+    """The curves of one of the paper's figures, as numbers read off the picture.
+
+    **Arguments:**
+
+    - `figure`: 1a, 1b, 2, 3, 5, 6b, 7 or 8.
+    - `chosen`: keeps the rows that have this value in this column, as `curve="160M"`.
+
+    **Returns:** columns figure, series, curve, x_name, x, y_name, y, error (of reading, ±, in y's unit) and how.
+
+    **Raises:** `ValueError` where nothing is left; `FileNotFoundError` outside a checkout of the book.
+
+    **Source:** Godey et al. 2024; `book/data/README.md` says how each figure was read.
+    """
+    table = _read("paper-figures.csv", figure=str, series=str, curve=str)
+    kept = table["figure"] == figure
+    for column, value in chosen.items():
+        kept &= table[column] == value
+    if not kept.any():
+        known = ", ".join(table["figure"].unique())
+        raise ValueError(f"figure {figure!r}, {chosen}: no such curve; the figures are {known}")
+    return table[kept].reset_index(drop=True)
+
+
+def evaluations(**chosen: str | int) -> pd.DataFrame:
+    """EleutherAI's published evaluations of Pythia's checkpoints.
+
+    **Arguments:**
+
+    - `chosen`: keeps the rows that have this value in this column, as `model="pythia-160m", shots=0`.
+
+    **Returns:** columns model, batch (tokens a step), step, tokens (seen in training), shots, task, metric (acc,
+    acc_norm, ppl), value and stderr.
+
+    **Raises:** `FileNotFoundError` outside a checkout of the book.
+
+    **Source:** EleutherAI/pythia, `evals/pythia-v1`, at the commit that `book/data/README.md` names.
+    """
+    table = _read("pythia-evals.csv")
+    for column, value in chosen.items():
+        table = table[table[column] == value]
+    return table.reset_index(drop=True)
+
+
+def audit() -> pd.DataFrame:
+    """Public reports of branches whose files are not what their names say, in the book's words."""
+    return _read("pythia-audit.csv")
+
+
+def _size(model: str) -> str:
+    found = re.search(r"(?:pythia-|^)([\d.]+[mb])\b", model.lower())
+    if not found or found[1] not in PYTHIA:
+        raise ValueError(f"model = {model!r}: its size is unknown; Pythia's are {', '.join(PYTHIA)}")
+    return found[1]
+
+
+def _read(name: str, **types: type) -> pd.DataFrame:
+    path = DATA / name
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: the cited figures lie in the book's repository; run in a checkout of it")
+    return pd.read_csv(path, dtype=types, keep_default_na=False)

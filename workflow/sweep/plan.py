@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from headbound import pythia
+from headbound import evals
 from sweep import measure, remote
 
 
@@ -23,9 +23,9 @@ def shape(model: str, revision: str) -> tuple[int, int, int, int, str]:
         )
     except ConnectionError:
         size = model.split("pythia-")[-1].removesuffix("-deduped")
-        if size not in pythia.PYTHIA:
+        if size not in evals.PYTHIA:
             raise
-        return *pythia.PYTHIA[size], 2 * pythia.parameters(model), "computed: hub out of reach"
+        return *evals.PYTHIA[size], 2 * evals.parameters(model), "computed: hub out of reach"
 
 
 def flops(

@@ -4,11 +4,13 @@ import re
 import time
 from pathlib import Path
 
+import hub
 import pytest
 import tiny
 import tokenizers
 import torch
 import transformers
+from huggingface_hub import close_session, constants
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 
@@ -302,6 +304,49 @@ def test_a_model_may_be_below_home(folder, monkeypatch):
 def test_one_file_of_a_model_is_not_the_model(folder):
     with pytest.raises(ValueError, match="one file of a model; give the folder it lies in"):
         models.load(str(folder / "model.safetensors"))
+
+
+@pytest.fixture
+def served(monkeypatch, tmp_path, folder):
+    """A hub on this machine with an open model and a gated one, whose page is public."""
+    handler = hub.Handler
+
+    class PublicPages(handler):
+        def route(self, path, query):
+            gated = self.hub.gated
+            self.hub.gated = set() if path.startswith("/api/") else gated
+            try:
+                return super().route(path, query)
+            finally:
+                self.hub.gated = gated
+
+    monkeypatch.setattr(hub, "Handler", PublicPages)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with hub.Hub() as server:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        for name in ("org/gated", "org/open"):
+            server.commit(name, "main", {file.name: file.read_bytes() for file in folder.iterdir()})
+        server.gated.add("org/gated")
+        yield server
+    close_session()
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "message"),
+    [
+        ("org/gated", None, r"gated; accept its terms on the hub's page of it, then set HF_TOKEN"),
+        ("org/nowhere", None, "not found on the hub, or private; check the name"),
+        ("org/open", "step9", "revision = 'step9': the hub has the model but no such revision"),
+    ],
+)
+def test_what_a_hub_refuses_is_said_in_one_line(served, model, revision, message):
+    with pytest.raises(ValueError, match=message) as error:
+        models.load(model, revision)
+    assert "\n" not in str(error.value)
+    assert model in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def writing(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well.
 
-    A process that is killed leaves the old file or the new one, never a part. **Raises:** `OSError`.
+    A process that is killed leaves the old file or the new one, never a part.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,8 @@ PACKAGES = (
 )
 CHUNK = 2000  # characters that a text cut out of a plain file has at least
 LONG = 10 * CHUNK  # a paragraph above this is cut at its lines, a line at its sentences or words
-CUTS = (r"\n\s*\n", r"\n", r"(?<=[.!?])\s", r"\s")
+# Where a text file is cut, coarse to fine, and what holds the pieces of one text together.
+CUTS = ((r"\n\s*\n", "\n\n"), (r"\n", "\n"), (r"(?<=[.!?])\s", " "), (r"\s", " "))
 END_OF_TEXT = "<|endoftext|>"
 # What the end token of a tokenizer that does not say so is called, the likeliest first.
 ENDS = ("end.?of.?text", "</s>", "eos", "end.?of.?sentence", "eot", "im_end", "end_of_turn")
@@ -50,7 +51,7 @@ def load(source: str = "docstrings") -> list[str]:
       into texts of at least 2,000 characters.
     - `hf:NAME[/CONFIG][:SPLIT]`: the column `text` of a Hub dataset.
 
-    **Raises:** `FileNotFoundError` or `ValueError` for a source that is missing, empty or not UTF-8.
+    **Raises:** `FileNotFoundError`, or `ValueError` for a source that is empty or not UTF-8.
     """
     if source == "docstrings":
         return _docstrings()
@@ -80,7 +81,7 @@ def load(source: str = "docstrings") -> list[str]:
 
 
 def split(texts: Sequence[str], held_out: float = 0.02) -> tuple[list[str], list[str]]:
-    """Training and held-out texts, told apart by a hash of their content, so that the split outlives reordering."""
+    """Training and held-out texts, told apart by a hash of their content, in whatever order."""
     if not 0 < held_out < 1:
         raise ValueError(f"held_out = {held_out}: must be a share between 0 and 1")
     parts: tuple[list[str], list[str]] = ([], [])
@@ -182,24 +183,21 @@ def _is_prose(paragraph: str) -> bool:
     return sentence and len(paragraph.split()) >= 20 and plain >= 0.95 * len(paragraph)
 
 
-def _chunks(content: str) -> list[str]:
+def _chunks(content: str, cuts: Sequence[tuple[str, str]] = CUTS) -> list[str]:
+    """Texts of at least `CHUNK` characters, from paragraphs, or from parts of a `LONG` one."""
+    (cut, joint), *finer = cuts
     texts = []
     current = ""
-    for piece in _pieces(content, CUTS):
-        current = f"{current}\n\n{piece}".strip()
-        if len(current) >= CHUNK:
-            texts.append(current)
-            current = ""
+    for piece in re.split(cut, content):
+        parts = [piece]
+        if len(piece) > LONG and finer:
+            parts = _chunks(piece, finer)
+        for part in parts:
+            current = f"{current}{joint}{part}".strip()
+            if len(current) >= CHUNK:
+                texts.append(current)
+                current = ""
     return texts + ([current] if current else [])
-
-
-def _pieces(content: str, cuts: Sequence[str]) -> list[str]:
-    """Paragraphs; the lines of a paragraph that is too long; the sentences of such a line."""
-    found = []
-    for piece in re.split(cuts[0], content):
-        too_long = len(piece) > LONG and len(cuts) > 1
-        found += _pieces(piece, cuts[1:]) if too_long else [piece]
-    return found
 
 
 def _dataset(source: str) -> list[str]:
@@ -217,7 +215,8 @@ def _dataset(source: str) -> list[str]:
         ) from error
     if "text" not in data.column_names:
         raise ValueError(
-            f"text = {source!r}: columns {data.column_names}, none called 'text'; choose another dataset"
+            f"text = {source!r}: columns {data.column_names}, none called 'text'; "
+            "choose another dataset"
         )
     texts = [text for text in data["text"] if text and text.strip()]
     if not texts:
@@ -226,11 +225,11 @@ def _dataset(source: str) -> list[str]:
 
 
 def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of exactly `vocab_size` tokens, trained once and kept in the cache.
+    """A byte-level BPE tokenizer of exactly `vocab_size` tokens, kept in the cache.
 
     Id 0 is `<|endoftext|>`, as in GPT-NeoX.
 
-    **Raises:** `ValueError` if the vocabulary can't hold the 256 bytes, or the text is too short to fill it.
+    **Raises:** `ValueError` if it can't hold the 256 bytes, or the text is too short to fill it.
     """
     if vocab_size < 257:
         raise ValueError(

@@ -23,24 +23,25 @@ from headbound.train import tunnel
 TASKS = Path(__file__).parent / "tasks"
 COLUMNS = ["model", "step", "tokens", "task", "metric", "value", "stderr"]
 _WORDS = re.compile(r"[A-Za-z]+(?:[-'][A-Za-z]+)*")
-# Letters, figures and plain punctuation, no capitals in a row (constants), no double space, no abbreviation.
+# Letters, figures and plain punctuation; no constants, double spaces or abbreviations.
 _SENTENCE = re.compile(
     r"(?!.*([A-Z]{6}|\(\)|--| -|  |\b[ei]\.|\bcf\.|\betc\.))[A-Z](?:[\w ,;'\"()%-]|\.(?=\d))+\."
 )
-# How trainers name a checkpoint: step1000, global_step1000, checkpoint-500, iter_0001000, step-40000.
+# How trainers name a checkpoint: step1000, global_step1000, checkpoint-500, iter_0001000.
 _STEP = re.compile(r"(?i)(?:(?<![a-z])|(?<=global))(?:step|checkpoint|ckpt|iter)s?[_-]?(\d+)")
 _STAGE = re.compile(r"(?i)(?<![a-z])stage[_-]?\d+")
 # Folders that say nothing of the model, as in step1000/hf.
 _NAMELESS = re.compile(
-    r"(?i)(global|hf|huggingface|exported|checkpoints?|ckpts?|models?|weights|evals?|results|\w+-shot)?"
+    r"(?i)(global|hf|huggingface|exported|checkpoints?|ckpts?|models?|weights|evals?|results"
+    r"|\w+-shot)?"
 )
 
 
 def passages(texts: list[str]) -> list[dict[str, str]]:
     """At most one passage a text: two sentences or more, 20 to 90 words, the last word said before.
 
-    Only runs of plain prose sentences count: no code, no cross-reference, no list, no heading. A name between
-    backticks becomes a word.
+    Only runs of plain prose sentences count: no code, no cross-reference, no list, no heading. A
+    name between backticks becomes a word.
 
     **Returns:** `context` without the last word, and `word`: lower-case, four letters or more.
     """
@@ -110,7 +111,7 @@ def evaluate(
     batch_size: int = 8,
     source: str = "docstrings",
 ) -> pd.DataFrame:
-    """Run lm-eval, zero-shot, on a model in memory (`models.load` gets one from a folder or a revision).
+    """Run lm-eval, zero-shot, on a model in memory (`models.load` gets one).
 
     Results are kept in the cache under all that decides them, task by task and answer by answer: a
     killed run goes on. What the tokenizer puts before a text is put before each item.
@@ -119,8 +120,8 @@ def evaluate(
     None for all. `source`: of the local task's passages, see `corpus.load`.
 
     **Returns:** task, metric, value, `low`, `high`, items `n`. The 95 % interval is Wilson's for an
-    accuracy, a bootstrap over items for LAMBADA's perplexity, else 1.96 standard errors of lm-eval's,
-    NaN where it gives none.
+    accuracy, a bootstrap over items for LAMBADA's perplexity, else 1.96 of lm-eval's standard
+    errors, NaN where it gives none.
 
     **Raises:** `ValueError` for a task that lm-eval does not know, or a group of tasks.
     """
@@ -190,7 +191,7 @@ def _run(model, tokenizer, task, metadata, batch_size, options):
 
 
 class Origin(NamedTuple):
-    """What a result file is of: the model as the parts of its path, its step, and stages if it has any."""
+    """What a result file is of: a model, as the parts of its path, a step, and training stages."""
 
     model: tuple[str, ...]
     step: int
@@ -198,18 +199,18 @@ class Origin(NamedTuple):
 
 
 def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
-    """One row per model, step, task and metric from all lm-eval result files (`*.json`) below a folder.
+    """One row a model, step, task and metric, from all lm-eval result files below a folder.
 
     Files of the old harness (`acc`, `acc_stderr`) and of lm-eval 0.4 (`acc,none`) are read; other
-    JSON is passed over. Model and step are what the file's `model_args` say, else its name, else its
-    folders. Two models that end alike are told apart by more of their paths. `shots` keeps only
+    JSON is passed over. Model and step are what the file's `model_args` say, else its name, else
+    its folders. Two models that end alike are told apart by more of their paths. `shots` keeps only
     tasks with that many examples in the prompt.
 
     **Returns:** columns model, step, tokens (seen in training; NaN unless it is one of Pythia's own
     runs), task, metric, value, stderr (NaN where the file has none), sorted.
 
-    **Raises:** `FileNotFoundError` if there is no result file; `ValueError` for broken JSON, no step
-    or several, two files for one step, two training stages, or one curve of two kinds of evaluation.
+    **Raises:** `FileNotFoundError` if there is no result file; `ValueError` for broken JSON, no
+    step or several, two files for one step, or one curve of two stages or kinds of evaluation.
     """
     values: dict[tuple, tuple[float, float, Path]] = {}
     kinds: dict[tuple, tuple[str, Path]] = {}
@@ -245,11 +246,13 @@ def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
 def gaps(table: pd.DataFrame) -> pd.DataFrame:
     """What a table of results lacks: for each model, task and metric the steps that others have."""
     steps = set(table["step"])
+    everyone = sorted(set(table["model"]))
     there = table[table["value"].notna()]
-    found = there.groupby(["model", "task", "metric"])["step"].agg(set).to_dict()
+    curves = there.groupby(["model", "task", "metric"])
+    found = curves["step"].agg(set).to_dict()
     rows = []
     for task, metric in sorted({key[1:] for key in found}):
-        for model in sorted(set(table["model"])):
+        for model in everyone:
             missing = steps - found.get((model, task, metric), set())
             words = "all" if missing == steps else ", ".join(map(str, sorted(missing)))
             rows += [(model, task, metric, words)] if missing else []
@@ -300,7 +303,7 @@ def _measured(metrics: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
 
 
 def _origin(content: dict[str, Any], path: Path) -> Origin:
-    """Model and step: from the model's arguments, else from the file's name, else from its folders."""
+    """Model and step: from the model's arguments, else the file's name, else its folders."""
     config = _dict(content, "config")
     arguments = config.get("model_args") or {}
     if isinstance(arguments, str):
@@ -327,7 +330,7 @@ def _origin(content: dict[str, Any], path: Path) -> Origin:
 
 
 def _parts(path: Sequence[str]) -> tuple[str, ...]:
-    """A model's path without its step, and without the folders at its end that say nothing of it."""
+    """A model's path without its step, and without folders at its end that say nothing of it."""
     parts = []
     for part in path:
         named = _STAGE.sub("", _STEP.split(part)[0]).removesuffix("global")
@@ -349,7 +352,7 @@ def _names(models: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
 
 
 def _batch(model: tuple[str, ...]) -> float:
-    """Tokens a step of a run of EleutherAI's Pythia: 2 Mi but where the name says otherwise; else NaN."""
+    """Tokens a step of EleutherAI's own runs: 2 Mi, or what the name says. NaN for any other."""
     name = re.fullmatch(r"pythia-[\d.]+[mb](-bf16|-([\d.]+)MtokBS)?(-deduped)?", model[-1])
     if name is None or model[-2:-1] != ("EleutherAI",):
         return math.nan

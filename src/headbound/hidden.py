@@ -141,22 +141,28 @@ def store(
 
     **Returns:** float32, read-only.
 
-    **Raises:** as `stream`; `OSError` if the disk can't hold what is missing, before it is computed.
+    **Raises:** as `stream`; `OSError` before the work if the disk can't hold what is missing.
     """
     _check(model, input_ids, 1)
     (place,) = _places(model, [layer])
-    names = [blake2b(row.tobytes(), digest_size=NAME).digest() for row in input_ids.cpu().numpy()]
+    length = input_ids.shape[1]
+    names = [_name(row) for row in input_ids]
     rows = dict(zip(names, input_ids, strict=True))
-    folder = cache_dir() / "hidden" / f"{models.key(model)}-{place}-{input_ids.shape[1]}"
+    folder = cache_dir() / "hidden" / f"{models.key(model)}-{place}-{length}"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with bar(None, "hidden states", total=len(rows)) as done:
             while done.n < len(rows):
                 done.update(len(rows) - _extend(folder, model, rows, place) - done.n)
         index = _index(folder)
-        shape = (len(index.places), input_ids.shape[1], index.width)
+        shape = (len(index.places), length, index.width)
         every = np.memmap(folder / "states", np.float32, "r", shape=shape)
-        return _in_order(every, [index.places[name] for name in names], folder)
+        order = [index.places[name] for name in names]
+        return _in_order(every, order, folder)
+
+
+def _name(row: Int[Tensor, " length"]) -> bytes:
+    return blake2b(row.cpu().long().numpy().tobytes(), digest_size=NAME).digest()
 
 
 class Index(NamedTuple):
@@ -187,12 +193,13 @@ def _extend(folder: Path, model: nn.Module, rows: dict[bytes, Tensor], place: in
         if some:
             batch = torch.stack([rows[name] for name in some])
             _reserve(folder, len(missing) * length * index.width * 4)
-            states = torch.cat([part[0] for part in stream(model, batch, [place])])
-            states = states.float().cpu().numpy()
-            _append(folder / "states", len(index.places) * states[0].nbytes, states.tobytes())
-            header = b"" if index.places else states.shape[-1].to_bytes(NAME, "big")
-            start = NAME * (1 + len(index.places)) if index.places else 0
-            _append(folder / "index", start, header + b"".join(some))
+            parts = [part[0] for part in stream(model, batch, [place])]
+            states = torch.cat(parts).float().cpu().numpy()
+            stored = len(index.places)
+            _append(folder / "states", stored * states[0].nbytes, states.tobytes())
+            width = states.shape[-1].to_bytes(NAME, "big")
+            _append(folder / "index", 0, width)
+            _append(folder / "index", NAME * (1 + stored), b"".join(some))
         return len(missing) - len(some)
 
 
@@ -212,8 +219,9 @@ def _reserve(folder: Path, needed: int) -> None:
 
 def _in_order(every: np.ndarray, order: list[int], folder: Path) -> np.ndarray:
     first = order[0]
-    if order == list(range(first, first + len(order))):
-        return every[first : first + len(order)]
+    last = first + len(order)
+    if order == list(range(first, last)):
+        return every[first:last]
     _reserve(folder, len(order) * every[0].nbytes)
     with tempfile.TemporaryFile(dir=folder) as file:  # without a name: it goes with its map
         for number in order:
@@ -258,10 +266,10 @@ def _caught(
     places: Sequence[int],
     stop: bool = True,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """The states at `places`: 0 enters the first of `blocks`, i leaves block i, L + 1 enters the head.
+    """The states at `places`, as numbered in `stream`, and what comes out.
 
-    And what comes out, unless the pass stops as soon as all are caught. A model without a head gives
-    its last state as its output.
+    With `stop` the pass ends as soon as all are caught, and nothing comes out. The output of a
+    model without a head is its last state.
     """
     found: dict[int, Tensor] = {}
     head = model.get_output_embeddings()
@@ -346,7 +354,7 @@ def _blocks(model: nn.Module, input_ids: Tensor) -> list[nn.Module]:
             break
     else:
         raise ValueError(
-            f"{type(model).__name__}: no list of {depth} blocks found that run one after the other; "
+            f"{type(model).__name__}: no list of {depth} blocks found that run one after another; "
             "its hidden states can't be named"
         )
     chain = [found[0] for found in calls.values()]

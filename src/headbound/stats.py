@@ -11,7 +11,7 @@ from scipy import stats
 
 
 class Estimate(NamedTuple):
-    """A number, its 95 % interval and the number of independent units (texts, models, seeds) it rests on."""
+    """A number, its 95 % interval, and the number of independent units (texts, seeds) behind it."""
 
     value: float
     low: float
@@ -19,13 +19,17 @@ class Estimate(NamedTuple):
     n: int
 
     def map(self, increasing: Callable[[float], float]) -> "Estimate":
-        """The estimate of an increasing function of the number, such as a perplexity from a loss."""
+        """The estimate of an increasing function of the number, as a perplexity from a loss."""
         return Estimate(*map(increasing, self[:3]), self.n)
 
     def __str__(self) -> str:
-        scale = max(abs(self.value), abs(self.high - self.low), 1e-12)
-        digits = max(0, 2 - math.floor(math.log10(scale))) if math.isfinite(scale) else 3
-        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}] (n = {self.n:,})"
+        width = abs(self.high - self.low)
+        scale = max(abs(self.value), width, 1e-12)
+        digits = 3
+        if math.isfinite(scale):
+            digits = max(0, 2 - math.floor(math.log10(scale)))
+        value, low, high = (f"{number:.{digits}f}" for number in self[:3])
+        return f"{value} [{low}, {high}] (n = {self.n:,})"
 
 
 def frame(estimates: Mapping[Any, Estimate], *names: str) -> pd.DataFrame:
@@ -57,10 +61,10 @@ def bootstrap(
 ) -> Estimate:
     """Percentile bootstrap interval (95 %) over independent units, by their multiplicities.
 
-    Tokens of one text are not independent, so the book resamples *texts*. `statistic` gets a row for
-    each resample: how often each unit occurs in it (all ones: the sample itself). It returns the
-    number of interest for each row. The interval is NaN with fewer than two units, and where the
-    statistic of some resample is NaN.
+    Tokens of one text are not independent, so the book resamples *texts*. `statistic` gets a row
+    for each resample: how often each unit occurs in it (all ones: the sample itself). It returns
+    the number of interest for each row. The interval is NaN with fewer than two units, and where
+    the statistic of some resample is NaN.
 
     **Raises:** `ValueError` if `units` is below one.
     """
@@ -96,13 +100,16 @@ def mean(
     >>> mean(np.array([1.0, 2.0, 3.0, 4.0]), units=np.array([0, 0, 1, 1])).n
     2
     """
-    places = np.arange(len(values)) if units is None else np.unique(units, return_inverse=True)[1]
+    places = np.arange(len(values))
+    if units is not None:
+        _, places = np.unique(units, return_inverse=True)
     sums = np.bincount(places, values)
     whole = np.bincount(places, over)
 
     def statistic(weights: Float[np.ndarray, "sets units"]) -> Float[np.ndarray, " sets"]:
         total = weights @ whole
-        return np.divide(weights @ sums, total, out=np.full(len(total), math.nan), where=total != 0)
+        unknown = np.full(len(total), math.nan)
+        return np.divide(weights @ sums, total, out=unknown, where=total != 0)
 
     return bootstrap(statistic, len(sums))
 
@@ -110,11 +117,13 @@ def mean(
 def jackknife(leave_one_out: Sequence[float], value: float) -> Estimate:
     """Delete-a-group jackknife interval (95 %), for a statistic that no reweighting can give.
 
-    `leave_one_out` is the statistic without each of the g groups in turn, `value` that of the whole:
+    `leave_one_out` is the statistic without each of the g groups in turn, `value` of the whole:
 
         value ± t(g − 1) √((g − 1)/g Σ(θᵢ − θ̄)²)
 
-    **Raises:** `ValueError` with fewer than two groups. **Source:** Efron & Tibshirani 1993, ch. 11.
+    **Raises:** `ValueError` with fewer than two groups.
+
+    **Source:** Efron & Tibshirani 1993, chapter 11.
     """
     groups = len(leave_one_out)
     if groups < 2:

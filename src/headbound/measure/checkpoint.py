@@ -51,8 +51,9 @@ def measure(
         for some in _batches(model, rows):
             found, logits = hidden.with_logits(model, some[:, :-1], [-2, -1])
             losses.append(_losses(logits, some))
-            if len(losses[:-1]) * len(losses[0]) < SHOWN:
-                shown.append(logits[:, places.to(logits.device)].double().cpu())
+            if len(losses) == 1 or len(shown) * len(losses[0]) < SHOWN:
+                some_places = logits[:, places.to(logits.device)]
+                shown.append(some_places.double().cpu())
             yield found
 
     before, after = anisotropy.by_layer(states())[0]

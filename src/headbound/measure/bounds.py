@@ -16,6 +16,7 @@ from headbound.measure.rules import Ruling
 
 Logits = Float[np.ndarray, "contexts vocab"]
 PerRank = Float64[np.ndarray, " ranks"]
+PerStep = Float64[np.ndarray, " steps"]
 EPS = float(np.finfo(np.float64).eps)
 ROUNDINGS = 8  # times EPS: what a sum or a decomposition here may be off, in units of its size
 LARGE = (
@@ -58,10 +59,10 @@ def second_order(logits: Logits, change: Logits) -> float:
     return float(variances.mean() / 2)
 
 
-def local_order(distances: Sequence[float], gaps: Sequence[float]) -> float:
+def local_order(distances: PerStep, gaps: PerStep) -> float:
     """The power of the distance with which the gap falls: the slope of their logarithms.
 
-    >>> round(local_order([1.0, 0.1, 0.01], [3.0, 0.03, 0.0003]), 6)
+    >>> round(local_order(np.array([1.0, 0.1, 0.01]), np.array([3.0, 0.03, 0.0003])), 6)
     2.0
     """
     return float(np.polyfit(np.log(distances), np.log(gaps), 1)[0])

@@ -1,4 +1,4 @@
-"""Heads: all ranks in one pass against one after another, and a sampled step against a whole one."""
+"""Heads: all ranks in one pass against one after another, sampled steps against whole ones."""
 
 import json
 import sys

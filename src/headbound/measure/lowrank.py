@@ -275,11 +275,12 @@ def above_full(ranks: Sequence[int], losses: Losses, texts: Texts) -> pd.DataFra
 
     **Returns:** columns `rank r`, `share r/d`, `loss above the full head (nats)`, `low`, `high`.
     """
-    found = [stats.mean(row - losses[-1], texts) for row in losses]
-    frame = pd.DataFrame(found).drop(columns="n")
-    frame.insert(0, "rank r", ranks)
-    frame.insert(1, "share r/d", frame["rank r"] / ranks[-1])
-    return frame.rename(columns={"value": "loss above the full head (nats)"})
+    rows = []
+    for rank, row in zip(ranks, losses, strict=True):
+        above = stats.mean(row - losses[-1], texts)
+        rows.append((rank, rank / ranks[-1], above.value, above.low, above.high))
+    names = ["rank r", "share r/d", "loss above the full head (nats)", "low", "high"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def knee(
@@ -296,9 +297,11 @@ def knee(
         above = np.flatnonzero(excess > allowed)
         if not len(above):
             return float(ranks[0])
-        pair = slice(above[-1], above[-1] + 2)
+        last = above[-1]
+        pair = slice(last, last + 2)
         logarithms = np.log(ranks[pair])
-        return math.exp(np.interp(-allowed, -excess[pair], logarithms))
+        crossed = np.interp(-allowed, -excess[pair], logarithms)
+        return math.exp(crossed)
 
     return _of_excess(losses, texts, crossing)
 
@@ -332,7 +335,8 @@ def rank_or_share(
     """
     places = []
     theirs = []
-    for _, other in others.sort_values("x").groupby("curve"):
+    ascending = others.sort_values("x")
+    for _, other in ascending.groupby("curve"):
         known = np.log(other["x"].to_numpy())
         above = other["y"].to_numpy()
         for place, rank in enumerate(ranks[:-1]):
@@ -365,14 +369,15 @@ def _of_excess(
 ) -> stats.Estimate:
     # A number of the curve of mean losses above the last rank's.
     counts = np.bincount(texts)
-    above = losses - losses[-1]
-    by_text = [np.bincount(texts, row) for row in above]
+    by_text = [np.bincount(texts, row) for row in losses - losses[-1]]
     sums = np.stack(by_text, 1)
 
     def statistic(weights: Float[np.ndarray, "sets texts"]) -> Float[np.ndarray, " sets"]:
         tokens = weights @ counts
-        curves = weights @ sums / tokens[:, None]
-        return np.array([number(curve) for curve in curves])
+        curves = weights @ sums
+        curves /= tokens[:, None]
+        numbers = [number(curve) for curve in curves]
+        return np.array(numbers)
 
     return stats.bootstrap(statistic, len(counts))
 

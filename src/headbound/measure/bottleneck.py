@@ -68,7 +68,7 @@ def working_rank(
         (cut,) = lowrank.token_losses(data, [head.cut(rank)])
         return np.square(cut - whole) / 2
 
-    def least(chosen: np.ndarray) -> int:
+    def least(chosen: np.ndarray) -> float:
         low = 1
         high = len(head.B)
         while low < high:
@@ -77,7 +77,7 @@ def working_rank(
                 high = middle
             else:
                 low = middle + 1
-        return low
+        return float(low)
 
     group = np.unique(data.texts, return_inverse=True)[1] % groups
     without = [least(group != left_out) for left_out in range(groups)]

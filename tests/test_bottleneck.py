@@ -1,5 +1,6 @@
 """The diagnosis: its rule, its experiment on planted cases, the report on new architectures."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import numpy as np
 import pages
 import pandas as pd
 import pytest
-import references
 import tiny
 import torch
 import transformers
@@ -20,7 +20,12 @@ from headbound import stats
 from headbound.measure import bottleneck, lowrank
 from headbound.stats import Estimate
 
-NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "09_diagnose.ipynb"
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "notebooks" / "09_diagnose.ipynb"
+SPEC = importlib.util.spec_from_file_location("references", ROOT / "workflow" / "references.py")
+references = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(references)
 
 WORDS = [tiny.TEXT.split()[i % 18] for i in np.random.default_rng(0).integers(0, 18, 60_000)]
 PARAGRAPHS = [" ".join(WORDS[i : i + 500]) for i in range(0, len(WORDS), 500)]

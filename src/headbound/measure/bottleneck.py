@@ -1,5 +1,6 @@
 """Is a model's head its bottleneck? Frozen states under heads of equal and of higher rank."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 
@@ -67,7 +68,7 @@ def working_rank(
         (cut,) = lowrank.token_losses(data, [head.cut(rank)])
         return np.square(cut - whole) / 2
 
-    def least(chosen: np.ndarray) -> int:
+    def least(chosen: np.ndarray) -> float:
         low = 1
         high = len(head.B)
         while low < high:
@@ -76,7 +77,7 @@ def working_rank(
                 high = middle
             else:
                 low = middle + 1
-        return low
+        return float(low)
 
     group = np.unique(data.texts, return_inverse=True)[1] % groups
     without = [least(group != left_out) for left_out in range(groups)]
@@ -109,8 +110,10 @@ def lift(
         raise ValueError(f"pairs = {list(pairs)}: need 1 ≤ lower ≤ {r}, lower ≤ higher ≤ {2 * r}")
     random = np.random.default_rng(seed)
     kept = _vocabulary(train, test, len(head.A), others, random)
-    mixing = torch.from_numpy(random.standard_normal((r, r)) * 2 / np.sqrt(r)).float()
-    learn, judge = (_features(data, head, mixing, kept) for data in (train, test))
+    mixing = torch.from_numpy(random.standard_normal((r, r))).float()
+    mixing *= 2 / math.sqrt(r)
+    learn = _features(train, head, mixing, kept)
+    judge = _features(test, head, mixing, kept)
     starts = []
     for low, high in pairs:
         starts.append(_start(head, kept, low, low))
@@ -123,15 +126,20 @@ def lift(
 def _vocabulary(train: Examples, test: Examples, vocab: int, others: int, random) -> np.ndarray:
     occurring = np.union1d(train.targets, test.targets)
     rest = np.setdiff1d(np.arange(vocab), occurring)
-    drawn = random.choice(rest, min(others, len(rest)), replace=False)
+    count = min(others, len(rest))
+    drawn = random.choice(rest, count, replace=False)
     return np.union1d(occurring, drawn)
 
 
 def _features(data: Examples, head: Head, mixing: Tensor, kept: np.ndarray) -> Examples:
-    u = torch.from_numpy(np.array(data.hidden_states)) @ head.B.cpu().T
+    states = torch.from_numpy(np.array(data.hidden_states))
+    u = states @ head.B.cpu().T
     bent = gelu(u @ mixing)
-    inputs = torch.cat([torch.ones(len(u), 1), u, bent - bent.mean(0)], 1)
-    return Examples(inputs.numpy(), np.searchsorted(kept, data.targets), data.texts)
+    bent -= bent.mean(0)
+    ones = torch.ones(len(u), 1)
+    inputs = torch.cat([ones, u, bent], 1).numpy()
+    targets = np.searchsorted(kept, data.targets)
+    return Examples(inputs, targets, data.texts)
 
 
 def _start(head: Head, kept: np.ndarray, low: int, rank: int) -> Head:
@@ -212,8 +220,10 @@ def target_rank(
 
     def supported(left_out: int | None) -> float:
         part = [piece for place, piece in enumerate(pieces) if place % groups != left_out]
-        halves = [np.concatenate(part[half::2]) for half in (0, 1)]
-        grams = [ngrams.gram(half, order, vocab, "tokens", unbiased=True) for half in halves]
+        grams = []
+        for half in (0, 1):
+            tokens = np.concatenate(part[half::2])
+            grams.append(ngrams.gram(tokens, order, vocab, "tokens", unbiased=True))
         return float(ngrams.split_half(*grams).rank)
 
     rank = stats.jackknife([supported(group) for group in range(groups)], supported(None))
@@ -227,8 +237,10 @@ def references(fingerprint: str = "", perplexity: float = 0.0) -> pd.DataFrame:
     perplexity is the one in hand, and left out.
     """
     known = pd.read_csv(pythia.DATA / "references.csv")
-    near = (known["quantity"] == "perplexity") & np.isclose(known["value"], perplexity, 1e-3)
-    same = known.loc[near & (known["fingerprint"] == fingerprint), "reference"]
+    near = np.isclose(known["value"], perplexity, 1e-3)
+    near &= known["quantity"] == "perplexity"
+    near &= known["fingerprint"] == fingerprint
+    same = known.loc[near, "reference"]
     return known[~known["reference"].isin(same)]
 
 
@@ -254,8 +266,13 @@ def places(known: pd.DataFrame, mine: Mapping[str, stats.Estimate | float]) -> p
 
 def _place(known: pd.DataFrame, value: float) -> tuple[str, str]:
     ordered = known.sort_values("value")
+    named = []
+    for row in ordered.itertuples():
+        named.append(f"{row.reference} ({row.value:.3g})")
     below = int((ordered["value"] <= value).sum())
-    named = [f"{row.reference} ({row.value:.3g})" for row in ordered.itertuples()]
-    words = [f"above {name}" for name in named[:below][-1:]]
-    words += [f"below {name}" for name in named[below:][:1]]
+    words = []
+    if below:
+        words.append(f"above {named[below - 1]}")
+    if below < len(named):
+        words.append(f"below {named[below]}")
     return f"{below} of {len(named)}", ", ".join(words) or "none is known"

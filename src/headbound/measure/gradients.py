@@ -37,7 +37,9 @@ class Squares(NamedTuple):
         chosen = np.ones(len(self.texts), bool) if where is None else where
         if not chosen.any():
             raise ValueError("where chooses no token; widen it or give more text")
-        return stats.mean(self.kept[chosen], self.texts[chosen], over=self.gradient[chosen])
+        kept = self.kept[chosen]
+        gradient = self.gradient[chosen]
+        return stats.mean(kept, self.texts[chosen], gradient)
 
 
 @torch.inference_mode()
@@ -149,8 +151,9 @@ def unlearnable(same_head: Mapping[str, stats.Estimate], vocab: int) -> bool | N
 
 def _gradient(data: Examples, here: slice, weight: Tensor, logits: Logits) -> Tensor:
     where = device.precise(weight.device)
-    states = torch.from_numpy(np.array(data.hidden_states[here], float)).to(where)
-    targets = torch.from_numpy(np.array(data.targets[here], np.int64)).to(where)[:, None]
+    states = torch.tensor(data.hidden_states[here]).to(where, torch.float64)
+    targets = torch.tensor(data.targets[here]).to(where, torch.int64)
+    targets = targets[:, None]
     if logits is None:
         scores = torch.cat([states @ rows.T for rows in _rows(weight)], 1)
     else:

@@ -151,3 +151,74 @@ def test_a_late_rise_is_found_even_where_it_ends_on_the_peak():
     found = changes.signs(run.sample(frac=1, random_state=0)).iloc[0]
     assert found["entropy_late"] == pytest.approx(1.7)
     assert found["loss_late"] == 0
+
+
+def run_of(**columns):
+    steps = np.arange(11)
+    usual = dict.fromkeys((*changes.COURSES, "mean_share", "rise", "rise_se"), 0.1)
+    keys = {"arm": "baseline", "hidden_size": 8, "seed": 0, "step": steps, "tokens": 100 * steps}
+    return pd.DataFrame({**keys, **usual, **columns})
+
+
+def appeared(**columns):
+    return changes.appeared(changes.signs(run_of(**columns))).iloc[0]
+
+
+def test_signs_appear_beyond_the_thresholds_and_beyond_chance():
+    rising = np.r_[np.full(10, 0.1), 0.5]
+    assert appeared(entropy=rising)["entropy"]
+    assert not appeared(entropy=rising)["centred"]
+    assert not appeared(entropy=0.5 * rising + 0.1)["entropy"]
+    assert appeared(cosine_after_norm=0.51)["cosine"]
+    assert appeared(rise=0.03, rise_se=0.01)["loss"]
+    assert not appeared(rise=0.03, rise_se=0.02)["loss"]  # chance
+    assert not appeared(rise=0.01, rise_se=0.001)["loss"]  # too small to matter
+    assert changes.signs(run_of(rise_se=0.01))["visible"].iloc[0] == pytest.approx(0.028)
+
+
+def test_a_share_has_clopper_and_pearsons_interval():
+    found = changes.share([False] * 7)
+    assert (found.value, found.low, found.n) == (0, 0, 7)
+    assert found.high == pytest.approx(1 - 0.025 ** (1 / 7))
+
+
+def effect(arm, quantity, value, half, adjusted):
+    bounds = {"low": value - half, "high": value + half}
+    return {"arm": arm, "quantity": quantity, "value": value, "adjusted": adjusted, **bounds}
+
+
+def test_outcomes_and_judgements_of_planted_effects():
+    table = pd.DataFrame(
+        [
+            effect("a", "rise", 0.001, 0.002, 0.9),
+            effect("a", "cosine_after_norm", 0.2, 0.5, 0.4),
+            effect("a", "entropy_late", 0.5, 0.1, 0.001),
+            effect("a", "entropy_centred_late", -0.5, 0.1, 0.001),
+        ]
+    )
+    words = [changes.outcome(row) for _, row in table.iterrows()]
+    assert words == ["same", "open", "more", "less"]
+    assert changes.parted(table) == (["a"], 1)
+    runs = pd.DataFrame({"arm": ["a", "a"], "loss": [False, False], "entropy": [True, False]})
+    said = {
+        "a": {
+            "one": {"loss": "absent", "entropy": "more", "cosine": "same"},
+            "two": {"loss": "more", "entropy": "appears", "centred": "open"},
+        },
+        "never run": {"one": {"loss": "more"}},
+    }
+    judged = changes.judge(said, table, runs).set_index(["account", "sign"])["held"]
+    assert judged.to_dict() == {
+        ("one", "loss"): True,
+        ("one", "entropy"): True,
+        ("one", "cosine"): None,
+        ("two", "loss"): False,
+        ("two", "entropy"): None,
+        ("two", "centred"): None,
+    }
+
+
+def test_one_pair_settles_nothing():
+    alone = changes.effects(planted(20.0).query("seed == 0"), ["loss"])
+    row = alone.assign(quantity="rise").iloc[0]
+    assert changes.outcome(row) == "open"

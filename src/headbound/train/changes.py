@@ -235,6 +235,16 @@ def outcome(effect: pd.Series) -> str:
     return "same" if max(-effect["low"], effect["high"]) < margin else "open"
 
 
+def parted(effects: pd.DataFrame) -> tuple[list[str], int]:
+    """The arms that move a spectrum while the late loss stays, of how many whose loss is settled."""
+    named = effects.assign(outcome=[outcome(row) for _, row in effects.iterrows()])
+    outcomes = named.pivot(index="arm", columns="quantity", values="outcome")
+    settled = outcomes[outcomes["rise"] != "open"]
+    moved = settled[["entropy_late", "entropy_centred_late"]].isin(["more", "less"]).any(axis=1)
+    apart = settled.index[moved & (settled["rise"] == "same")]
+    return list(apart), len(settled)
+
+
 def judge(
     predictions: Mapping[str, Any], effects: pd.DataFrame, appeared: pd.DataFrame
 ) -> pd.DataFrame:

@@ -56,7 +56,7 @@ def test_another_head_leaves_the_body_and_the_first_guess_alone(name):
     bodies = [model.gpt_neox.state_dict() for model in models]
     assert all(torch.equal(bodies[0][key], bodies[1][key]) for key in bodies[0])
     guess = torch.log_softmax(models[1](torch.arange(8)[None]).logits, -1)
-    assert guess.detach().numpy() == pytest.approx(-np.log(1024), abs=0.6)
+    assert guess.detach().numpy() == pytest.approx(-np.log(1024), abs=1)
 
 
 def test_arms_share_tokens_and_first_weights():

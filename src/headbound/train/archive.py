@@ -159,7 +159,7 @@ def differences(found: pd.DataFrame, kept: pd.DataFrame) -> pd.Series:
 
     **Raises:** `ValueError` if they have no step in common.
     """
-    names = [name for name in kept.columns if name not in ("arm", "hidden_size", "seed", "step")]
+    names = [name for name in found.columns if name not in ("arm", "hidden_size", "seed", "step")]
     both = found.merge(kept, on="step", suffixes=("", "_kept"))
     if both.empty:
         raise ValueError("the tables have no step in common")

@@ -106,7 +106,7 @@ def constrained_heads(tokens, rows, d, rate):
     batch = min(1024, tokens)
 
     def ours():
-        return lowrank.train(states, targets, starts, 1, batch)
+        return lowrank.train(lowrank.Examples(states, targets, targets), starts, 1, batch)
 
     def plain():
         """Every rank by itself, whole logits."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import nbformat
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image, ImageChops, ImageFilter
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -17,31 +18,23 @@ CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 VIEWS = ((1280, "light"), (390, "dark"))
-IN_PAGE = """() => {
-  const found = [];
+IN_PAGE = Path(__file__).with_name("in_page.js").read_text("utf-8")
+READY = """async () => {
+  if (window.MathJax) await MathJax.startup.promise;
+  await document.fonts.ready;
+  // Pictures below the fold load lazily.
   for (const image of document.images) {
-    if (!(image.complete && image.naturalWidth)) found.push(`broken image ${image.getAttribute('src')}`);
-    const alt = (image.getAttribute('alt') || '').trim();
-    const file = (image.getAttribute('src') || '').split('/').pop();
-    if (image.closest('figure, .cell_output') && (!alt || alt.includes(file))) {
-      found.push(`image without alt text ${file}`);
-    }
+    image.loading = "eager";
+    await image.decode().catch(() => 0);
   }
-  const alts = [...document.images].map(image => image.alt).filter(alt => alt.length > 20);
-  if (new Set(alts).size < alts.length) found.push('two images with the same alt text');
-  for (const math of document.querySelectorAll('.math')) {
-    if (!math.querySelector('mjx-container')) found.push(`formula not rendered: ${math.textContent.slice(0, 40)}`);
-  }
-  for (const error of document.querySelectorAll('mjx-merror')) {
-    found.push(`formula with an error: ${error.textContent}`);
-  }
-  const wide = document.documentElement.scrollWidth - window.innerWidth;
-  if (wide > 0) found.push(`wider than the page by ${wide} pixels`);
-  for (const link of document.querySelectorAll('a[href^="#"]')) {
-    const target = decodeURIComponent(link.getAttribute('href').slice(1));
-    if (target && !document.getElementById(target)) found.push(`link to a missing place #${target}`);
-  }
-  return found;
+}"""
+CUT = """() => {
+  const cut = (formula) => {
+    const line = formula.closest("p, li, td, dd, figcaption, caption");
+    const width = formula.getBoundingClientRect().width;
+    return line?.clientWidth && width > line.clientWidth + 1 && formula.parentElement.tabIndex < 0;
+  };
+  return [...document.querySelectorAll(".bd-article span.math > mjx-container")].filter(cut).length;
 }"""
 
 
@@ -79,13 +72,21 @@ def settle(page: Page, address: str) -> None:
     """Open a page and wait until formulas, fonts and pictures are there."""
     page.goto(address, wait_until="load")
     page.wait_for_function("() => !window.MathJax || (MathJax.startup && MathJax.startup.promise)")
-    page.evaluate(
-        "async () => { if (window.MathJax) await MathJax.startup.promise; await document.fonts.ready; }"
-    )
-    # Pictures below the fold load lazily.
-    page.evaluate(
-        "() => Promise.all([...document.images].map(i => { i.loading = 'eager'; return i.decode().catch(() => 0); }))"
-    )
+    page.evaluate(READY)
+
+
+def unseen(notebook: Path, contrast: float = 3, columns: int = 1) -> list[str]:
+    """Figures of an executed notebook that are hard to see: pale lines, panels side by side."""
+    found = []
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        for output in cell.get("outputs", []):
+            about = output.get("metadata", {}).get("companion", {})
+            place = f"{notebook.stem}: {about.get('name')}"
+            if about.get("contrast", 21) < contrast:
+                found.append(f"{place}: a line has a contrast of {about['contrast']} : 1 on white")
+            if about.get("columns", 1) > columns:
+                found.append(f"{place}: {about['columns']} panels side by side")
+    return found
 
 
 def heavy(site: Path, whole: float = 30e6, page: float = 1.5e6) -> list[str]:
@@ -98,8 +99,10 @@ def heavy(site: Path, whole: float = 30e6, page: float = 1.5e6) -> list[str]:
 
 
 def picture(chromium: Browser, address: str, hide: str = "") -> Image.Image:
-    """The first screen of a page as a small grey picture, in which layout shows and letters do not, nor the list of
-    chapters, which grows."""
+    """The first screen of a page as a small grey picture.
+
+    Layout shows in it and letters do not, nor the list of chapters, which grows.
+    """
     context = chromium.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
     page = context.new_page()
     page.set_default_timeout(120_000)
@@ -111,7 +114,7 @@ def picture(chromium: Browser, address: str, hide: str = "") -> Image.Image:
 
 
 def cut_formulas(chromium: Browser, address: str, without: str = "") -> int:
-    """Formulas in lines of text that a phone shows only a part of, with no way to scroll; `without` a file."""
+    """Formulas in lines of text that a phone cuts, with no way to scroll; `without` a file."""
     context = chromium.new_context(viewport={"width": 390, "height": 900})
     page = context.new_page()
     page.set_default_timeout(120_000)
@@ -119,19 +122,13 @@ def cut_formulas(chromium: Browser, address: str, without: str = "") -> int:
         page.route(f"**/{without}*", lambda route: route.abort())
     settle(page, address)
     page.wait_for_timeout(500)
-    found = page.evaluate(
-        """() => [...document.querySelectorAll(".bd-article span.math > mjx-container")].filter(formula => {
-            const line = formula.closest("p, li, td, dd, figcaption, caption");
-            const width = formula.getBoundingClientRect().width;
-            return line?.clientWidth && width > line.clientWidth + 1 && formula.parentElement.tabIndex < 0;
-        }).length"""
-    )
+    found = page.evaluate(CUT)
     context.close()
     return found
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
-    """Share of the picture where two of them differ in ink, blurred so that another font does not count."""
+    """Share of the picture where two differ in ink, blurred so that a font does not count."""
 
     def ink(picture: Image.Image) -> Image.Image:
         strong = picture.point(lambda tone: max(0, 255 - 6 * (255 - tone)))
@@ -162,16 +159,18 @@ def problems(
             found.append(f"outside request {route.request.url}")
             route.abort()
 
+    def listen(message):
+        if message.type == "error":
+            found.append(f"console error: {message.text}")
+
+    def receive(response):
+        if response.status >= 400:
+            found.append(f"{response.status} for {response.url.removeprefix(address)}")
+
     page.route("**/*", watch)
-    page.on(
-        "console",
-        lambda message: message.type == "error" and found.append(f"console error: {message.text}"),
-    )
+    page.on("console", listen)
+    page.on("response", receive)
     page.on("pageerror", lambda error: found.append(f"script error: {error}"))
-    page.on(
-        "response",
-        lambda r: r.status >= 400 and found.append(f"{r.status} for {r.url.removeprefix(address)}"),
-    )
     settle(page, f"{address}/{page_name}")
     found += page.evaluate(IN_PAGE)
     links = page.eval_on_selector_all(
@@ -181,13 +180,17 @@ def problems(
         if context.request.head(link).status >= 400:
             found.append(f"broken link {link.removeprefix(address)}")
     if axe:
-        for violation in Axe().run(page, options={"preload": False}).response["violations"]:
-            if violation["impact"] in ("serious", "critical"):
-                where = ", ".join(
-                    node["target"][0] for node in violation["nodes"][:3] if node["target"]
-                )
-                found.append(
-                    f"{violation['impact']} accessibility violation {violation['id']} at {where}"
-                )
+        found += accessibility(page)
     context.close()
     return [f"{page_name} at {width}, {theme}: {problem}" for problem in dict.fromkeys(found)]
+
+
+def accessibility(page: Page) -> list[str]:
+    """What axe calls serious or critical."""
+    found = []
+    for violation in Axe().run(page, options={"preload": False}).response["violations"]:
+        if violation["impact"] in ("serious", "critical"):
+            nodes = [node["target"][0] for node in violation["nodes"][:3] if node["target"]]
+            told = f"accessibility violation {violation['id']} at {', '.join(nodes)}"
+            found.append(f"{violation['impact']} {told}")
+    return found

@@ -6,8 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headbound import pythia
 from headbound.measure import anisotropy
 from headbound.measure.anisotropy import cosines, mean_cosine, sinks, sum_of_units
+from headbound.stats import Estimate
 
 
 def all_pairs(hidden_states):
@@ -80,7 +82,7 @@ def test_a_stream_of_texts_is_the_whole(sizes, seed):
 
 
 def test_resamples_never_pair_a_token_with_its_copy():
-    # Orthogonal tokens: every pair has cosine 0, in the sample and in any resample; a copy would bring a 1.
+    # Orthogonal tokens: every pair has cosine 0, also in a resample; a copy would bring a 1.
     estimate = mean_cosine(list(torch.eye(12).split(2)), resamples=200)
     assert estimate[:3] == pytest.approx((0, 0, 0), abs=1e-7)
 
@@ -103,7 +105,7 @@ def test_the_interval_matches_pairs_counted_by_hand():
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    # Each text has its own direction, so that tokens of one text are alike; the population's value is ‖E u‖².
+    # Each text has its own direction, so that its tokens are alike; the truth is ‖E u‖².
     rng = np.random.default_rng(0)
     d, texts, length = 8, 40, 5
 
@@ -116,7 +118,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     covered = []
     for _ in range(100):
         estimate = mean_cosine(list(torch.from_numpy(sample(texts))), resamples=150)
-        # The sample's own pairs inside a text push the value up by a known share; the interval must still hold it.
+        # Pairs inside a text push the value up a little; the interval must still hold the truth.
         covered.append(estimate.low <= truth <= estimate.high)
     assert 0.85 <= np.mean(covered) <= 0.99
 
@@ -205,3 +207,70 @@ def test_random_pairs_at_any_scale(scale):
 def test_random_pairs_refuse_what_the_mean_refuses(h, message):
     with pytest.raises(ValueError, match=message):
         cosines(h, 10)
+
+
+def test_a_zero_state_has_no_direction_and_is_left_out_of_layers():
+    stack = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(0)) + 1
+    stack[1, 0, 2] = 0
+    (layers,) = anisotropy.by_layer([stack], resamples=20)
+    kept = [*stack[1, 0][[0, 1, 3, 4, 5]].split(5), *stack[1, 1:]]
+    assert layers[1].value == pytest.approx(all_pairs(torch.cat(kept)), abs=1e-6)
+
+
+def exact(value):
+    return Estimate(value, value, value, 1)
+
+
+def test_the_rules_on_the_papers_own_curves():
+    """Figure 2: most layers of every model; Pythia's last layers parted at 160M, others' not."""
+    layers = pythia.figures("2").sort_values("x").groupby(["series", "curve"])
+    for _, curve in layers:
+        assert anisotropy.most_layers([exact(y) for y in curve["y"]])
+        assert anisotropy.most_layers([exact(y) for y in curve["y"]], cut=0.14)
+    last = layers["y"].last()
+    fits = {
+        suite: [
+            anisotropy.fits_size(float(name[:-1]) * {"M": 1e6, "B": 1e9}[name[-1]], exact(y))
+            for name, y in last[suite].items()
+        ]
+        for suite in ("Pythia", "OPT")
+    }
+    assert all(fits["Pythia"])
+    assert not all(fits["OPT"])  # its 125M model is an exception that the paper names
+    assert anisotropy.fits_size(355e6, exact(last["GPT-2", "medium"])) is False
+
+
+def test_the_rules_on_counter_examples_and_wide_intervals():
+    flat = [mean_cosine(states(400, 50, seed)) for seed in range(5)]
+    flat = [exact(e.value) for e in flat]
+    assert anisotropy.most_layers(flat) is False
+    wide = Estimate(0.4, 0.05, 0.6, 4)
+    assert anisotropy.most_layers([wide, exact(0.9), exact(0.0)]) is None
+    assert anisotropy.fits_size(1e8, wide) is None
+    assert anisotropy.fits_size(1e8, exact(0.1)) is False
+    assert anisotropy.fits_size(1e9, exact(0.1)) is True
+
+
+def test_by_layer_is_mean_cosine_of_each_layer():
+    torch.manual_seed(0)
+    states = torch.randn(3, 7, 12, 8) + 0.5
+    states[1, :, 0] *= 500  # a sink at the start of each text
+    both = anisotropy.by_layer(states.split(3, dim=1), sink_ratios=(None, 10.0), resamples=50)
+    for ratio, layers in zip((None, 10.0), both, strict=True):
+        for layer, estimate in enumerate(layers):
+            alone = anisotropy.mean_cosine(states[layer].unbind(0), ratio, resamples=50)
+            assert estimate == pytest.approx(alone)
+    assert both[0][0] == both[1][0]
+    assert both[0][1] != both[1][1]
+
+
+def test_by_layer_of_nothing():
+    with pytest.raises(ValueError, match="stream is empty"):
+        anisotropy.by_layer([])
+
+
+def test_texts_of_different_lengths():
+    blocks = [torch.randn(n, 8) + 1 for n in (3, 9, 5)]
+    assert anisotropy.mean_cosine(blocks).value == pytest.approx(
+        anisotropy.mean_cosine(torch.cat(blocks)).value
+    )

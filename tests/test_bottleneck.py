@@ -1,24 +1,26 @@
-"""The diagnosis: its rule, its experiment on planted cases, and the whole report on architectures new to the book."""
+"""The diagnosis: its rule, its experiment on planted cases, the report on new architectures."""
 
-import os
-import subprocess
-import sys
+import json
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pages
+import pandas as pd
 import pytest
 import references
 import tiny
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from companion import diagnosis
+from headbound import stats
 from headbound.measure import bottleneck, lowrank
 from headbound.stats import Estimate
 
-ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "09_diagnose.ipynb"
 
 WORDS = [tiny.TEXT.split()[i % 18] for i in np.random.default_rng(0).integers(0, 18, 60_000)]
 PARAGRAPHS = [" ".join(WORDS[i : i + 500]) for i in range(0, len(WORDS), 500)]
@@ -27,7 +29,7 @@ PARAGRAPHS = [" ".join(WORDS[i : i + 500]) for i in range(0, len(WORDS), 500)]
 def planted(
     useful: int, seed: int = 0, d: int = 16, vocab: int = 60
 ) -> tuple[lowrank.Examples, lowrank.Examples, lowrank.Head]:
-    """States of which `useful` dimensions decide the next token, in two parts, and the head that decides so."""
+    """States of which `useful` dimensions decide the next token, in two parts, and the head."""
     rng = np.random.default_rng(seed)
     A = torch.from_numpy(rng.standard_normal((vocab, d)) * (np.arange(d) < useful)).float()
     states = rng.standard_normal((9000, d)).astype(np.float32)
@@ -50,24 +52,30 @@ def test_a_model_that_does_not_beat_token_frequencies_is_not_judged():
     assert bottleneck.ahead(lowrank.token_losses(test, [head])[0], train, test).low > 0
     blind = lowrank.Head(torch.zeros_like(head.A), head.B)
     lead = bottleneck.ahead(lowrank.token_losses(test, [blind])[0], train, test)
-    assert bottleneck.verdict(SURE, SURE, lead, 1.0, 0.01) == "undecided"
+    assert bottleneck.verdict(SURE, SURE, lead, 1.0, 0.01)[0] == "undecided"
+
+
+def lifted(train, test, head, pairs, **options):
+    """The gains as estimates."""
+    won = bottleneck.lift(train, test, head, pairs, batch=64, **options)
+    return [stats.mean(nats, test.texts) for nats in won]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_head_cut_on_purpose_is_a_bottleneck_and_the_same_head_uncut_is_not(seed):
     train, test, head = planted(useful=16, seed=seed)
-    whole, control = bottleneck.lift(train, test, head, [(16, 24), (4, 12)], sampled=0, batch=64)
+    whole, control = lifted(train, test, head, [(16, 24), (4, 12)])
     assert control.low > 0.01
     assert whole.high < 0.01
-    assert bottleneck.verdict(whole, control, SURE, 1.0, 0.01) == "no bottleneck found"
+    assert bottleneck.verdict(whole, control, SURE, 1.0, 0.01)[0] == "no bottleneck found"
     cut = lowrank.Head(head.A * (torch.arange(16) < 4), head.B)
-    (gain,) = bottleneck.lift(train, test, cut, [(4, 12)], sampled=0, batch=64)
-    assert bottleneck.verdict(gain, control, SURE, 0.25, 0.01) == "bottleneck"
+    (gain,) = lifted(train, test, cut, [(4, 12)])
+    assert bottleneck.verdict(gain, control, SURE, 0.25, 0.01)[0] == "bottleneck"
 
 
 def test_a_narrow_head_that_leaves_out_nothing_useful_is_no_bottleneck():
     train, test, head = planted(useful=4)
-    (gain,) = bottleneck.lift(train, test, head, [(4, 12)], sampled=0, batch=64)
+    (gain,) = lifted(train, test, head, [(4, 12)])
     assert gain.high < 0.01
 
 
@@ -75,8 +83,13 @@ def test_states_that_say_nothing_gain_nothing():
     train, test, head = planted(useful=16)
     rng, silent = np.random.default_rng(1), lowrank.Head(torch.zeros_like(head.A), head.B)
     noise = [x._replace(hidden_states=rng.permutation(x.hidden_states)) for x in (train, test)]
-    (gain,) = bottleneck.lift(*noise, silent, [(4, 12)], sampled=0, batch=64)
+    (gain,) = lifted(*noise, silent, [(4, 12)])
     assert gain.high < 0.01
+
+
+def test_the_same_rank_twice_gains_exactly_nothing():
+    train, test, head = planted(useful=16)
+    assert not bottleneck.lift(train, test, head, [(8, 8)]).any()
 
 
 @given(st.tuples(*[st.floats(-1, 1)] * 4), st.floats(0, 1))
@@ -84,23 +97,43 @@ def test_the_verdict_follows_its_rule(bounds, used):
     gain, control = (
         Estimate((a + b) / 2, min(a, b), max(a, b), 9) for a, b in (bounds[:2], bounds[2:])
     )
-    found = bottleneck.verdict(gain, control, SURE, used, 0.01)
+    found, why = bottleneck.verdict(gain, control, SURE, used, 0.01)
     assert (found == "bottleneck") == (gain.low > 0.01)
     assert (found == "no bottleneck found") == (
         gain.high < 0.01 and control.low > 0.01 and used >= 0.9
     )
+    assert why.endswith(".")
+    assert bottleneck.verdict(gain, control, SURE, used, 0.01, possible=False)[0] == (
+        "no rank bottleneck is possible"
+    )
+
+
+@given(st.floats(0.001, 0.05), st.floats(-0.2, 0.2), st.floats(0.001, 0.1))
+def test_the_margins_that_the_reason_names_give_the_same_verdict(margin, middle, half):
+    gain = Estimate(middle, middle - half, middle + half, 9)
+    control = Estimate(0.3, 0.25, 0.35, 9)
+    found, _ = bottleneck.verdict(gain, control, SURE, 1.0, margin)
+    bounds = {
+        "bottleneck": (0, gain.low),
+        "no bottleneck found": (max(gain.high, 0), control.low),
+    }
+    if found in bounds:
+        low, high = bounds[found]
+        for share in (0.01, 0.5, 0.99):
+            moved = low + share * (high - low)
+            assert bottleneck.verdict(gain, control, SURE, 1.0, moved)[0] == found
 
 
 def test_an_interval_that_is_unknown_decides_nothing():
     nan = Estimate(1.0, float("nan"), float("nan"), 1)
-    assert bottleneck.verdict(nan, nan, SURE, 1.0, 0.01) == "undecided"
-    assert bottleneck.verdict(SURE, SURE, nan, 1.0, 0.01) == "undecided"
+    assert bottleneck.verdict(nan, nan, SURE, 1.0, 0.01)[0] == "undecided"
+    assert bottleneck.verdict(SURE, SURE, nan, 1.0, 0.01)[0] == "undecided"
 
 
 def test_ranks_that_cannot_be_are_refused():
     train, test, head = planted(useful=4)
-    for pair in ((0, 4), (17, 20), (4, 4), (4, 33)):
-        with pytest.raises(ValueError, match="choose ranks there"):
+    for pair in ((0, 4), (17, 20), (4, 3), (4, 33)):
+        with pytest.raises(ValueError, match="need 1 ≤ lower ≤ 16, lower ≤ higher ≤ 32"):
             bottleneck.lift(train, test, head, [pair])
 
 
@@ -112,45 +145,18 @@ def test_the_working_rank_is_the_planted_one_whatever_the_weights_are_rounded_to
     train = train._replace(hidden_states=train.hidden_states @ turn.numpy())
     assert int(torch.linalg.matrix_rank(weight)) == (6 if dtype == torch.float32 else 16)
     whole = lowrank.low_rank(weight, 16, lowrank.covariance(train.hidden_states))
-    assert bottleneck.working_rank(whole, train) == 6
+    found = bottleneck.working_rank(whole, bottleneck.spread(train, 2000))
+    assert found.value == 6
+    assert found.low <= 6 <= found.high
+    assert found.n == 5
 
 
-@pytest.mark.parametrize(
-    ("kind", "tied"),
-    [
-        ("gpt2", True),
-        ("llama", False),
-        ("gemma", True),
-        ("neox", False),
-        ("gptj", False),
-        ("granite", True),
-    ],
-)
-def test_the_readout_gives_the_models_own_logits(kind, tied):
-    network, ids = tiny.network(kind, tied), torch.arange(40).view(2, 20)
-    if kind == "gptj":
-        torch.nn.init.normal_(network.lm_head.bias)
-    head = bottleneck.readout(network, tiny.fast_tokenizer(), ids)
-    data = bottleneck.examples(network, torch.cat([ids, ids[:, :1]], 1), head.bias)
-    with torch.inference_mode():
-        logits = network(ids).logits[..., : len(head.weight)].flatten(0, 1)
-    mine = torch.from_numpy(np.array(data.hidden_states)) @ head.weight.T
-    assert head.missed < 1e-5
-    assert head.bias == (kind == "gptj")
-    torch.testing.assert_close(logits.log_softmax(1), mine.log_softmax(1), atol=1e-4, rtol=1e-4)
-
-
-def test_logits_that_a_model_bends_are_noticed():
-    network = tiny.network("gemma2", True)
-    assert (
-        bottleneck.readout(network, tiny.fast_tokenizer(), torch.arange(40).view(2, 20)).missed
-        > 1e-3
-    )
-
-
-def test_a_model_without_a_head_is_refused():
-    with pytest.raises(ValueError, match="no LM head; use a causal language model"):
-        bottleneck.readout(tiny.network("bert"), tiny.fast_tokenizer(), torch.arange(4).view(1, 4))
+def test_tokens_are_spread_over_all_texts():
+    data, _, _ = planted(useful=4)
+    some = bottleneck.spread(data, 240)
+    assert len(some.targets) == 240
+    assert set(some.texts) == set(data.texts)
+    assert len(bottleneck.spread(data, 10**6).targets) == len(data.targets)
 
 
 def test_passages_come_from_different_texts_and_begin_as_the_tokenizer_begins():
@@ -169,8 +175,6 @@ def test_a_text_or_model_too_short_is_named():
     network, tokenizer = tiny.network("llama"), tiny.fast_tokenizer()
     with pytest.raises(ValueError, match="give more text, or ask for fewer or shorter ones"):
         bottleneck.sample(network, tokenizer, PARAGRAPHS[:3], (12, 4), 30)
-    with pytest.raises(ValueError, match="no LM head; use a causal language model"):
-        bottleneck.sample(tiny.network("bert"), tokenizer, PARAGRAPHS, (12, 4), 30)
     with pytest.raises(ValueError, match="length = 65: this model reads 64 tokens at most"):
         bottleneck.sample(network, tokenizer, PARAGRAPHS, (12, 4), 65)
 
@@ -181,7 +185,7 @@ def test_the_target_rank_says_what_it_reduced():
     counts = np.bincount(np.concatenate(tokenizer(PARAGRAPHS)["input_ids"]))
     assert read == counts.sum()
     assert merged == pytest.approx(1 - np.sort(counts)[-23:].sum() / counts.sum())
-    # Words drawn one by one: within a word its letters follow each other, between words nothing does.
+    # Words drawn one by one: letters of a word follow each other, between words nothing does.
     assert 1 <= rank.value <= 24
     assert rank.n == 3
 
@@ -196,61 +200,119 @@ SMALL = [
 ]
 
 
-def run(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
-    """The command, in a folder of its own."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT / "src"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "companion.diagnosis", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+def report(folder: Path, model: str, **parameters: int) -> dict:
+    """The report's facts; the page is `report.html` there."""
+    settings = dict(part.split("=") for part in SMALL)
+    numbers = {name: int(value) for name, value in settings.items()} | parameters
+    text = folder / "mine.txt"
+    text.write_text("\n\n".join(PARAGRAPHS), encoding="utf-8")
+    asked = {"model": str(folder / model), "text": str(text), **numbers}
+    diagnosis.report(NOTEBOOK, folder / "report.html", asked, folder / "report.json")
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma", "llama.gguf"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "llama.gguf", "m|b<i>c$d$"])
 def test_the_report_on_a_folder_and_a_file_opens_with_the_network_cut(kind, tmp_path):
     if kind.endswith(".gguf"):
         tiny.save_gguf(tmp_path / kind)
     else:
-        tiny.save(tmp_path / kind, kind, tied=kind != "llama")
-    (tmp_path / "mine.txt").write_text("\n\n".join(PARAGRAPHS))
-    done = run(tmp_path, kind, "--text", "mine.txt", "--set", *SMALL)
-    assert done.returncode == 0, done.stderr[-2000:]
-    made = str(nbformat.read(tmp_path / "report.ipynb", 4))
-    assert any(f"**{verdict.capitalize()}.**" in made for verdict in bottleneck.VERDICTS)
-    assert "<script" not in (tmp_path / "report.html").read_text()
+        tiny.save(tmp_path / kind, "llama" if "|" in kind else kind, tied=kind == "gpt2")
+    found = report(tmp_path, kind)
+    (verdict,) = (x for x in found["findings"] if x["key"] == "diagnose.verdict")
+    assert verdict["measured"] in bottleneck.VERDICTS
+    assert found["answer"].startswith(f"**{verdict['measured'].capitalize()}.**")
+    assert {x["key"] for x in found["findings"]} >= {"diagnose.perplexity", "diagnose.verdict"}
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "<i>c" not in page
+    assert page.index('class="first"') < page.index("<details>")
     if pages.CHROMIUM:
         with pages.browser() as chromium, pages.served(tmp_path) as address:
-            assert pages.problems(chromium, address, "report.html", 1280) == []
+            for width in (1280, 390):
+                assert pages.problems(chromium, address, "report.html", width) == []
 
 
-def test_what_does_not_fit_ends_in_one_line(tmp_path):
-    tiny.save(tmp_path / "bert", "bert")
-    done = run(tmp_path, "bert")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "no LM head; use a causal language model" in done.stderr
-    assert not (tmp_path / "report.html").exists()
+def test_a_vocabulary_smaller_than_the_width_has_no_rank_bottleneck(tmp_path):
+    config = transformers.LlamaConfig(
+        **{**tiny.ROTARY, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 64}
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
+    tiny.fast_tokenizer().save_pretrained(tmp_path / "wide")
+    found = report(tmp_path, "wide")
+    assert found["findings"][0]["measured"] == "no rank bottleneck is possible"
 
 
-def test_the_bundled_references_hold_the_planted_cases():
-    known = bottleneck.references().drop_duplicates("reference").set_index("reference")["verdict"]
-    assert set(known.index) == set(references.PARAMETERS)
-    assert known[f"{references.SMOL}, head cut to 64"] == "bottleneck"
-    assert known[references.SMOL] != "bottleneck"
-
-
-def test_a_bundled_reference_is_found_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("report.ipynb", "the executed notebook goes there; end it with .html"),
+        ("folder", "it is a folder; name a file"),
+        ("file/report.html", "name another file"),
+        ("/proc/report.html", "name another file"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_before_the_run(
+    output, message, tmp_path, monkeypatch
+):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
-    name = f"{references.TUNNEL}, d = 64, untrained"
-    kept = bottleneck.references().query("reference == @name").set_index("quantity")
-    again = references.measure(name).set_index("quantity")
-    assert set(kept.index) == set(again.index)
-    if (kept["fingerprint"] != again["fingerprint"]).any():
-        pytest.skip(
-            "other package versions, so another text: only requirements.lock's can be compared"
-        )
-    for quantity, row in kept.iterrows():
-        spread = 0 if np.isnan(row["low"]) else (row["high"] - row["low"]) / 2
-        assert abs(again["value"][quantity] - row["value"]) <= 0.02 * abs(row["value"]) + spread, (
-            quantity
-        )
+    monkeypatch.setattr(diagnosis.execute, "execute", None)
+    with pytest.raises(ValueError, match=message):
+        diagnosis.report(NOTEBOOK, Path(output), {})
+    with pytest.raises(ValueError, match="it is a folder; name a file"):
+        diagnosis.report(NOTEBOOK, Path("a.html"), {}, Path("folder"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def cell(kind: str, source: str, *tags: str, **outputs: dict) -> nbformat.NotebookNode:
+    made = nbformat.v4.new_markdown_cell(source)
+    if kind == "code":
+        data, metadata = outputs["data"], {"companion": outputs.get("about", {})}
+        shown = nbformat.v4.new_output("display_data", data=data, metadata=metadata)
+        made = nbformat.v4.new_code_cell(source, outputs=[shown])
+    made.metadata["tags"] = list(tags)
+    return made
+
+
+def test_the_page_puts_the_summary_first_and_folds_the_rest():
+    said = {"data": {"text/markdown": "All is well."}, "about": {"answer": "All is well."}}
+    notebook = nbformat.v4.new_notebook(
+        cells=[
+            cell("markdown", "# Is it?\n\nWe ask."),
+            cell("markdown", "for the book alone", "book"),
+            cell("markdown", "Some words.\n\n## How <fast>?\n\nSee {term}`this <that>`."),
+            cell("code", "x", "summary", **said),
+        ]
+    )
+    page = diagnosis.page(notebook)
+    places = [page.index(words) for words in ("Is it?</h1>", "All is well.", "We ask.")]
+    assert places == sorted(places)
+    assert page.count("<details>") == 2
+    assert "How &lt;fast&gt;?</h2>" in page
+    assert "See this." in page
+    assert "for the book alone" not in page
+    assert diagnosis.facts(notebook)["answer"] == "All is well."
+
+
+def test_the_bundled_references_hold_the_planted_cases_and_the_papers_models():
+    known = bottleneck.references()
+    cited = known["verdict"] == "cited"
+    verdicts = known[~cited].drop_duplicates("reference").set_index("reference")["verdict"]
+    assert set(verdicts.index) <= set(references.PARAMETERS)
+    assert verdicts[f"{references.SMOL}, head cut to 64"] == "bottleneck"
+    assert verdicts[references.SMOL] != "bottleneck"
+    shown = known[cited].reset_index(drop=True)[["reference", "quantity", "value"]]
+    pd.testing.assert_frame_equal(
+        shown, references.cited()[["reference", "quantity", "value"]], rtol=1e-5
+    )
+
+
+def test_a_model_is_not_its_own_company():
+    known = bottleneck.references()
+    row = known[(known["reference"] == references.SMOL) & (known["quantity"] == "perplexity")]
+    same = bottleneck.references(row["fingerprint"].iloc[0], row["value"].iloc[0])
+    assert references.SMOL in set(known["reference"])
+    assert references.SMOL not in set(same["reference"])
+    other = bottleneck.references("another text", row["value"].iloc[0])
+    assert references.SMOL in set(other["reference"])

@@ -1,4 +1,4 @@
-"""Each theorem of chapter 6 has a test here that tries to break it; the names follow the chapter's labels."""
+"""Each theorem of chapter 6 has a test here that tries to break it; names follow its labels."""
 
 import itertools
 
@@ -73,10 +73,8 @@ def test_no_solver_leaves_the_bounds_at_any_rank(logits):
     ranks = range(1, min(logits.shape) + 1)
     low = bounds.lower(logits, ranks, steps=30, anchors=3)
     high = bounds.upper(logits, ranks, steps=10)
-    plain_low, plain_high = (
-        bounds.textbook_lower(logits, ranks),
-        bounds.textbook_upper(logits, ranks),
-    )
+    plain_low = bounds.textbook_lower(logits, ranks)
+    plain_high = bounds.textbook_upper(logits, ranks)
     slack = 1e-12 * (1 + np.abs(logits).max())
     assert np.isfinite(low).all()
     assert (low >= 0).all()
@@ -170,7 +168,7 @@ def test_concave_sum_over_rows_is_at_least_the_one_over_singular_values(seed, n,
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_sparse_targets_cost_little_at_twice_their_support(tokens):
-    """Proposition: at rank 2k every choice of k tokens a row is within reach, however many rows there are."""
+    """Proposition: rank 2k reaches every choice of k tokens a row, however many rows there are."""
     v = 10
     generator = rng(0)
     support = np.array([generator.permutation(v)[:tokens] for _ in range(200)])
@@ -253,3 +251,24 @@ def test_underflowing_probabilities_are_no_trouble():
     logits = np.array([[0.0, -2000.0, -1.0], [-3000.0, 0.0, 2.0], [0.0, 0.0, -5000.0]])
     assert bounds.lower(logits, [1])[0] <= bounds.upper(logits, [1])[0]
     assert bounds.textbook_lower(logits, [1])[0] == 0
+
+
+def test_large_targets_descend_in_single_precision_and_are_measured_in_double(monkeypatch):
+    logits = rng(0).normal(size=(30, 40))
+    double = bounds.upper(logits, [4, 30], steps=40)
+    monkeypatch.setattr(bounds, "LARGE", 100)
+    single = bounds.upper(logits, [4, 30], steps=40)
+    np.testing.assert_allclose(single, double, rtol=1e-2, atol=1e-9)
+    witness = bounds.reach(logits, 4, steps=40)
+    values = np.linalg.svd(witness, compute_uv=False)
+    assert values[4] < 1e-9 * values[0]
+    assert bounds.loss_gap(logits, witness) >= kl(logits, witness).mean()
+    assert bounds.lower(logits, [4])[0] <= single[0]
+
+
+@pytest.mark.parametrize(("power", "agrees"), [(2, True), (1, True), (0.5, False)])
+def test_what_falls_slower_than_the_distance_is_not_the_papers_lemma(power, agrees):
+    distances = np.geomspace(1, 1e-3, 7)
+    order = bounds.local_order(distances, 5 * distances**power)
+    assert order == pytest.approx(power)
+    assert bounds.of_first_order(order + 1e-9).agrees is agrees

@@ -1,5 +1,6 @@
 """Reading heads and auditing revisions against the loopback hub, whole and faulty."""
 
+import hashlib
 import json
 import math
 import pickle
@@ -9,7 +10,8 @@ import hub
 import pytest
 import torch
 from huggingface_hub import close_session, constants
-from sweep import checkpoints, remote
+from sweep import hub as reader
+from sweep.audit import audit
 
 ROWS, WIDTH = 2048, 96
 TOKENIZER = hub.tokenizer_files(300)
@@ -19,7 +21,8 @@ TOKENIZER = hub.tokenizer_files(300)
 def served(monkeypatch, tmp_path):
     monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(remote, "WAIT", 0.01)
+    monkeypatch.setattr(reader, "WAIT", 0.01)
+    hub.hurry(monkeypatch)
     with hub.Hub() as server:
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -42,95 +45,122 @@ def put(
     return tensors
 
 
+@pytest.fixture
+def ranged(monkeypatch):
+    """Read ranges of files although the hub is not on https."""
+    monkeypatch.setattr(reader, "authenticated", lambda: True)
+
+
+@pytest.mark.parametrize("over_https", [False, True])
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_the_head_is_the_stored_one_whatever_the_files(served, kind, shards, tmp_path):
+def test_the_head_is_the_stored_one_whatever_the_files(
+    served, kind, shards, over_https, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(reader, "authenticated", lambda: over_https)
     tensors = put(served, "step1", shards=shards, kinds=[kind])
-    head = checkpoints.head("a/m", "step1")
+    head = reader.head("a/m", "step1")
     assert torch.equal(head.weight, tensors["embed_out.weight"])
     assert (head.name, head.weight.dtype) == ("embed_out.weight", torch.float16)
     assert not list((tmp_path / "cache" / "checkpoints").rglob("*.bin"))
 
 
-def test_a_tied_models_head_is_its_embedding(served):
+@pytest.mark.parametrize("over_https", [False, True])
+def test_a_tied_models_head_is_its_embedding(served, over_https, monkeypatch):
+    monkeypatch.setattr(reader, "authenticated", lambda: over_https)
+
     def tie(tensors):
         return {n: t for n, t in tensors.items() if n != "embed_out.weight"}
 
     tensors = put(served, "main", change=tie, tie_word_embeddings=True)
-    assert torch.equal(checkpoints.head("a/m").weight, tensors["gpt_neox.embed_in.weight"])
+    assert torch.equal(reader.head("a/m").weight, tensors["gpt_neox.embed_in.weight"])
     put(served, "untied", change=tie)
     with pytest.raises(ValueError, match="no single head"):
-        checkpoints.head("a/m", "untied")
+        reader.head("a/m", "untied")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_every_stored_type_is_read_exactly(served, dtype):
     tensors = put(served, "main", change=lambda t: {n: x.to(dtype) for n, x in t.items()})
-    assert torch.equal(checkpoints.head("a/m").weight, tensors["embed_out.weight"])
+    assert torch.equal(reader.head("a/m").weight, tensors["embed_out.weight"])
 
 
-def test_a_head_costs_its_own_bytes(served):
+def test_a_head_costs_its_own_bytes_over_https(served, ranged):
     put(served, "main", shards=2)
-    size = ROWS * WIDTH * 2
-    for reads in (1, 2):
-        before = served.sent
-        assert checkpoints.head("a/m", reads=reads).fetched < 1.2 * size
-        assert served.sent - before < 1.2 * size * reads
+    before = served.sent
+    assert reader.head("a/m").checked == "ranges"
+    assert served.sent - before < 1.1 * ROWS * WIDTH * 2 + 110_000  # and at most this of the header
 
 
+def test_over_plain_http_a_head_comes_from_a_whole_file_that_is_hashed(served):
+    put(served, "main")
+    assert reader.head("a/m").checked == "whole files"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", hub.KINDS)
 def test_a_fault_anywhere_changes_nothing(served, kind):
     tensors = put(served, "main")
     for place in range(8):
         served.fail([None] * place + [kind] * 2)
-        assert torch.equal(checkpoints.head("a/m").weight, tensors["embed_out.weight"])
+        assert torch.equal(reader.head("a/m").weight, tensors["embed_out.weight"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in hub.KINDS if kind != "wrong"])
+def test_a_range_that_is_cut_short_or_refused_changes_nothing(served, ranged, kind):
+    tensors = put(served, "main")
+    for place in range(8):
+        served.fail([None] * place + [kind] * 2)
+        assert torch.equal(reader.head("a/m").weight, tensors["embed_out.weight"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_a_third_of_the_answers_failing_changes_nothing(served, kind):
     tensors = put(served, "main", shards=2, kinds=[kind])
     for seed in range(10 if kind == "safetensors" else 1):
         served.fail_often(1 / 3, seed=seed)
-        assert torch.equal(checkpoints.head("a/m").weight, tensors["embed_out.weight"])
+        assert torch.equal(reader.head("a/m").weight, tensors["embed_out.weight"])
 
 
 def test_a_hub_that_never_answers_well_is_named(served, monkeypatch):
     put(served, "main")
-    monkeypatch.setattr(remote, "TRIES", 3)
+    monkeypatch.setattr(reader, "TRIES", 3)
     for kind in ("429", "503", "cut", "wrong"):
         served.fail_often(1, [kind])
         with pytest.raises(ConnectionError, match=r"a/m at main: .*run again later"):
-            checkpoints.head("a/m")
+            reader.head("a/m")
 
 
 def test_whole_checkpoints_are_checked_and_removed(served):
     put(served, "main", kinds=["safetensors", "bin"], shards=2)
     served.fail([None, None, "wrong", None, "wrong"])
-    with checkpoints.local("a/m") as (folder, listed):
+    with reader.local("a/m") as (folder, listed):
         for path, file in listed.files.items():
-            if not path.endswith(".bin"):
-                assert remote._intact((folder / path).open("rb"), file)
+            if path.endswith(".safetensors"):
+                assert hashlib.sha256((folder / path).read_bytes()).hexdigest() == file.content
         assert not list(folder.glob("*.bin"))
     assert not folder.exists()
-    with checkpoints.local("a/m", keep=True) as (folder, _):
+    with reader.local("a/m", keep=True) as (folder, _):
         pass
     before = served.sent
-    with checkpoints.local("a/m", keep=True) as (kept, _):
+    with reader.local("a/m", keep=True) as (kept, _):
         assert kept == folder
     assert served.sent - before < 10_000
 
 
 def test_a_branch_that_moves_is_read_at_one_commit(served, monkeypatch):
     old = put(served, "main", seed=1)
-    listing = remote.listing
+    listing = reader.listing
 
     def moving(*arguments):
         listed = listing(*arguments)
         put(served, "main", seed=2)
         return listed
 
-    monkeypatch.setattr(checkpoints, "listing", moving)
-    assert torch.equal(checkpoints.head("a/m").weight, old["embed_out.weight"])
+    monkeypatch.setattr(reader, "listing", moving)
+    assert torch.equal(reader.head("a/m").weight, old["embed_out.weight"])
 
 
 def test_what_cannot_be_read_is_said_in_one_line(served, monkeypatch):
@@ -157,14 +187,22 @@ def test_what_cannot_be_read_is_said_in_one_line(served, monkeypatch):
     ]
     for model, revision, error, line in cases:
         with pytest.raises(error, match=line) as raised:
-            checkpoints.head(model, revision)
+            reader.head(model, revision)
         assert "\n" not in str(raised.value)
-    with pytest.raises(ValueError, match="code of its own"), checkpoints.local("a/code"):
+    with pytest.raises(ValueError, match="code of its own"), reader.local("a/code"):
         pass
-    usage = shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match="1,000 free"), checkpoints.local("a/m"):
+    usage = shutil.disk_usage("/")._replace(free=10_000)
+    monkeypatch.setattr(reader.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match="10,000 free"), reader.local("a/m"):
         pass
+
+
+def test_a_gated_model_with_a_public_page_is_named(served):
+    put(served, "main", model="a/secret")
+    served.gated.add("a/secret")
+    served.open_pages = True
+    with pytest.raises(PermissionError, match="model = 'a/secret': gated"):
+        reader.head("a/secret")
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -176,7 +214,7 @@ def test_the_audit_finds_what_was_planted_and_nothing_else(served, shards, kinds
     branches = served.branches["a/m"]
     branches["main"] = branches["step64"]
     before = served.sent
-    clean = checkpoints.audit("a/m", steps)
+    clean = audit("a/m", steps)
     assert set(clean.status) == {"ok"}
     assert served.sent - before < 100_000
     branches["step1"] = branches["step0"]
@@ -201,7 +239,7 @@ def test_the_audit_finds_what_was_planted_and_nothing_else(served, shards, kinds
         expected["step16"] = "suspicious"
     del branches["step32"]
     expected["step32"] = "missing"
-    found = checkpoints.audit("a/m", steps)
+    found = audit("a/m", steps)
     assert dict(zip(found.revision, found.status, strict=True)) == expected
     detail = dict(zip(found.revision, found.detail, strict=True))
     assert detail["step0"] == "step1"

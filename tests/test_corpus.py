@@ -1,9 +1,6 @@
 import ast
-import errno
 import os
-import pathlib
 import random
-import signal
 import subprocess
 import sys
 
@@ -11,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headbound import cache as cache_file
 from headbound import corpus
 
 TEXTS = st.lists(st.text(st.characters(codec="utf-8"), max_size=6), max_size=6)
@@ -143,8 +139,46 @@ def test_docstrings_of_a_file_in_its_order(tmp_path):
     ]
     path.write_bytes(b"def (:")
     assert corpus._file_docstrings(path) == []
+
+
+def test_a_file_for_another_python_gives_the_same_docstrings(tmp_path, recwarn):
+    source = '"""Mo\\dule."""\nclass A:\n    def f(self):\n        """One.\n\n        Two.\n        """\n'
+    (tmp_path / "plain.py").write_text(source)
+    (tmp_path / "older.py").write_text(source + "print 'Python 2'\n")
+    (tmp_path / "newer.py").write_text(source + "type X[*T = int] = list[T]\n")
+    texts = [
+        corpus._file_docstrings(tmp_path / f"{name}.py") for name in ("plain", "older", "newer")
+    ]
+    assert texts == [["Mo\\dule.", "One.\n\nTwo."]] * 3
     with pytest.raises(SyntaxError):
-        ast.parse(b"def (:")
+        ast.parse((tmp_path / "older.py").read_text())
+    assert not [w for w in recwarn if "escape" in str(w.message)]
+
+
+def test_one_document_a_line_is_many_texts(tmp_path):
+    lines = [f"{i} " + "word " * 60 for i in range(2000)]
+    texts = corpus.load(written(tmp_path, "\n".join(lines)))
+    assert len(texts) > 200
+    assert all(any(line.strip() in text for text in texts) for line in lines[::100])
+
+
+def test_a_text_in_one_line_is_cut_at_its_sentences(tmp_path):
+    texts = corpus.load(written(tmp_path, "This is a sentence. " * 3000))
+    assert len(texts) == 30
+    assert all(text.startswith("This") and text.endswith("sentence.") for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [("utf-16", "not UTF-8 at byte 0"), ("utf-16-le", "has NUL characters, as UTF-16 has")],
+)
+def test_utf_16_is_refused(tmp_path, encoding, message):
+    with pytest.raises(ValueError, match=message):
+        corpus.load(written(tmp_path, "the same plain words".encode(encoding)))
+
+
+def test_a_mark_at_the_start_is_dropped(tmp_path):
+    assert corpus.load(written(tmp_path, "plain words".encode("utf-8-sig"))) == ["plain words"]
 
 
 def test_the_split_follows_the_content_alone():
@@ -182,69 +216,3 @@ def test_fingerprints_tell_a_nul_from_a_boundary():
     assert (
         corpus.fingerprint(["a"]) == "ffe9aaeaa2a2d504"
     )  # the same on any machine: caches are keyed on it
-
-
-def test_replacing_gives_the_whole_or_nothing(cache):
-    path = cache / "results" / "x.txt"
-    with cache.replacing(path) as temporary:
-        temporary.write_text("first")
-        assert not path.exists()
-
-    def fail_halfway():
-        with cache.replacing(path) as temporary:
-            temporary.write_text("half")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail_halfway()
-    assert path.read_text() == "first"
-    assert [p.name for p in path.parent.iterdir()] == ["x.txt"]
-
-
-def test_a_kill_while_writing_leaves_the_earlier_result(cache):
-    path = cache / "x.txt"
-    with cache.replacing(path) as temporary:
-        temporary.write_text("first")
-    code = (
-        "import os, pathlib, signal, sys; from headbound import corpus, cache as cache_file\n"
-        f"with cache.replacing(pathlib.Path({str(path)!r})) as temporary:\n"
-        "    temporary.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    assert path.read_text() == "first"
-
-
-@pytest.mark.parametrize(
-    ("owner", "name"), [(pathlib.Path, "replace"), (cache_file.tempfile, "mkstemp")]
-)
-def test_no_space_is_said_with_the_fix(cache, monkeypatch, owner, name):
-    path = cache / "x.txt"
-    with cache.replacing(path) as temporary:
-        temporary.write_text("first")
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(owner, name, full)
-    with (
-        pytest.raises(
-            OSError,
-            match=r"writing .*x.txt: .*No space left on device; free some space or set HEADBOUND_CAC",
-        ),
-        cache.replacing(path) as temporary,
-    ):
-        temporary.write_text("second")
-    assert path.read_text() == "first"
-    assert [p.name for p in cache.iterdir()] == ["x.txt"]
-
-
-def test_the_cache_is_where_the_reader_says(cache, tmp_path, monkeypatch):
-    assert cache.cache_dir() == cache
-    assert cache.is_dir()
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(
-        OSError,
-        match=r"cache folder .*: Not a directory; set HEADBOUND_CACHE to a folder you can write",
-    ):
-        cache.cache_dir()

@@ -41,3 +41,21 @@ def test_what_goes_wrong_while_reading_ahead_is_raised_where_the_part_is_used():
     assert next(parts)[0].tolist() == [0]
     with pytest.raises(IndexError):
         next(parts)
+
+
+def test_devices(monkeypatch):
+    assert device.pick("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device.pick() == torch.device("cuda")
+    assert device.pick("cuda:1") == torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert device.pick() == torch.device("mps")
+    assert device.precise(device.pick()) == torch.device("cpu")
+    assert device.precise(torch.device("cuda")) == torch.device("cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert device.describe() == "cpu"
+    with pytest.raises(
+        ValueError, match="device = 'cuda': this machine has cpu; use one of them or 'auto'"
+    ):
+        device.pick("cuda")

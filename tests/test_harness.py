@@ -2,16 +2,21 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies
 import torch
 from statsmodels.stats.proportion import proportion_confint
 
 from headbound import harness, models
+from headbound.measure.saturation import detect
 from headbound.train import tunnel
 
+SHARED = Path(harness.__file__).parents[3] / "shared" / "pythia"
 PROSE = (
     "The solver keeps a residual for every equation of the system. When a step makes it smaller, the step is "
     "accepted; otherwise it is halved until the solver finds a smaller residual."
@@ -131,3 +136,300 @@ def test_an_unknown_task(small, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: type("", (), {"all_tasks": []}))
     with pytest.raises(ValueError, match="task = 'lambada_closedai': lm-eval does not know it"):
         harness.evaluate(*models.load(small[0]), tasks=("lambada_closedai",))
+
+
+def test_a_standard_error_that_is_none_gives_no_interval(small):
+    path, source = small
+    model, tokenizer = models.load(path)
+    found = harness.evaluate(model, tokenizer, limit=1, source=source).set_index("metric")
+    assert math.isnan(found.loc["perplexity", "low"])
+    for error in ("N/A", None, [1], math.nan):
+        assert np.isnan(harness._interval("word_perplexity", 30.0, error, 5, [])).all()
+    assert harness._interval("bits_per_byte", 1.0, 0.5, 5, []) == (1 - 0.98, 1 + 0.98)
+
+
+def test_a_tokenizer_without_end_is_evaluated_and_left_as_it_was(small):
+    path, source = small
+    model, tokenizer = models.load(path)
+    bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    before = bare.backend_tokenizer.to_str()
+    assert bare.eos_token is None
+    whole = harness.evaluate(model, tokenizer, limit=2, source=source)
+    assert harness.evaluate(model, bare, limit=2, source=source)["value"].tolist() == (
+        whole["value"].tolist()
+    )
+    assert bare.backend_tokenizer.to_str() == before
+    assert bare.pad_token is None
+
+
+def old(folder, step, acc, task="lambada_openai", model="pythia-v1.1-70m", shots=0, **more):
+    metrics = {"acc": acc, "acc_stderr": 0.005, **more}
+    arguments = f"use_accelerate=True,pretrained=EleutherAI/{model},revision=step{step}"
+    content = {
+        "results": {task: metrics},
+        "versions": {task: 0},
+        "config": {"model": "hf-causal", "model_args": arguments, "num_fewshot": shots},
+    }
+    return write(Path(folder) / f"{model}_step{step}.json", content)
+
+
+def new(folder, step, acc, task="lambada_openai", model="org/other-31m", **more):
+    metrics = {"alias": task, "acc,none": acc, "acc_stderr,none": 0.005, **more}
+    content = {
+        "results": {task: metrics},
+        "versions": {task: 1.0},
+        "n-shot": {task: 0},
+        "config": {"model": "hf", "model_args": {"pretrained": model, "revision": f"step{step}"}},
+    }
+    return write(
+        Path(folder) / model.replace("/", "__") / f"results_2026-01-01T00-00-{step:02}.1.json",
+        content,
+    )
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_both_harnesses_in_one_table(tmp_path):
+    old(tmp_path / "a" / "zero-shot", 1000, 0.1234567890123456)
+    new(tmp_path / "b", 20, 0.25, **{"perplexity,none": 30.5, "perplexity_stderr,none": "N/A"})
+    table = harness.read_results(tmp_path)
+    assert list(table.columns) == ["model", "step", "tokens", "task", "metric", "value", "stderr"]
+    assert [
+        tuple(row) for row in table[["model", "step", "task", "metric", "value"]].to_numpy()
+    ] == [
+        ("other-31m", 20, "lambada_openai", "acc", 0.25),
+        ("other-31m", 20, "lambada_openai", "perplexity", 30.5),
+        ("pythia-70m", 1000, "lambada_openai", "acc", 0.1234567890123456),
+    ]
+    assert table["tokens"].iloc[2] == 1000 * 2_097_152
+    assert np.isnan(table["tokens"].iloc[0])
+    assert np.isnan(table["stderr"].iloc[1])
+
+
+def test_a_local_checkpoint_folder_names_model_and_step(tmp_path):
+    content = {
+        "results": {"t": {"acc,none": 0.5}},
+        "config": {"model_args": "pretrained=suite/d032/step64"},
+    }
+    write(tmp_path / "results_2026.json", content)
+    write(
+        tmp_path / "wide" / "step128" / "results_2026.json", {"results": {"t": {"acc,none": 0.6}}}
+    )
+    table = harness.read_results(tmp_path)
+    assert list(zip(table["model"], table["step"], strict=True)) == [("d032", 64), ("wide", 128)]
+
+
+def test_another_filter_stays_in_the_metrics_name(tmp_path):
+    new(
+        tmp_path,
+        1,
+        0.5,
+        **{"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1},
+    )
+    row = harness.read_results(tmp_path).set_index("metric").loc["exact_match,strict-match"]
+    assert (row["value"], row["stderr"]) == (0.25, 0.1)
+
+
+def test_tasks_of_one_step_may_lie_in_several_files_and_other_json_is_passed_over(tmp_path):
+    old(tmp_path / "x", 5, 0.5)
+    old(tmp_path / "y", 5, 0.6, task="sciq")
+    write(tmp_path / "config.json", {"hidden_size": 3})
+    write(tmp_path / "list.json", [1])
+    assert list(harness.read_results(tmp_path)["task"]) == ["lambada_openai", "sciq"]
+
+
+def test_gaps_are_named(tmp_path):
+    for step in (0, 1000, 2000):
+        old(tmp_path / "a", step, 0.5)
+        old(tmp_path / "b", step, 0.5, task="sciq", model="pythia-160m")
+    (tmp_path / "a" / "pythia-v1.1-70m_step1000.json").unlink()
+    lacking = [tuple(row) for row in harness.gaps(harness.read_results(tmp_path)).to_numpy()]
+    assert ("pythia-70m", "lambada_openai", "acc", "1000") in lacking
+    assert ("pythia-160m", "lambada_openai", "acc", "all") in lacking
+    assert len(lacking) == 3
+
+
+def broken(folder):
+    old(folder, 1, 0.5).write_text('{"results": {')
+
+
+def twice(folder):
+    old(folder / "a", 1, 0.5)
+    old(folder / "b", 1, 0.5)
+
+
+def mixed(folder):
+    old(folder, 1, 0.5, model="other-31m")
+    new(folder, 2, 0.5)
+
+
+def mixed_shots(folder):
+    old(folder, 1, 0.5)
+    old(folder, 2, 0.5, shots=5)
+
+
+def stepless(folder):
+    write(
+        folder / "opt.json",
+        {"results": {"t": {"acc": 1.0}}, "config": {"model_args": "pretrained=opt"}},
+    )
+
+
+def contradictory(folder):
+    old(folder, 1, 0.5).rename(folder / "m_step2.json")
+
+
+@pytest.mark.parametrize(
+    ("plant", "message"),
+    [
+        (broken, "step1.json: broken JSON"),
+        (twice, "pythia-70m, step 1, lambada_openai: in .* remove one"),
+        (mixed, "lm-eval 0.4.* but lm-eval before 0.4"),
+        (mixed_shots, "0 shots .* 5 shots"),
+        (stepless, "opt.json: no step"),
+        (contradictory, r"steps \[1, 2\]"),
+        (lambda folder: None, "no lm-eval result file"),
+    ],
+)
+def test_bad_results_are_named(tmp_path, plant, message):
+    plant(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        harness.read_results(tmp_path)
+
+
+def test_shots_pick_one_kind(tmp_path):
+    mixed_shots(tmp_path)
+    assert list(harness.read_results(tmp_path, shots=5)["step"]) == [2]
+
+
+@pytest.mark.skipif(
+    not SHARED.is_dir(), reason="Pythia's published evaluations do not lie beside the repository"
+)
+def test_pythia_saturates_on_lambada_below_410m_only():
+    table = harness.read_results(SHARED, shots=0)
+    assert len(table) == 37_152
+    assert harness.gaps(table).empty
+    for path in sorted(SHARED.rglob("*step143000.json")):
+        results = json.loads(path.read_text())["results"]
+        model = path.parents[1].name
+        rows = table[(table["model"] == model) & (table["step"] == 143_000)]
+        for row in rows.itertuples():
+            assert row.value == results[row.task][row.metric]
+            assert row.stderr == results[row.task][f"{row.metric}_stderr"]
+    best = {}
+    curves = table[(table["task"] == "lambada_openai") & (table["metric"] == "acc")]
+    for model, curve in curves.groupby("model"):
+        result = detect(curve["step"], curve["value"], curve["stderr"])
+        if result.p_value < 0.01:
+            best[model] = result.best_step
+    assert best == {"pythia-70m": 53_000, "pythia-160m": 63_000}
+
+
+SOURCES = {
+    "global_step": ("/ckpt/pythia160m/global_step1000", "", ("pythia160m", 1000)),
+    "an export folder": ("/ckpt/small/step1000/hf", "", ("small", 1000)),
+    "a step in the name": ("/ckpt/olmo-1b_step60900-hf", "", ("olmo-1b", 60_900)),
+    "a stage": (
+        "org/SmolLM3-3B-checkpoints",
+        "stage1-step-40000",
+        ("SmolLM3-3B-checkpoints", 40_000),
+    ),
+    "tokens behind": ("allenai/OLMo-1B", "step20000-tokens84B", ("OLMo-1B", 20_000)),
+    "checkpoint": ("/runs/mine/checkpoint-500", "", ("mine", 500)),
+    "Megatron": ("/runs/big/iter_0001000", "", ("big", 1000)),
+    "step 0": ("org/model", "step0", ("model", 0)),
+}
+
+
+def result(folder, number, source, revision="", acc=0.5):
+    content = {
+        "results": {"sciq": {"alias": "sciq", "acc,none": acc, "acc_stderr,none": "N/A"}},
+        "config": {"model_args": {"pretrained": source, "revision": revision}},
+    }
+    return write(folder / f"{number}" / "results_2026-01-01T00-00-00.json", content)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_model_and_step_of_the_folders_that_trainers_write(tmp_path, kind):
+    source, revision, expected = SOURCES[kind]
+    result(tmp_path, 1, source, revision)
+    (row,) = harness.read_results(tmp_path).itertuples()
+    assert (row.model, row.step) == expected
+    assert math.isnan(row.tokens)
+    assert math.isnan(row.stderr)
+
+
+def test_the_model_may_stand_in_the_files_name_only(tmp_path):
+    for model, step in (("pythia-19m-deduped", 3000), ("pythia-350m-deduped", 13_000)):
+        content = {"results": {"sciq": {"acc": 0.5}}, "config": {"model_args": {"rank": 0}}}
+        write(tmp_path / f"{model}-step{step}_eval_results_01-20-2023.json", content)
+    assert set(harness.read_results(tmp_path)["model"]) == {
+        "pythia-19m-deduped",
+        "pythia-350m-deduped",
+    }
+
+
+def test_models_that_end_alike_are_told_apart(tmp_path):
+    result(tmp_path, 1, "here/model", "step1")
+    result(tmp_path, 2, "there/model", "step2")
+    assert list(harness.read_results(tmp_path)["model"]) == ["here/model", "there/model"]
+
+
+def test_two_stages_of_one_model_are_not_one_curve(tmp_path):
+    result(tmp_path, 1, "org/model", "stage1-step-100")
+    result(tmp_path, 2, "org/model", "stage2-step-200")
+    with pytest.raises(ValueError, match=r"org/model.*stage1 in .* but stage2 in .*; keep one"):
+        harness.read_results(tmp_path)
+
+
+def test_tokens_of_pythias_own_runs_only(tmp_path):
+    result(tmp_path, 1, "EleutherAI/pythia-70m", "step10")
+    result(tmp_path, 2, "EleutherAI/pythia-160m-0.5MtokBS", "step10")
+    result(tmp_path, 3, "me/pythia-70m", "step10")
+    tokens = harness.read_results(tmp_path).set_index("model")["tokens"]
+    assert tokens["EleutherAI/pythia-70m"] == 10 * 2**21
+    assert tokens["pythia-160m-0.5MtokBS"] == 10 * 2**19
+    assert math.isnan(tokens["me/pythia-70m"])
+
+
+NAMES = strategies.text("abcxyz01-.", min_size=1, max_size=6).map(lambda name: f"m{name}e")
+FORMS = [
+    "/{}/step{}",
+    "/{}/global_step{}/hf",
+    "/{}/checkpoint-{}",
+    "org/{}|step{}",
+    "/{}_step{}-hf",
+]
+
+
+@hypothesis.given(
+    strategies.lists(
+        strategies.tuples(NAMES, strategies.integers(0, 10**6), strategies.booleans()),
+        min_size=1,
+        max_size=5,
+        unique_by=lambda row: row[:2],
+    ),
+    strategies.sampled_from(FORMS),
+)
+def test_no_folder_of_results_joins_two_models(rows, form):
+    with tempfile.TemporaryDirectory() as name:
+        for number, (model, step, new) in enumerate(rows):
+            source, _, revision = form.format(model, step).partition("|")
+            arguments = f"pretrained={source}" + (f",revision={revision}" if revision else "")
+            metrics = {"acc,none": number} if new else {"acc": number}
+            content = {"results": {"t": metrics}, "config": {"model_args": arguments}}
+            write(Path(name) / str(number) / "result.json", content)
+        try:
+            table = harness.read_results(name)
+        except ValueError as error:
+            assert "keep one kind" in str(error)  # one model by both harnesses
+            return
+    of = {row.value: (row.model, row.step) for row in table.itertuples()}
+    for i, (model, step, _) in enumerate(rows):
+        assert of[i][1] == step
+        for j, (other, _, _) in enumerate(rows):
+            assert (of[i][0] == of[j][0]) == (model == other)

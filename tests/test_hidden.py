@@ -1,10 +1,15 @@
-import errno
+import json
 import logging
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from headbound import hidden
 
@@ -110,7 +115,7 @@ def test_states_of_different_widths_are_not_stacked():
 
 def short_of_memory(model, limit):
     """Let the model's first block fail as CUDA does on batches above `limit` texts; returns the sizes it saw."""
-    sizes, block = [], hidden._blocks(model)[0]
+    sizes, block = [], hidden._blocks(model, token_ids())[0]
 
     def forward(states, *arguments, run=block.forward, **options):
         sizes.append(len(states))
@@ -190,30 +195,134 @@ def test_sequences_of_impossible_size(count, length):
         hidden.sequences(tiny.fast_tokenizer(), [tiny.TEXT], count, length)
 
 
-def test_stored_states_are_computed_once(tmp_path, monkeypatch):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def counted(monkeypatch):
+    """The passages that `stream` is asked for from now on."""
+    asked = []
+    run = hidden.stream
+
+    def stream(model, input_ids, *arguments, **options):
+        asked.append(len(input_ids))
+        return run(model, input_ids, *arguments, **options)
+
+    monkeypatch.setattr(hidden, "stream", stream)
+    return asked
+
+
+def test_a_passage_is_computed_once_whoever_asks(cache, monkeypatch):
     model, ids = tiny.network("llama"), token_ids(20)
-    stored = hidden.store(model, ids)
-    np.testing.assert_array_equal(stored, gathered(model, ids, layers=[-1])[0].numpy())
-    other = tiny.network("llama", seed=1)
-    assert not np.array_equal(hidden.store(other, ids), stored)
+    asked = counted(monkeypatch)
+    stored = hidden.store(model, ids[:12])
+    np.testing.assert_allclose(stored, gathered(model, ids[:12], layers=[-1])[0], atol=1e-6)
+    asked.clear()
+    mixed = torch.cat([ids[15:], ids[3:7], ids[15:16]])  # known, new and twice
+    again = hidden.store(model, mixed)
+    assert asked == [5]
+    np.testing.assert_array_equal(again[5:9], stored[3:7])
+    np.testing.assert_array_equal(again[9], again[0])
+    np.testing.assert_allclose(again, gathered(model, mixed, layers=[-1])[0], atol=1e-6)
+    asked.clear()
+    hidden.store(tiny.network("llama"), mixed)  # an equal model in another object
+    assert not asked
+    assert not again.flags.writeable
+
+
+def test_what_decides_the_states_names_their_store(cache):
+    model, ids = tiny.network("llama"), token_ids(3)
+    stored = np.array(hidden.store(model, ids))
+    assert not np.array_equal(hidden.store(tiny.network("llama", seed=1), ids), stored)
     assert not np.array_equal(hidden.store(model, ids, layer=1), stored)
-    monkeypatch.setattr(hidden, "stream", lambda *_: pytest.fail("computed again"))
-    np.testing.assert_array_equal(hidden.store(model, ids), stored)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.data[0] += 1  # behind autograd's back
+    assert not np.array_equal(hidden.store(model, ids), stored)
 
 
-def test_a_failed_store_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path))
+@pytest.mark.parametrize(
+    "change", [{"rms_norm_eps": 0.5}, {"hidden_act": "gelu"}, {"rope_theta": 100.0}]
+)
+def test_a_corrected_configuration_gives_new_states(cache, tmp_path, change):
+    config = tiny.CONFIGS["llama"]()
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    model.save_pretrained(tmp_path / "model")
+    before = np.array(hidden.store(model, token_ids(3)))
+    file = tmp_path / "model" / "config.json"
+    said = json.loads(file.read_text())
+    said.update(change)
+    said["rope_parameters"].update({k: v for k, v in change.items() if k == "rope_theta"})
+    file.write_text(json.dumps(said))
+    corrected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    after = hidden.store(corrected, token_ids(3))
+    assert not np.allclose(after, before, atol=1e-3)
+    np.testing.assert_allclose(after, gathered(corrected, token_ids(3), layers=[-1])[0], atol=1e-5)
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hidden, "stream", full)
-    with pytest.raises(
-        OSError, match=r"No space left on device; free some space or set HEADBOUND_CACHE"
-    ):
-        hidden.store(tiny.network("llama"), token_ids())
-    assert not list((tmp_path / "hidden").iterdir())
+def test_a_killed_store_keeps_what_is_whole_and_nothing_else(cache, monkeypatch):
+    monkeypatch.setattr(hidden, "CHUNK", 14)  # two passages at a time
+    code = """
+import os, signal, sys, torch
+sys.path.insert(0, "tests")
+import tiny, test_hidden
+from headbound import hidden
+hidden.CHUNK = 14
+append, calls = hidden._append, []
+def dying(file, start, content):
+    calls.append(file.name)
+    if len(calls) == int(sys.argv[1]):  # half of it is written
+        append(file, start, content[: len(content) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    append(file, start, content)
+hidden._append = dying
+hidden.store(tiny.network("llama"), test_hidden.token_ids(6))
+"""
+    model, ids = tiny.network("llama"), token_ids(6)
+    expected = gathered(model, ids, layers=[-1])[0].numpy()
+    for place in ("3", "4"):  # in the states, in the index
+        done = subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True)
+        assert done.returncode == -9, done.stderr
+        asked = counted(monkeypatch)
+        np.testing.assert_allclose(hidden.store(model, ids), expected, atol=1e-6)
+        assert sum(asked) < 6
+        monkeypatch.undo()
+        monkeypatch.setenv("HEADBOUND_CACHE", str(cache))
+        monkeypatch.setattr(hidden, "CHUNK", 14)
+        shutil.rmtree(cache / "hidden")
+
+
+def test_processes_share_one_store(cache):
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); import tiny, test_hidden\n"
+        "from headbound import hidden; hidden.CHUNK = 14\n"
+        "hidden.store(tiny.network('llama'), test_hidden.token_ids(30))"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    (index,) = (cache / "hidden").rglob("index")
+    assert index.stat().st_size == 31 * hidden.NAME  # the width, and each passage once
+    model, ids = tiny.network("llama"), token_ids(30)
+    expected = gathered(model, ids, layers=[-1])[0].numpy()
+    np.testing.assert_allclose(hidden.store(model, ids), expected, atol=1e-6)
+
+
+def test_a_full_disk_is_found_before_the_work(cache, monkeypatch):
+    model, ids = tiny.network("llama"), token_ids(4)
+    hidden.store(model, ids[:1])
+    free = shutil.disk_usage(cache)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    asked = counted(monkeypatch)
+    with pytest.raises(OSError, match=r"1,344 bytes are needed and 100 are free; free some space"):
+        hidden.store(model, ids)
+    assert not asked
+    np.testing.assert_array_equal(hidden.store(model, ids[:1])[0].shape, (7, 16))
 
 
 def test_a_text_longer_than_the_model_reads_is_cut_without_a_word(monkeypatch, caplog):
@@ -224,3 +333,79 @@ def test_a_text_longer_than_the_model_reads_is_cut_without_a_word(monkeypatch, c
     assert not caplog.records
     tokenizer(tiny.TEXT * 9)
     assert "longer than" in caplog.text  # what it would have said
+
+
+def test_the_tokenizers_own_start_comes_first():
+    plain, starting = tiny.fast_tokenizer(), tiny.starting_tokenizer()
+    texts = [tiny.TEXT * 3]
+    start = starting.bos_token_id
+    ids = hidden.sequences(starting, texts, 1, 20)[0].tolist()
+    assert ids == [start, *hidden.sequences(plain, texts, 1, 19)[0].tolist()]
+    assert ids == starting(texts[0])["input_ids"][:20]
+
+
+def test_a_token_put_behind_a_text_is_left_out():
+    made = tiny.tokenizer()
+    made.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    ending = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+    short = tiny.fast_tokenizer()(tiny.TEXT)["input_ids"]
+    with pytest.raises(ValueError, match="only 0 passages"):
+        hidden.sequences(ending, [tiny.TEXT], 1, len(short) + 1)
+    assert hidden.sequences(ending, [tiny.TEXT], 1, len(short))[0].tolist() == short
+
+
+def test_texts_with_more_tokens_than_characters_and_fewer_are_used():
+    parrots = "\U0001f99c" * 50  # four byte tokens each
+    assert hidden.sequences(tiny.fast_tokenizer(), [parrots], 1, 128).shape == (1, 128)
+    bpe = Tokenizer(models.BPE(vocab={"a": 0, "a" * 40: 1}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.Split("a" * 40, "isolated")
+    long = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe)
+    assert hidden.sequences(long, ["a" * 4000], 1, 100).shape == (1, 100)
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "FalconMamba", "Rwkv"])
+def test_recurrent_models_have_their_states_named_rightly(kind):
+    size = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "state_size": 4}
+    if kind == "Mamba2":
+        size |= {"num_heads": 4, "head_dim": 8, "expand": 2, "n_groups": 1}
+    if kind == "Rwkv":
+        size = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 8}
+    config = getattr(transformers, f"{kind}Config")(**size)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    ids = torch.randint(50, (2, 7))
+    blocks = model.backbone.layers if "amba" in kind else model.rwkv.blocks
+    true = []
+    for block in blocks:
+        block.register_forward_hook(lambda _m, _i, o: true.append(o[0] if type(o) is tuple else o))
+    with torch.no_grad():
+        last = model(ids, output_hidden_states=True).hidden_states[-1]
+    ours = gathered(model, ids)
+    torch.testing.assert_close(ours[0], model.get_input_embeddings()(ids).detach())
+    for number, state in enumerate(true[: len(blocks)], 1):
+        torch.testing.assert_close(ours[number], state.detach())
+    torch.testing.assert_close(ours[-1], last)
+
+
+def test_a_layout_that_cannot_be_verified_is_refused_by_name():
+    model = tiny.network("llama")
+    second = model.model.layers[1]
+    run = second.forward
+    second.forward = lambda states, *a, **k: run(states.roll(1, -1), *a, **k)
+    second.register_forward_pre_hook(lambda _m, inputs: (inputs[0] ** 2,), prepend=True)
+    with pytest.raises(ValueError, match="LlamaForCausalLM: block 2 does not read what block 1"):
+        next(hidden.stream(model, token_ids()))
+    assert next(hidden.stream(tiny.network("llama"), token_ids(), [-1])).shape == (1, 5, 7, 16)
+
+
+def test_only_what_is_asked_for_is_computed():
+    model, ids = tiny.network("llama"), token_ids()
+    next(hidden.stream(model, ids))
+    calls = []
+    model.model.layers[2].register_forward_hook(lambda *_: calls.append("block 3"))
+    model.lm_head.register_forward_hook(lambda *_: calls.append("head"))
+    next(hidden.stream(model, ids, [0, 2]))
+    assert calls == []
+    next(hidden.stream(model, ids, [-1]))
+    assert calls == ["block 3"]

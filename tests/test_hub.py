@@ -88,6 +88,7 @@ def test_what_is_not_there_has_the_hubs_own_errors(suite):
     assert not api.file_exists(MODEL, "none.json")
 
 
+@pytest.mark.slow
 def test_transformers_and_lm_eval_read_from_it(suite, tmp_path):
     (tmp_path / "task.yaml").write_text(TASK)
     docs = [{"start": "the head of a", "end": "model"}, {"start": "the loss of a", "end": "token"}]

@@ -1,12 +1,15 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from torch.nn.functional import cross_entropy
 
-from headbound.measure import lowrank
-from headbound.measure.lowrank import blocked_cross_entropy
+from headbound import models, pythia
+from headbound.measure import lowrank, rules
+from headbound.stats import Estimate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,12 +52,12 @@ def test_closed_form_is_the_best_on_the_states_that_occur(shape, scale, seed, da
 
 def test_heads_are_nested_and_rank_d_reproduces_the_head():
     weight = torch.randn(50, 8)
-    full = lowrank.low_rank(weight, 8, lowrank.covariance(states(100, 8)))
+    covariance = lowrank.covariance(states(100, 8))
+    full = lowrank.low_rank(weight, 8, covariance)
     torch.testing.assert_close(full.A @ full.B, weight, rtol=1e-4, atol=1e-4)
-    for one, other in zip(
-        full.cut(3), lowrank.low_rank(weight, 3, lowrank.covariance(states(100, 8))), strict=True
-    ):
-        torch.testing.assert_close(one.abs(), other.abs(), rtol=1e-4, atol=1e-4)
+    cut = full.cut(3)
+    direct = lowrank.low_rank(weight, 3, covariance)
+    torch.testing.assert_close(cut.A @ cut.B, direct.A @ direct.B, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -84,35 +87,51 @@ def world():
     return weight, hidden_states, targets.numpy()
 
 
+def examples(world):
+    return lowrank.Examples(world[1], world[2], np.arange(len(world[2])))
+
+
 def loss(head, world):
-    _, hidden_states, targets = world
-    return blocked_cross_entropy(torch.tensor(hidden_states), head, torch.tensor(targets)).item()
+    return lowrank.token_losses(examples(world), [head]).mean()
 
 
 @pytest.mark.parametrize("sampled", [None, 5])
-def test_one_pass_equals_one_rank_after_another(world, sampled):
-    _, hidden_states, targets = world
-    starts = [lowrank.random(world[0], rank) for rank in (1, 4, 8)]
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_one_pass_equals_one_rank_after_another(world, sampled, cap):
+    starts = [lowrank.random(world[0], rank)._replace(cap=cap) for rank in (1, 4, 8)]
     before = [start.A.clone() for start in starts]
     options = {"epochs": 2, "batch": 64, "sampled": sampled}
-    together = lowrank.train(hidden_states, targets, starts, **options)
+    together = lowrank.train(examples(world), starts, **options)
     for start, kept, head in zip(starts, before, together, strict=True):
-        (alone,) = lowrank.train(hidden_states, targets, [start], **options)
+        (alone,) = lowrank.train(examples(world), [start], **options)
         assert torch.equal(alone.A, head.A)
         assert torch.equal(alone.B, head.B)
         assert torch.equal(start.A, kept)
+        assert head.cap == cap
         assert loss(head, world) < loss(start, world)
+
+
+def test_a_step_is_adams_step(world):
+    """One step, by hand: each entry moves by its rate, against its gradient's sign."""
+    data = lowrank.Examples(*(part[:64] for part in examples(world)))
+    start = lowrank.random(world[0], 4)
+    A, B = (factor.clone().requires_grad_() for factor in start[:2])
+    states = torch.from_numpy(data.hidden_states)
+    cross_entropy(states @ B.T @ A.T, torch.from_numpy(data.targets)).backward()
+    (head,) = lowrank.train(data, [start], 1, batch=64, learning_rate=0.02)
+    size = start.B.square().mean().sqrt()
+    torch.testing.assert_close(head.A, start.A - 0.02 / 2 * A.grad.sign(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(head.B, start.B - 0.04 * size * B.grad.sign(), atol=1e-4, rtol=0)
 
 
 def test_training_reaches_the_teacher_and_sampling_does_not_move_it(world):
     options = {"epochs": 12, "batch": 64, "learning_rate": 0.15}
+    start = lowrank.random(world[0], 8)
     whole, sampled = (
-        loss(
-            lowrank.train(*world[1:], [lowrank.random(world[0], 8)], sampled=s, **options)[0], world
-        )
-        for s in (None, 5)
+        loss(lowrank.train(examples(world), [start], sampled=count, **options)[0], world)
+        for count in (None, 5)
     )
-    best = loss((world[0], torch.eye(8)), world)
+    best = loss(lowrank.Head(world[0], torch.eye(8)), world)
     assert whole == pytest.approx(best, abs=0.05)
     assert sampled == pytest.approx(whole, abs=0.03)
 
@@ -120,28 +139,62 @@ def test_training_reaches_the_teacher_and_sampling_does_not_move_it(world):
 def test_memory_mapped_states_are_enough(world, tmp_path):
     np.save(tmp_path / "states.npy", world[1])
     mapped = np.load(tmp_path / "states.npy", mmap_mode="r")
+    start = lowrank.random(world[0], 2)
     one, other = (
-        lowrank.train(h, world[2], [lowrank.random(world[0], 2)], 1)[0] for h in (world[1], mapped)
+        lowrank.train(examples(world)._replace(hidden_states=states), [start], 1)[0]
+        for states in (world[1], mapped)
     )
     assert torch.equal(one.A, other.A)
 
 
 def test_divergence_is_an_error_not_a_head(world):
     with pytest.raises(FloatingPointError, match=r"rank 4 diverged: .*; lower learning_rate"):
-        lowrank.train(*world[1:], [lowrank.random(world[0], 4)], learning_rate=1e3)
-    _, hidden_states, targets = world
-    with pytest.raises(FloatingPointError, match="rank 8 diverged: loss nan"):
-        lowrank.train(
-            np.where(hidden_states > 1, np.nan, hidden_states),
-            targets,
-            [lowrank.random(world[0], 8)],
-        )
+        lowrank.train(examples(world), [lowrank.random(world[0], 4)], learning_rate=1e3)
+    broken = examples(world)._replace(
+        hidden_states=np.where(world[1] > 1, np.nan, world[1])  # float32
+    )
+    with pytest.raises(FloatingPointError, match=r"rank 8 diverged: .* nan at the end"):
+        lowrank.train(broken, [lowrank.random(world[0], 8)])
 
 
 @pytest.mark.parametrize(("tokens", "epochs"), [(100, 1), (2048, 0), (2047, 1)])
 def test_too_little_to_train_on(world, tokens, epochs):
+    data = examples(world)._replace(targets=world[2][:tokens])
     with pytest.raises(ValueError, match="need one target a state"):
-        lowrank.train(world[1], world[2][:tokens], [lowrank.random(world[0], 2)], epochs)
+        lowrank.train(data, [lowrank.random(world[0], 2)], epochs)
+
+
+@pytest.mark.parametrize(
+    ("states", "targets", "message"),
+    [
+        (np.zeros((5, 3)), np.zeros(5, int), "hidden states of width 3, heads of width"),
+        (np.zeros((5, 4)), np.full(5, 7), "targets from 7 to 7: the head has rows 0 to 6"),
+        (np.zeros((5, 4)), np.full(5, -100), "targets from -100"),
+        (np.zeros((0, 4)), np.zeros(0, int), "no token to measure"),
+    ],
+)
+def test_bad_input_says_what_to_do(states, targets, message):
+    head = lowrank.Head(torch.zeros(7, 4), torch.eye(4))
+    data = lowrank.Examples(states.astype(np.float32), targets, np.zeros(len(targets), int))
+    with pytest.raises(ValueError, match=message):
+        lowrank.token_losses(data, [head])
+
+
+@pytest.mark.parametrize(("vocab", "d"), [(5, 16), (9, 7), (3, 1)])
+def test_small_vocabularies_odd_widths_and_one_passage(vocab, d):
+    weight = torch.randn(vocab, d, generator=torch.Generator().manual_seed(0))
+    hidden_states = states(64, d).astype(np.float32)
+    texts = np.zeros(64, int)
+    data = lowrank.Examples(hidden_states, np.arange(64) % vocab, texts)
+    rank = min(vocab, d)
+    full = lowrank.low_rank(weight, rank, lowrank.covariance(hidden_states))
+    whole = lowrank.Head(weight, torch.eye(d))
+    losses = lowrank.token_losses(data, [full, whole])
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-4)
+    (trained,) = lowrank.train(data, [full], 1, batch=16, learning_rate=1e-3, sampled=1)
+    estimate = lowrank.perplexity(lowrank.token_losses(data, [trained])[0], texts)
+    assert estimate.n == 1
+    assert np.isnan(estimate.low)
 
 
 def test_knee_is_found_where_it_was_put():
@@ -156,30 +209,99 @@ def test_knee_is_found_where_it_was_put():
     assert lowrank.knee(ranks, losses, texts, tolerance=0.2).value < knee.value
 
 
-def test_losses_of_stored_states_are_the_models_own(tmp_path, monkeypatch):
+PAPER = pythia.figures("6b")
+
+
+def curve(frame):
+    """A cited curve as ranks, losses and texts; two texts that agree."""
+    ordered = frame.sort_values("x")
+    losses = np.repeat(ordered["y"].to_numpy()[:, None], 2, 1)
+    return ordered["x"].astype(int).tolist(), losses, np.arange(2)
+
+
+@pytest.mark.parametrize("name", PAPER["curve"].unique())
+def test_on_the_papers_curves_the_rank_decides_and_not_its_share_of_the_width(name):
+    own = PAPER[PAPER["curve"] == name]
+    others = PAPER[PAPER["curve"] != name]
+    assert lowrank.rank_decides(lowrank.rank_or_share(*curve(own), others)).agrees
+    assert lowrank.knee_at_claim(lowrank.knee(*curve(own)), int(own["x"].max())).agrees
+    assert rules.rank_costs(own["x"], own["y"]).agrees
+
+
+@pytest.mark.parametrize("width", [128, 576, 2048])
+def test_where_a_share_of_the_width_decides_it_says_so(width):
+    """Counter-example: models whose loss depends on r/d alone."""
+    frames = []
+    for d in (1024, 2048, 4096, width):
+        ranks = np.array([d / 32, d / 16, d / 8, d / 4, d / 2, d])
+        frames.append(pd.DataFrame({"curve": str(d), "x": ranks, "y": np.log2(d / ranks)}))
+    own = curve(frames.pop())
+    assert lowrank.rank_decides(lowrank.rank_or_share(*own, pd.concat(frames))).agrees is False
+
+
+@pytest.mark.parametrize(("width", "knee", "agrees"), [(576, 570, None), (4096, 3000, False)])
+def test_a_knee_elsewhere_or_out_of_reach_is_not_the_papers(width, knee, agrees):
+    ruling = lowrank.knee_at_claim(Estimate(knee, knee - 9, knee + 9, 30), width)
+    assert ruling.agrees is agrees
+
+
+def test_an_interval_around_zero_decides_nothing():
+    assert lowrank.rank_decides(Estimate(0.01, -0.02, 0.04, 30)).agrees is None
+
+
+def test_perplexity_resamples_texts_not_tokens():
+    texts = np.repeat(np.arange(40), 25)
+    losses = 1.0 + np.repeat(np.random.default_rng(0).normal(size=40), 25)
+    estimate = lowrank.perplexity(losses, texts)
+    assert estimate.n == 40
+    assert estimate.value == pytest.approx(np.exp(losses.mean()))
+    width = 1.96 * losses.reshape(40, 25).mean(1).std() / np.sqrt(40)
+    assert np.log(estimate.high / estimate.low) == pytest.approx(2 * width, rel=0.2)
+
+
+SIZE = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+ONE_KEY = {**SIZE, "num_key_value_heads": 2, "pad_token_id": 0}
+ODDITIES = {
+    "none": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZE)),
+    "bias": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**SIZE)),
+    "divided": lambda: transformers.GraniteForCausalLM(
+        transformers.GraniteConfig(logits_scaling=8.0, **SIZE)
+    ),
+    "multiplied": lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**ONE_KEY)),
+    "capped": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(head_dim=8, final_logit_softcapping=2.0, **ONE_KEY)
+    ),
+}
+
+
+@pytest.mark.parametrize("oddity", ODDITIES)
+def test_losses_of_stored_states_are_the_models_own(oddity, tmp_path, monkeypatch):
+    """Heads with a bias, a scale or a soft cap, as in a report on vLLM (46835)."""
     monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path))
-    config = GPTNeoXConfig(
-        vocab_size=64,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
-    model = GPTNeoXForCausalLM(config).eval()
-    ids = torch.randint(64, (5, 21))
-    data = lowrank.examples(model, ids)
-    assert isinstance(data.hidden_states.base, np.memmap)
-    weight = model.get_output_embeddings().weight.detach()
-    full = lowrank.low_rank(weight, 16, lowrank.covariance(data.hidden_states))
+    torch.manual_seed(0)
+    model = ODDITIES[oddity]().eval()
+    torch.nn.init.normal_(model.get_output_embeddings().weight)
+    if oddity == "bias":
+        torch.nn.init.normal_(model.lm_head.bias, std=2.0)
+    ids = torch.randint(60, (5, 33))
+    readout = models.readout(model, None, ids)
+    data = lowrank.examples(model, ids, readout)
     with torch.no_grad():
-        logits = model(ids[:, :-1]).logits
-    expected = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-    )
-    losses = lowrank.token_losses(data, [full, full.cut(2)], block=7)
-    np.testing.assert_allclose(losses[0], expected, rtol=1e-4)
-    assert np.abs(losses[1] - losses[0]).max() > 1e-3
-    (stored,) = (tmp_path / "hidden").iterdir()
-    before = stored.stat().st_mtime_ns
-    lowrank.examples(model, ids)
-    assert stored.stat().st_mtime_ns == before
+        logits = model(ids[:, :-1]).logits.double().flatten(0, 1)
+    expected = cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+    weight = readout.matrix()
+    d = weight.shape[1]
+    whole = lowrank.Head(weight, torch.eye(d), readout.cap)
+    full = lowrank.low_rank(weight, d, lowrank.covariance(data.hidden_states))
+    full = full._replace(cap=readout.cap)
+    losses = lowrank.token_losses(data, [whole, full, full.cut(2)], block=7)
+    np.testing.assert_allclose(losses[0], expected, atol=1e-4)
+    np.testing.assert_allclose(losses[1], expected, atol=1e-3)
+    assert np.abs(losses[2] - losses[0]).max() > 1e-3

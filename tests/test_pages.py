@@ -1,5 +1,6 @@
-"""The book itself: built from a clean copy under smoke, then every page opened in a browser with the network cut."""
+"""The book itself: built from a clean copy under smoke, its pages opened with the network cut."""
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import jsonschema
 import nbformat
 import pages
 import pytest
@@ -24,6 +26,9 @@ STORED = ROOT / "tests" / "screenshots"
 needs_chromium = pytest.mark.skipif(
     not pages.CHROMIUM, reason="no Chromium on this machine: pages are not opened"
 )
+
+
+PRINT = [sys.executable, "-c", "from companion import pdf; raise SystemExit(pdf.print_book())"]
 
 
 def build(copy: Path) -> None:
@@ -90,6 +95,22 @@ def test_a_heavy_page_and_a_heavy_site_are_found(tmp_path):
     assert pages.heavy(tmp_path) == ["the site has 30.6 MB", "page.html has 1.6 MB"]
 
 
+def test_figures_can_be_seen(clone):
+    executed = sorted((clone / "_build" / "executed" / "smoke").glob("*.ipynb"))
+    assert [fault for path in executed for fault in pages.unseen(path)] == []
+
+
+def test_a_pale_line_and_panels_side_by_side_are_found(tmp_path):
+    kept = {"companion": {"name": "fig-x", "contrast": 1.7, "columns": 3}}
+    output = nbformat.v4.new_output("display_data", metadata=kept)
+    cell = nbformat.v4.new_code_cell("1", outputs=[output])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "01_pale.ipynb")
+    assert pages.unseen(tmp_path / "01_pale.ipynb") == [
+        "01_pale: fig-x: a line has a contrast of 1.7 : 1 on white",
+        "01_pale: fig-x: 3 panels side by side",
+    ]
+
+
 def test_what_hosts_and_other_sites_look_for_is_there(site):
     named = {"s": "http://www.sitemaps.org/schemas/sitemap/0.9"}
     listed = [e.text for e in ET.parse(site / "sitemap.xml").findall("s:url/s:loc", named)]
@@ -99,15 +120,14 @@ def test_what_hosts_and_other_sites_look_for_is_there(site):
     assert {address.removeprefix("http://localhost:8000/") for address in listed} == kept
     assert "There is no such page" in (site / "404.html").read_text()
     index = (site / "index.html").read_text()
-    for tag in (
-        'property="og:title"',
-        'property="og:image"',
-        'name="twitter:card"',
-        'name="description"',
-    ):
-        assert tag in index
-    with Image.open(site / "_static" / "social.png") as card:
-        assert card.size == (1200, 630)
+    for tag in ("og:title", "og:description", "og:image"):
+        assert f'property="{tag}"' in index
+    assert 'name="twitter:card"' in index
+    with Image.open(site / "front.png") as picture:
+        assert picture.width > 600
+    data = json.loads((site / "claims.json").read_text("utf-8"))
+    jsonschema.validate(data, json.loads((site / "claims.schema.json").read_text("utf-8")))
+    assert len(data["claims"]) > 20
 
 
 def test_only_notebooks_are_offered_and_they_are_what_ran(site):
@@ -210,33 +230,40 @@ def test_no_formula_in_a_line_is_cut_on_a_phone(site, chromium):
     with pages.served(site) as address:
         for name in ("chapters/06_head_bound.html", "chapters/07_gradient_bottleneck.html"):
             assert pages.cut_formulas(chromium, f"{address}/{name}") == 0
-        assert pages.cut_formulas(chromium, f"{address}/{name}", without="headbound.js") > 0
+        assert pages.cut_formulas(chromium, f"{address}/{name}", without="companion.js") > 0
 
 
+GIF = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
+PIXEL = f'<img alt="A line that rises." src="{GIF}">'
 PLANTED = {
-    '<script src="http://127.0.0.2:9/x.js"></script>': "outside request",
-    '<img src="missing.png" alt="A picture that is not there">': "broken image",
-    '<figure><img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" alt=""></figure>': "image without alt text",
-    '<a href="nowhere.html">a link</a>': "broken link",
-    '<a href="#nowhere">a link</a>': "link to a missing place",
-    '<table><tr><td style="min-width: 3000px">wide</td></tr></table>': "wider than the page",
-    '<span class="math">\\(x</span>': "formula not rendered",
-    '<script>throw new Error("planted")</script>': "script error",
-    "<button></button>": "accessibility violation button-name",
+    "outside request": '<script src="http://127.0.0.2:9/x.js"></script>',
+    "broken image": '<img src="missing.png" alt="A picture that is not there">',
+    "image without alt text": f'<figure><img src="{GIF}" alt=""></figure>',
+    "broken link": '<a href="nowhere.html">a link</a>',
+    "link to a missing place": '<a href="#nowhere">a link</a>',
+    "wider than the page": '<table><tr><td style="min-width: 3000px">wide</td></tr></table>',
+    "formula not rendered": '<span class="math">\\(x</span>',
+    "script error": '<script>throw new Error("planted")</script>',
+    "accessibility violation button-name": "<button></button>",
+    "code that scrolls sideways": '<div class="highlight"><pre style="overflow: auto" tabindex="0">'
+    f"{'x' * 90}</pre></div>",
+    "caption of 3 sentences": f"<figure>{PIXEL}<figcaption>A line. It rises. It falls.</figcaption>"
+    "</figure>",
+    "repeats the caption": f"<figure>{PIXEL}<figcaption>A line that rises.</figcaption></figure>",
 }
+PAGE = """<!doctype html><html lang="en"><head><title>T</title></head>
+<body><main><h1>T</h1>{}</main></body></html>"""
 
 
 @needs_chromium
-@pytest.mark.parametrize(("fault", "message"), PLANTED.items(), ids=PLANTED.values())
-def test_each_planted_fault_is_found(chromium, tmp_path, fault, message):
-    page = '<!doctype html><html lang="en"><head><title>T</title></head><body><main><h1>T</h1>{}</main></body></html>'
-    (tmp_path / "index.html").write_text(page.format("<p>Sound.</p>"))
-    (tmp_path / "faulty.html").write_text(page.format(fault))
+@pytest.mark.parametrize("message", PLANTED)
+def test_each_planted_fault_is_found(chromium, tmp_path, message):
+    (tmp_path / "index.html").write_text(PAGE.format("<p>Sound.</p>"))
+    (tmp_path / "faulty.html").write_text(PAGE.format(PLANTED[message]))
     with pages.served(tmp_path) as address:
         assert pages.problems(chromium, address, "index.html", 390) == []
-        assert any(
-            message in problem for problem in pages.problems(chromium, address, "faulty.html", 390)
-        )
+        found = pages.problems(chromium, address, "faulty.html", 390)
+    assert any(message in problem for problem in found), found
 
 
 @pytest.fixture
@@ -253,7 +280,7 @@ def small_book(tmp_path):
     ]
     chapter.metadata = {
         "language_info": {"name": "python"},
-        "headbound": {"source": execute.source_hash(chapter)},
+        "companion": {"source": execute.source_hash(chapter)},
     }
     for folder in ("notebooks", "_build/executed/smoke"):
         (tmp_path / folder).mkdir(parents=True)
@@ -282,7 +309,7 @@ def test_title_and_colour_are_one_line_each_and_a_host_one_variable(
     config, style = small_book / "_config.yml", small_book / "book" / "_static" / "headbound.css"
     config.write_text(re.sub(r"^title: .*$", "title: Another Name", config.read_text(), flags=re.M))
     style.write_text(
-        style.read_text().replace("--headbound-colour: #0b4f99", "--headbound-colour: #7a1f1f")
+        style.read_text().replace("--companion-colour: #0b4f99", "--companion-colour: #7a1f1f")
     )
     monkeypatch.setenv("HEADBOUND_URL", "https://example.org/book")
     done = render(small_book)
@@ -290,7 +317,8 @@ def test_title_and_colour_are_one_line_each_and_a_host_one_variable(
     site = small_book / "_build" / "html"
     for page in ("index.html", "404.html", "chapters/01_small.html"):
         assert "Another Name" in (site / page).read_text()
-    assert "https://example.org/book/_static/social.png" in (site / "index.html").read_text()
+    assert 'href="https://example.org/book/index.html"' in (site / "index.html").read_text()
+    assert '"/book/_static/' in (site / "404.html").read_text()
     assert "<loc>https://example.org/book/index.html</loc>" in (site / "sitemap.xml").read_text()
     with pages.served(site) as address:
         page = chromium.new_page(color_scheme="light")
@@ -328,10 +356,10 @@ def test_a_broken_link_to_another_host_is_found(small_book):
 @needs_chromium
 def test_the_whole_book_prints_as_one_document(clone):
     done = subprocess.run(
-        [sys.executable, "-m", "companion.pdf"], cwd=clone, capture_output=True, text=True
+        PRINT, cwd=clone, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    printed = (clone / "_build" / "head-bound.pdf").read_bytes()
+    printed = (clone / "_build" / "book.pdf").read_bytes()
     assert printed.startswith(b"%PDF")
     assert printed.count(b"/Type /Page\n") > 30
     assert b"/Outlines" in printed
@@ -340,7 +368,7 @@ def test_the_whole_book_prints_as_one_document(clone):
 def test_without_chromium_no_pdf_and_one_sentence(clone):
     alone = {**os.environ, "PATH": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "companion.pdf"],
+        PRINT,
         cwd=clone,
         capture_output=True,
         text=True,

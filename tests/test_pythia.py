@@ -22,7 +22,9 @@ def test_the_cited_data_are_as_they_were_checked(name):
     assert path.stat().st_size < 2e6
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="EleutherAI's own files do not lie beside the repository")
+@pytest.mark.skipif(
+    not SHARED.is_dir(), reason="EleutherAI's own files do not lie beside the repository"
+)
 def test_fifty_cells_agree_with_the_published_files_to_the_last_digit():
     files = published_files()
     for row in pythia.evaluations().sample(50, random_state=7).itertuples():
@@ -72,7 +74,11 @@ def test_accuracies_typed_in_from_the_published_files():
 def test_parameters_and_names():
     assert pythia.parameters("pythia-70m") == 70_426_624
     assert pythia.parameters("pythia-70m", embeddings=False) == 18_915_328
-    assert pythia.parameters("EleutherAI/pythia-1b-0.5MtokBS") == pythia.parameters("1B") == 1_011_781_632
+    assert (
+        pythia.parameters("EleutherAI/pythia-1b-0.5MtokBS")
+        == pythia.parameters("1B")
+        == 1_011_781_632
+    )
     assert pythia.nominal("pythia-1.4b") == 1.4e9
     for read in (pythia.nominal, pythia.parameters):
         with pytest.raises(ValueError, match="its size is unknown"):
@@ -80,15 +86,16 @@ def test_parameters_and_names():
 
 
 def test_figures_read_twice_agree():
-    """Table 1 gives two points of Figure 3 in print; figures that show one thing twice must agree."""
+    """Table 1 prints two points of Figure 3; figures that show one thing twice must agree."""
     wikitext = pythia.figures("3", curve="160M", y_name="Wikitext word perplexity")
     assert wikitext["y"].min() == pytest.approx(30.47, abs=0.05)
     assert wikitext["y"].iloc[-1] == pytest.approx(33.4, abs=0.1)
 
     curves = pythia.figures("1a").groupby("curve")["y"]
-    for model, best in pythia.figures("1b", series="best").set_index("curve")["y"].items():
-        if model in curves.groups:
-            assert curves.min()[model] == pytest.approx(best, abs=0.008)
+    for series, read in {"best": curves.min(), "final": curves.last()}.items():
+        points = pythia.figures("1b", series=series).set_index("curve")["y"]
+        for model, loss in read.items():
+            assert points[model] == pytest.approx(loss, abs=0.008)
 
     ranked = pythia.figures("6b", curve="Pythia-1B", how="vertex").set_index("x")["y"]
     for row in pythia.figures("8").itertuples():
@@ -97,7 +104,7 @@ def test_figures_read_twice_agree():
 
 
 def test_the_axis_of_figure_1b_counts_the_numbers_in_the_models_names():
-    """6 N T of the final checkpoints, with N = 70e6 for 70M and T at step 140,000, within the width of a pixel."""
+    """6 N T of the final checkpoints, N = 70e6 for 70M, T at step 140,000, to a pixel."""
     final = pythia.figures("1b", series="final")
     tokens = 140_000 * pythia.STEP_TOKENS
     named = final["x"] / (6 * final["curve"].map(pythia.nominal) * tokens)

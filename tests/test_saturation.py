@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression
 
-from headbound.measure.saturation import _compare, detect
+from headbound.measure.saturation import _compare, detect, late_change, late_rise, together
 
 LOG = np.array([0, *2 ** np.arange(10), 1000, 3000, *range(13_000, 143_001, 10_000)])
 CURVES = {
@@ -135,3 +135,58 @@ def test_a_zero_stderr_is_raised_to_the_least_positive_one():
 def test_bad_input_is_named(steps, values, stderr, message):
     with pytest.raises(ValueError, match=message):
         detect(steps, values, stderr)
+
+
+def test_the_late_rise_of_a_curve_with_an_early_peak_and_a_late_turn():
+    steps = np.arange(0, 101, 5)
+    values = np.interp(steps, [0, 5, 50, 80, 100], [0.2, 3.0, 1.0, 2.5, 2.0])
+    found = late_rise(steps[::-1], values[::-1])
+    assert (found.least_step, found.least, found.final) == (50, 1.0, 2.0)
+    assert found.rise == 1.0
+    assert found.worst_step == 80
+    assert found.most == pytest.approx(1.15, abs=0.01)
+
+
+def test_a_single_outlier_is_no_late_rise():
+    values = np.linspace(4, 3, 30) + 0.001 * np.random.default_rng(0).normal(size=30)
+    values[20] += 0.5
+    assert not late_rise(range(30), values).seen
+
+
+@pytest.mark.parametrize("checkpoints", [12, 27, 60, 133])
+def test_a_level_curves_noise_is_seen_as_a_late_rise_in_one_case_of_a_hundred(checkpoints):
+    noise = np.random.default_rng(checkpoints).normal(size=(1000, checkpoints))
+    seen = np.mean([late_rise(range(checkpoints), curve).seen for curve in noise])
+    assert seen <= 0.02
+
+
+def test_a_late_rise_needs_three_checkpoints_past_the_first_tenth():
+    with pytest.raises(ValueError, match="2 checkpoints past the first tenth"):
+        late_rise([0, 1, 2, 50, 100], [5, 4, 3, 2, 1.0])
+
+
+def test_two_walks_with_one_drift_correlate_in_levels_alone():
+    walks = np.cumsum(np.random.default_rng(0).normal(1, 1, size=(2, 200)), axis=1)
+    levels, changes = together(*walks)
+    assert levels > 0.99
+    assert abs(changes) < 0.2
+
+
+def test_the_late_change_of_a_curve_and_the_difference_of_two():
+    rng = np.random.default_rng(3)
+    tokens = np.linspace(0, 300, 31)
+    steady = (tokens, 3 + 0.1 * rng.normal(size=31))
+    rising = (tokens, 3 + (tokens > 200) * 0.5 + 0.1 * rng.normal(size=31))
+    alone, apart = late_change(rising), late_change(rising, steady)
+    assert alone.low < 0.5 < alone.high
+    assert alone.low > 0
+    assert apart.value == pytest.approx(alone.value - late_change(steady).value)
+    assert (alone.n, apart.n) == (20, 40)
+
+
+def test_intervals_of_a_late_change_hold_the_truth_in_about_95_of_100_cases():
+    rng = np.random.default_rng(1)
+    curves = rng.normal(size=(400, 2, 14))
+    tokens = np.arange(1, 15)
+    found = [late_change((tokens, a), (tokens, b)) for a, b in curves]
+    assert np.mean([e.low < 0 < e.high for e in found]) == pytest.approx(0.95, abs=0.03)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import hub
 import pytest
+import torch
 from huggingface_hub import close_session, constants
-from sweep import measure, plan, remote
+from sweep import hub as reader
+from sweep import measure, plan
 
 import headbound
 
@@ -35,7 +37,8 @@ def served(filled, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", filled.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(remote, "WAIT", 0.01)
+    monkeypatch.setattr(reader, "WAIT", 0.01)
+    hub.hurry(monkeypatch)
     filled.fail([])
     branches = {model: dict(names) for model, names in filled.branches.items()}
     yield filled
@@ -61,16 +64,23 @@ def prose(tmp_path):
     return str(path)
 
 
-def test_a_head_sweep_costs_little_more_than_its_heads(served, table):
+def test_a_head_sweep_costs_little_more_than_its_heads(served, table, monkeypatch):
+    monkeypatch.setattr(reader, "authenticated", lambda: True)
     hub.pythia_suite(served, {"wide-1": 128, "wide-2": 192}, steps=(0, 1, 2))
     table = {f"EleutherAI/wide-{n}": ["step0", "step1", "step2"] for n in (1, 2)}
     before = served.sent
-    frame = measure.run(table, HEADS._replace(reads=1))
+    frame = measure.run(table, HEADS)
     assert served.sent - before < 1.2 * sum(3 * 2048 * width * 2 for width in (128, 192))
     assert list(frame.status) == ["ok"] * 6
     assert frame.singular_entropy.between(0, math.log(64)).all()
+    first = hub.checkpoint(128, 2048, seed=0)[1]["embed_out.weight"][:2000].double()
+    values = torch.linalg.svdvals(first - first.mean(0))
+    p = values / values.sum()
+    assert frame.singular_entropy_centred[0] == pytest.approx(
+        math.log(128) + float((p * p.log()).sum()), rel=1e-4
+    )
     before = served.sent
-    assert measure.run(table, HEADS._replace(reads=1)).equals(frame)
+    assert measure.run(table, HEADS).equals(frame)
     assert served.sent == before
 
 
@@ -88,6 +98,7 @@ def test_whole_checkpoints_give_loss_and_anisotropy_and_go_again(served, table, 
     assert not list((tmp_path / "cache" / "checkpoints").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_third_of_the_answers_failing_changes_no_result(served, table):
     clean = measure.run(table, HEADS)
     served.fail_often(1 / 3)
@@ -95,7 +106,7 @@ def test_a_third_of_the_answers_failing_changes_no_result(served, table):
 
 
 def test_what_the_network_left_out_is_named(served, table, monkeypatch):
-    monkeypatch.setattr(remote, "TRIES", 2)
+    monkeypatch.setattr(reader, "TRIES", 2)
     for model in table:
         measure.audited(model, table[model], HEADS)
     served.fail(["503"] * 10**6)
@@ -184,8 +195,14 @@ def environment(served, cache):
         "HF_ENDPOINT": served.url,
         "HEADBOUND_CACHE": str(cache),
         "HEADBOUND_WAIT": "0.01",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    return {**os.environ, **variables, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "0"}
+    return {
+        **os.environ,
+        **variables,
+        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'workflow'}",
+        "HF_HUB_OFFLINE": "0",
+    }
 
 
 def contents(cache):
@@ -195,6 +212,7 @@ def contents(cache):
     }
 
 
+@pytest.mark.slow
 def test_killed_halfway_and_run_again_gives_the_same_files(served, tmp_path):
     path = sweep_file(tmp_path, steps=[0, 1])
     program = f"from sweep import measure; measure.run(*measure.read({str(path)!r}))"
@@ -220,9 +238,13 @@ def test_killed_halfway_and_run_again_gives_the_same_files(served, tmp_path):
     assert not [p for p in (cache / "sweeps").rglob("*") if p.is_file() and p.suffix != ".json"]
 
 
+@pytest.mark.slow
 def test_snakemake_runs_it_and_again_does_nothing(served, tmp_path):
-    path = sweep_file(tmp_path, steps=[0], models=["EleutherAI/pythia-31m"])
-    variables = {**environment(served, tmp_path / "flow"), "HEADBOUND_SWEEP": str(path)}
+    """From a folder whose name has a space, an umlaut and another script's letter."""
+    folder = tmp_path / "my sweeps ü中"
+    folder.mkdir()
+    path = sweep_file(folder, steps=[0], models=["EleutherAI/pythia-31m"])
+    variables = {**environment(served, folder / "flow"), "HEADBOUND_SWEEP": str(path)}
     snakemake = [
         sys.executable,
         "-m",
@@ -239,25 +261,48 @@ def test_snakemake_runs_it_and_again_does_nothing(served, tmp_path):
     assert "Nothing to be done" in again.stdout + again.stderr
     table, settings = measure.read(path)
     measure.run(table, settings)
-    assert contents(tmp_path / "flow") == contents(tmp_path / "cache")
+    assert contents(folder / "flow") == contents(tmp_path / "cache")
 
 
-def test_the_plan_measures_bytes_or_says_that_it_computed_them(
-    served, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(sys, "argv", ["plan.py"])
-    monkeypatch.setenv("HEADBOUND_SWEEP", str(sweep_file(tmp_path, whole=True)))
-    assert plan.main() == 0
-    printed = capsys.readouterr().out
+def planned(path, whole=True):
+    return plan.words(*measure.read(path), plan.Rates())
+
+
+def test_the_plan_measures_bytes_or_says_that_it_computed_them(served, tmp_path, monkeypatch):
+    printed = planned(sweep_file(tmp_path, whole=True))
     for line in ("jobs: 8, 0 of them done", "bytes: 0.0 GB to fetch", "GPU hours:", "disk peak:"):
         assert line in printed
     assert printed.count("measured") == 2
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HEADBOUND_SWEEP", str(ROOT / "workflow/sweep.yaml"))
-    assert plan.main() == 0
-    printed = capsys.readouterr().out
-    assert "jobs: 1232" in printed
-    assert printed.count("hub out of reach") == 8
+    monkeypatch.setattr(reader, "TRIES", 2)
+    printed = planned(ROOT / "workflow/sweep.yaml")
+    assert "jobs: 1540" in printed
+    assert printed.count("hub out of reach") == 10
+
+
+def test_the_plan_costs_what_its_formula_says(served, tmp_path):
+    table, settings = measure.read(
+        sweep_file(tmp_path, whole=False, models=["EleutherAI/pythia-14m"])
+    )
+    costs = plan.table(table, settings, plan.Rates(tflops=1, tflops64=1))
+    V, d = 2048, 32
+    assert costs["fetched"].item() == len(STEPS) * 2 * V * d
+    operations = V * d**2 + 4 / 3 * d**3
+    assert costs["GPU hours"].item() == pytest.approx(len(STEPS) * operations / 1e12 / 3600)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "mpt", "opt"])
+def test_the_plan_reads_any_familys_names_of_the_sizes(served, tmp_path, family):
+    sizes = {
+        "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64},
+        "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64},
+        "mpt": {"d_model": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 64},
+        "opt": {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 64},
+    }
+    config = json.dumps({"model_type": family, **sizes[family]}).encode()
+    served.commit("crfm/small", "step100", {"config.json": config, "model.safetensors": bytes(100)})
+    shape = plan.shape("crfm/small", "step100")
+    assert [shape[key] for key in ("layers", "width", "rows", "size")] == [2, 16, 64, 100]
 
 
 def test_a_plan_with_an_unknown_setting_is_refused(tmp_path):

@@ -1,11 +1,14 @@
+"""Byte-level tokenizers, and streams of ids."""
+
 import numpy as np
 import pytest
 import tiny
+import transformers
 from tokenizers import Tokenizer, models
 
 from headbound import corpus
 
-TEXTS = [tiny.TEXT * 2, "Zwölf Boxkämpfer jagen Viktor.\n\tπ ≈ 3.14159 🙂", "", tiny.TEXT]
+PHRASES = [tiny.TEXT * 2, "Zwölf Boxkämpfer jagen Viktor.\n\tπ ≈ 3.14159 🙂", "", tiny.TEXT]
 
 
 @pytest.fixture(autouse=True)
@@ -16,10 +19,10 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [257, 258, 300])
 def test_a_vocabulary_has_exactly_the_size_asked(size):
-    tokenizer = corpus.train_bpe(TEXTS, size)
+    tokenizer = corpus.train_bpe(PHRASES, size)
     assert tokenizer.get_vocab_size() == size
     assert tokenizer.token_to_id("<|endoftext|>") == 0
-    for text in TEXTS:  # every text of any language comes back byte for byte
+    for text in PHRASES:  # every text of any language comes back byte for byte
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
@@ -32,19 +35,19 @@ def test_a_vocabulary_has_exactly_the_size_asked(size):
 )
 def test_an_impossible_vocabulary(size, message, cache):
     with pytest.raises(ValueError, match=message):
-        corpus.train_bpe(TEXTS, size)
+        corpus.train_bpe(PHRASES, size)
     assert not list(cache.rglob("*.json"))
 
 
 def test_training_happens_once_a_text_and_size(monkeypatch):
-    first = corpus.train_bpe(TEXTS, 280)
+    first = corpus.train_bpe(PHRASES, 280)
     monkeypatch.setattr(
         Tokenizer, "train_from_iterator", lambda *_: pytest.fail("trained again"), raising=False
     )
     monkeypatch.setattr(
         corpus, "Tokenizer", type("Untrainable", (), {"from_file": Tokenizer.from_file})
     )
-    assert corpus.train_bpe(TEXTS, 280).to_str() == first.to_str()
+    assert corpus.train_bpe(PHRASES, 280).to_str() == first.to_str()
 
 
 def test_loading_from_a_file_or_its_folder(tmp_path):
@@ -75,32 +78,32 @@ def test_a_broken_tokenizer(tmp_path, content):
 
 def test_a_stream_is_every_text_and_its_end(monkeypatch):
     monkeypatch.setattr(corpus, "BATCH", 3)
-    tokenizer = corpus.train_bpe(TEXTS, 280)
-    stream = corpus.encode(tokenizer, TEXTS)
+    tokenizer = corpus.train_bpe(PHRASES, 280)
+    stream = corpus.encode(tokenizer, PHRASES)
     assert stream.dtype == np.int32
-    expected = [i for text in TEXTS for i in [*tokenizer.encode(text).ids, 0]]
+    expected = [i for text in PHRASES for i in [*tokenizer.encode(text).ids, 0]]
     assert stream.tolist() == expected
     assert not stream.flags.writeable
 
 
 def test_a_stream_is_kept_under_its_text_and_tokenizer(cache, monkeypatch):
-    one, other = corpus.train_bpe(TEXTS, 280), corpus.train_bpe(TEXTS, 300)
-    first = corpus.encode(one, TEXTS)
-    assert len(corpus.encode(other, TEXTS)) < len(first)
-    corpus.encode(one, TEXTS[:2])
+    one, other = corpus.train_bpe(PHRASES, 280), corpus.train_bpe(PHRASES, 300)
+    first = corpus.encode(one, PHRASES)
+    assert len(corpus.encode(other, PHRASES)) < len(first)
+    corpus.encode(one, PHRASES[:2])
     assert len(list((cache / "tokens").iterdir())) == 3
     monkeypatch.setattr(corpus, "bar", lambda *_: pytest.fail("encoded again"))
-    np.testing.assert_array_equal(corpus.encode(one, list(TEXTS)), first)
+    np.testing.assert_array_equal(corpus.encode(one, list(PHRASES)), first)
 
 
 def test_an_interrupted_encoding_leaves_nothing(cache, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    tokenizer = corpus.train_bpe(TEXTS, 280)
+    tokenizer = corpus.train_bpe(PHRASES, 280)
     monkeypatch.setattr(corpus.np, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        corpus.encode(tokenizer, TEXTS)
+        corpus.encode(tokenizer, PHRASES)
     assert not list((cache / "tokens").iterdir())
 
 
@@ -117,7 +120,35 @@ def test_the_end_of_text_is_the_first_known():
 
     assert corpus.end_of_text(having("a", "</s>", "b")) == 1
     assert corpus.end_of_text(having("[SEP]", "<|endoftext|>")) == 1
-    with pytest.raises(
-        ValueError, match=r"has none of <\|endoftext\|>, .*; add an end-of-text token"
-    ):
+    with pytest.raises(ValueError, match=r"no end-of-text token among its special ones"):
         corpus.end_of_text(having("a", "b"))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "<|endoftext|>",
+        "</s>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<EOS_TOKEN>",
+        "<|eot_id|>",
+        "<|return|>",
+        "<eos>",
+        "<|im_end|>",
+        "<end_of_turn>",
+        "[SEP]",
+    ],
+)
+def test_end_tokens_of_many_families(end):
+    made = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    made.add_special_tokens(["<pad>", end])
+    assert corpus.end_of_text(made) == 2
+
+
+def test_the_tokenizers_own_end_is_asked_first():
+    made = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    made.add_special_tokens(["</s>", "<stop>"])
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<stop>")
+    assert corpus.end_of_text(words) == words.eos_token_id == 2
+    assert corpus.encode(words, ["a"]).tolist() == [0, 2]

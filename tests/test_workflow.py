@@ -1,4 +1,4 @@
-"""The pipeline around the notebooks: parameters, gates, resumption; on a tiny chapter so that it takes seconds."""
+"""The pipeline around the notebooks: gates, resumption; on a tiny chapter, for speed."""
 
 import json
 import os
@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FIGURE = """
 import matplotlib.pyplot as plt
-from companion import plot
+from companion import chapter
 fig, ax = plt.subplots(figsize=(2, 1))
 ax.plot([1, 2])
-plot.show(fig, name="fig-line", caption=f"Line {n}.", alt=f"A line rising {n} times.")
+chapter.show(fig, name="fig-line", caption=f"Line {n}.", alt=f"A line rising {n} times.")
 """
 
 
@@ -45,11 +45,13 @@ def notebook(
     return path
 
 
-def run(
-    folder: Path, *arguments: str, module: str = "companion.cli"
-) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", module, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+SOURCES = os.pathsep.join([str(ROOT / "src"), str(ROOT / "workflow")])
+
+
+def run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """One command of `headbound`, as its own process."""
+    command = [sys.executable, "-m", "companion.cli", *(arguments or ["book"])]
+    environment = os.environ | {"PYTHONPATH": SOURCES} | variables
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
 
@@ -81,7 +83,7 @@ def project(tmp_path):
 def test_every_preset_fits_every_notebook():
     chapters = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
     for path in sorted((ROOT / "presets").glob("*.yaml")):
-        preset = yaml.safe_load(path.read_text())
+        preset = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert set(preset) == chapters, path.name
         for chapter, parameters in preset.items():
             execute.check_parameters(ROOT / "notebooks" / f"{chapter}.ipynb", parameters or {})
@@ -113,29 +115,22 @@ def test_a_chapter_that_fails_says_so_in_one_line_and_leaves_no_result(project):
     notebook(
         project / "notebooks" / "01_tiny.ipynb", "raise ValueError('rank = 0: choose another')"
     )
-    done = run(project, "notebooks/01_tiny.ipynb", "out/01_tiny.ipynb", module="companion.execute")
+    done = run(project, "chapter", "notebooks/01_tiny.ipynb", "out/01_tiny.ipynb")
     assert done.returncode == 1
     assert "headbound: 01_tiny: ValueError: rank = 0: choose another" in done.stderr
     assert not list((project / "out").iterdir())
 
 
 def test_an_unknown_notebook_parameter_or_preset_has_its_own_line(project):
-    done = run(project, "notebooks/02_none.ipynb", "out/x.ipynb", module="companion.execute")
+    done = run(project, "chapter", "notebooks/02_none.ipynb", "out/x.ipynb")
     assert (done.returncode, done.stderr) == (
         2,
         "headbound: notebook = notebooks/02_none.ipynb: no such file\n",
     )
-    done = run(
-        project,
-        "notebooks/01_tiny.ipynb",
-        "out/x.ipynb",
-        "--parameters",
-        '{"q": 1}',
-        module="companion.execute",
-    )
+    done = run(project, "chapter", "notebooks/01_tiny.ipynb", "out/x.ipynb", "--set", "q=1")
     assert done.returncode == 2
     assert "unknown parameter 'q'" in done.stderr
-    done = run(project, "--preset", "huge")
+    done = run(project, "book", "--preset", "huge")
     assert (done.returncode, done.stderr) == (
         2,
         "headbound: PRESET = huge: must be one of laptop, smoke\n",
@@ -178,7 +173,7 @@ def test_each_planted_fault_is_caught(good, tmp_path):
         content.metadata["papermill"]["exception"] = True
 
     def no_alt(content):
-        content.cells[2].outputs[-1].metadata["headbound"]["alt"] = " "
+        content.cells[2].outputs[-1].metadata["companion"]["alt"] = " "
 
     def undescribed(content):
         content.cells[2].outputs[-1].metadata = {}
@@ -192,7 +187,7 @@ def test_each_planted_fault_is_caught(good, tmp_path):
         )
 
     def stale(content):
-        content.metadata["headbound"]["source"] = "another"
+        content.metadata["companion"]["source"] = "another"
 
     expected = {
         error: "error output E: bad",
@@ -208,8 +203,9 @@ def test_each_planted_fault_is_caught(good, tmp_path):
         assert message in fault
 
 
+@pytest.mark.slow
 def test_build_skip_change_and_kill(project):
-    """The whole life of a book: built; nothing to do; package or notebook changed; killed -9 and resumed."""
+    """A book's life: built; nothing to do; package or notebook changed; killed -9 and resumed."""
     page = project / "_build" / "html" / "chapters" / "01_tiny.html"
     result = project / "_build" / "executed" / "laptop" / "01_tiny.ipynb"
     done = run(project)
@@ -235,9 +231,12 @@ def test_build_skip_change_and_kill(project):
         FIGURE.replace("Line", "Row"),
     )
     before = result.read_bytes()
-    command = [sys.executable, "-m", "companion.cli"]
+    command = [sys.executable, "-m", "companion.cli", "book"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=project, start_new_session=True, **quiet)
+    environment = os.environ | {"PYTHONPATH": SOURCES}
+    process = subprocess.Popen(
+        command, cwd=project, start_new_session=True, env=environment, **quiet
+    )
     while not list(result.parent.glob(".running-*")) and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
@@ -257,6 +256,7 @@ def test_build_skip_change_and_kill(project):
     assert "Row 3." in page.read_text(), "the earlier book must outlive a failure"
 
 
+@pytest.mark.slow
 def test_sphinx_warnings_stop_the_book(project):
     (project / "book" / "index.md").write_text("# A book\n\n[nowhere](no-such-page.md)\n")
     done = run(project)
@@ -277,13 +277,13 @@ def test_notebooks_are_committed_clean():
             )
 
 
+@pytest.mark.slow
 def test_chapters_executed_at_once_in_one_folder_do_not_meet(tmp_path):
     notebook(tmp_path / "chapter.ipynb", "import time; time.sleep(2); print(n)")
-    command = [sys.executable, "-m", "companion.execute", "chapter.ipynb"]
+    command = [sys.executable, "-m", "companion.cli", "chapter", "chapter.ipynb"]
+    environment = os.environ | {"PYTHONPATH": SOURCES}
     runs = [
-        subprocess.Popen(
-            [*command, f"{n}.ipynb", "--parameters", json.dumps({"n": n})], cwd=tmp_path
-        )
+        subprocess.Popen([*command, f"{n}.ipynb", "--set", f"n={n}"], cwd=tmp_path, env=environment)
         for n in range(3)
     ]
     assert [run.wait() for run in runs] == [0, 0, 0]

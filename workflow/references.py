@@ -1,4 +1,7 @@
-"""Measure the models that chapter 9 compares with: runs its notebook on each, keeps its findings as a table."""
+"""Measure the models that chapter 9 compares with, and cite the paper's: book/data/references.csv.
+
+python workflow/references.py [NAME…]
+"""
 
 import sys
 import tempfile
@@ -7,47 +10,58 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pandas as pd
 import transformers
-from diagnosis import NOTEBOOK, ROOT
-from execute import execute
 
-from headbound import cache
+from companion import diagnosis
+from companion.execute import execute
+from headbound import cache, pythia
 from headbound.train import tunnel
 
-TABLE = ROOT / "src" / "headbound" / "references.csv"
-SMOL, TUNNEL = "SmolLM2-135M-Instruct, 4-bit", "wind tunnel"
+NOTEBOOK = Path("notebooks/09_diagnose.ipynb")
+TABLE = Path("book/data/references.csv")
+SMOL = "SmolLM2-135M-Instruct, 4-bit"
+TUNNEL = "wind tunnel"
+CITED = "cited"
 PARAMETERS: dict[str, dict[str, Any]] = {
     SMOL: {},
     f"{SMOL}, head cut to 64": {"planted_rank": 64},
-    **{f"{TUNNEL}, d = {d}": {} for d in (16, 64)},
+    f"{TUNNEL}, d = 16": {},
+    f"{TUNNEL}, d = 64": {},
+    f"{TUNNEL}, d = 64, early": {},
     f"{TUNNEL}, d = 64, head cut to 8": {"planted_rank": 8},
     f"{TUNNEL}, d = 64, untrained": {},
 }
+EARLY = 0.1  # of the training's steps
 
 
 def model(name: str) -> str:
     """A reference as `models.load` takes it, trained or drawn at random here where need be."""
     if name.startswith(SMOL):
         return "smollm2-135m"
-    if "untrained" not in name:
-        width = int(name.split("d = ")[1].split(",")[0])
-        return tunnel.train([8, 16, 32, 64], 2000).query(f"hidden_size == {width}")["path"].iloc[-1]
+    if "untrained" in name:
+        return untrained()
+    width = int(name.split("d = ")[1].split(",")[0])
+    table = tunnel.train([8, 16, 32, 64], 2000)
+    own = table[table["hidden_size"] == width]
+    early = own[own["step"] >= EARLY * own["step"].max()]
+    return own["path"].iloc[-1] if "early" not in name else early["path"].iloc[0]
+
+
+def untrained() -> str:
+    """A model of the wind tunnel as it was drawn, with its tokenizer."""
     folder = cache.cache_dir() / "references" / "tunnel-untrained"
     if not folder.exists():
         config = transformers.GPTNeoXConfig(
-            **{
-                "hidden_size": 64,
-                "intermediate_size": 256,
-                "num_attention_heads": 4,
-                "num_hidden_layers": 2,
-            },
-            **{
-                "vocab_size": 2048,
-                "max_position_embeddings": 128,
-                "bos_token_id": 0,
-                "eos_token_id": 0,
-            },
+            hidden_size=64,
+            intermediate_size=256,
+            num_attention_heads=4,
+            num_hidden_layers=2,
+            vocab_size=2048,
+            max_position_embeddings=128,
+            bos_token_id=0,
+            eos_token_id=0,
         )
         transformers.set_seed(0)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -56,46 +70,80 @@ def model(name: str) -> str:
 
 
 def measure(name: str) -> pd.DataFrame:
-    """A reference's rows: a line a finding of its report, each with its provenance."""
+    """A reference's rows, from its report."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "report.ipynb"
         execute(NOTEBOOK, output, "laptop", {"model": model(name), **PARAMETERS[name]})
-        cells = nbformat.read(output, 4).cells
-    about = [
-        o.metadata["headbound"]
-        for c in cells
-        for o in c.get("outputs", [])
-        if "headbound" in o.get("metadata", {})
-    ]
-    (findings,) = (kept["findings"] for kept in about if "findings" in kept)
-    (made,) = (kept["provenance"] for kept in about if "provenance" in kept)
-    source = {"text": "docstrings", "fingerprint": made["sample: fingerprint of the text"]}
-    source |= {"tokens": made["sample: tokens learnt from"].replace(",", "")}
-    source |= {key: made[key] for key in ("headbound", "torch", "transformers")}
-    source |= {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "command": f'python workflow/references.py "{name}"',
-    }
-    verdict = next(f["measured"] for f in findings if f["key"] == "diagnose.verdict")
-    numbers = [
-        {"quantity": f["quantity"], **f["measured"]}
-        for f in findings
-        if isinstance(f["measured"], dict)
-    ]
-    return pd.DataFrame(
-        [{"reference": name, "verdict": verdict, **row, **source} for row in numbers]
+        return told(name, diagnosis.facts(nbformat.read(output, as_version=4)))
+
+
+def told(name: str, found: dict[str, Any]) -> pd.DataFrame:
+    """A line a number of a report, each with its origin."""
+    made = found["provenance"]
+    rows = []
+    for finding in found["findings"]:
+        number = finding["measured"]
+        if finding["key"] == "diagnose.verdict":
+            verdict = number
+        elif isinstance(number, dict):
+            rows.append({"quantity": finding["quantity"], **number})
+        else:
+            rows.append({"quantity": finding["quantity"], "value": number})
+    return pd.DataFrame(rows).assign(
+        reference=name,
+        verdict=verdict,
+        text=found["parameters"]["text"],
+        fingerprint=made["sample: fingerprint of the text"],
+        tokens=int(made["sample: tokens learnt from"].replace(",", "")),
+        headbound=made["headbound"],
+        torch=made["torch"],
+        transformers=made["transformers"],
+        date=f"{datetime.now(UTC):%Y-%m-%d}",
+        source=f'python workflow/references.py "{name}"',
     )
+
+
+def cited() -> pd.DataFrame:
+    """The paper's models: the end of Figure 5, the last layers of Figure 2, half ranks of 6b."""
+    rows = []
+    for figure, quantity in {
+        "5": "singular entropy of the head (nats)",
+        "2": "mean cosine, last layer",
+    }.items():
+        curves = pythia.figures(figure)
+        for (family, size), curve in curves.groupby(["series", "curve"], sort=False):
+            last = curve.loc[curve["x"].idxmax()]
+            named = f"{family if figure == '2' else 'Pythia'}-{size}"
+            rows.append((named, quantity, last["y"], last["error"], figure))
+    for name, curve in pythia.figures("6b").groupby("curve", sort=False):
+        ordered = curve.sort_values("x")
+        at_half = np.interp(ordered["x"].max() / 2, ordered["x"], ordered["y"])
+        lost = at_half - ordered["y"].iloc[-1]
+        error = float(np.hypot(*[ordered["error"].iloc[-1]] * 2))
+        rows.append((name, "nats lost, head cut to half", lost, error, "6b"))
+    table = pd.DataFrame(rows, columns=["reference", "quantity", "value", "error", "figure"])
+    table["low"] = table["value"] - table["error"]
+    table["high"] = table["value"] + table["error"]
+    table["source"] = "Godey et al. 2024, Figure " + table["figure"]
+    return table.drop(columns=["error", "figure"]).assign(verdict=CITED, n=1)
 
 
 def main() -> None:
     """Measure the references named, or all, and put their rows in the place of the old ones."""
-    for name in sys.argv[1:] or PARAMETERS:
-        if name not in PARAMETERS:
-            raise SystemExit(f"headbound: {name!r} is none of {', '.join(PARAMETERS)}")
-        rows, known = measure(name), pd.read_csv(TABLE)
-        table = pd.concat([known[known["reference"] != name], rows])
+    names = sys.argv[1:] or list(PARAMETERS)
+    wrong = [name for name in names if name not in PARAMETERS]
+    if wrong:
+        raise SystemExit(f"headbound: {wrong} are none of {', '.join(PARAMETERS)}")
+    for name in names:
+        rows = measure(name)
+        known = pd.read_csv(TABLE)
+        kept = known[~known["reference"].isin([name]) & (known["verdict"] != CITED)]
+        table = pd.concat([kept, rows, cited()])
         order = {reference: place for place, reference in enumerate(PARAMETERS)}
-        table = table.sort_values("reference", key=lambda column: column.map(order), kind="stable")
+        places = table["reference"].map(order).fillna(len(order))
+        table = table.iloc[np.argsort(places, kind="stable")]
+        first = ["reference", "verdict", "quantity", "value", "low", "high", "n"]
+        table = table[[*first, *(c for c in table if c not in first)]]
         with cache.replacing(TABLE) as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g")
 

@@ -1,7 +1,8 @@
-"""What every chapter says of itself: its parameters, its findings beside the paper's, its provenance."""
+"""What every chapter says of itself: its findings beside the paper's, its answer, its origin."""
 
 import ast
 import hashlib
+import html
 import math
 import os
 import platform
@@ -10,8 +11,9 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,27 +22,17 @@ from pandas.io.formats.style import Styler
 
 from companion import figures
 from companion.figures import draw, plot, show
+from companion.words import VERDICTS, Estimate, markdown, number, visible
 
-__all__ = ["Finding", "Run", "begin", "draw", "end", "findings", "plot", "say", "show", "table"]
-
-VERDICTS = ("reproduced", "consistent", "not reproduced", "not testable here")
-PACKAGES = ("torch", "transformers", "numpy", "scipy")  # named in the provenance where installed
-
-
-@runtime_checkable
-class Estimate(Protocol):
-    """Anything that has a value, an interval and a sample size."""
-
-    value: float
-    low: float
-    high: float
-    n: int
+__all__ = ["VERDICTS", "Finding", "Run", "answer", "begin", "draw", "end", "findings"]
+__all__ += ["markdown", "number", "plot", "say", "show", "table"]
 
 
 class Run(NamedTuple):
-    """One execution of a notebook: its parameters and when it began (seconds since the epoch)."""
+    """One execution of a notebook: parameters, versions of packages, start (seconds)."""
 
     parameters: dict[str, Any]
+    packages: dict[str, str]
     started: float
 
 
@@ -51,7 +43,7 @@ class Finding(NamedTuple):
     - `paper` is what the paper says, in words, or `not given`.
     - `agrees` is what a tested rule says; None where this scale can't tell.
     - `comment` says how the rule decides, and how far its threshold could move.
-    - `one_of_many`: the paper's claim is about many models and this is one, so it can at best be
+    - `one_of_many`: the paper's claim is about many models and this is one. It can at best be
       consistent.
     """
 
@@ -76,25 +68,21 @@ class Finding(NamedTuple):
 def begin(namespace: Mapping[str, Any]) -> Run:
     """Start a chapter: seed every generator and set the style of figures.
 
-    The parameters are the names that the cells before this one set to plain values. What a start-up
-    file of the
-    reader's has set is none.
+    The parameters are the names that the cells before this one set to plain values.
+    A name that a start-up file of the reader's has set is no parameter.
 
     **Arguments:**
 
-    - `namespace`: the notebook's `globals()`, right after its parameters cell and imports. It must
-      hold `seed` and
-      `preset`.
+    - `namespace`: the notebook's `globals()`, right after its parameters cell and its imports.
+      It must hold `seed` and `preset`.
 
     **Raises:** `ValueError` if `seed` or `preset` is missing or of the wrong type.
     """
     parameters = _parameters(namespace)
     for name, kind in {"seed": int, "preset": str}.items():
-        value = parameters.get(name)
-        if not isinstance(value, kind):
-            raise ValueError(
-                f"{name} = {value!r}: the parameters cell must set it to a {kind.__name__}"
-            )
+        if not isinstance(parameters.get(name), kind):
+            told = f"{name} = {parameters.get(name)!r}"
+            raise ValueError(f"{told}: the parameters cell must set it to a {kind.__name__}")
     seed = parameters["seed"]
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed = {seed}: must be between 0 and {2**32 - 1}")
@@ -103,37 +91,56 @@ def begin(namespace: Mapping[str, Any]) -> Run:
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
     figures.use_style()
-    return Run(parameters, time.time())
+    return Run(parameters, _packages(namespace), time.time())
 
 
 def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     plain = (bool, int, float, str, list, dict, type(None))
-    cells = namespace.get("In")
-    names = list(namespace) if cells is None else _assigned(cells)
-    return {
-        name: namespace[name]
-        for name in names
-        if not name.startswith("_") and isinstance(namespace.get(name, plain), plain)
-    }
+    found = {}
+    for name in _assigned(namespace.get("In", [])):
+        if name.startswith("_") or name not in namespace:
+            continue
+        if isinstance(namespace[name], plain):
+            found[name] = namespace[name]
+    return found
 
 
 def _assigned(cells: Sequence[str]) -> list[str]:
     """The names that cells set at their outermost level, in order."""
-    names: dict[str, None] = {}
+    names = []
     for cell in cells:
         try:
             statements = ast.parse(cell).body
-        except SyntaxError:  # a cell with a magic
+        except SyntaxError:  # a cell that did not run either
             continue
         for statement in statements:
-            if isinstance(statement, ast.Assign):
-                names |= {t.id: None for t in statement.targets if isinstance(t, ast.Name)}
-    return list(names)
+            targets = statement.targets if isinstance(statement, ast.Assign) else []
+            names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names
+
+
+def _packages(namespace: Mapping[str, Any]) -> dict[str, str]:
+    """The versions of what the notebook imports, and of what its numbers rest on."""
+    modules = [value for value in namespace.values() if isinstance(value, ModuleType)]
+    names = {module.__name__.split(".")[0] for module in modules}
+    names |= {"torch", "transformers", "numpy", "scipy"} & sys.modules.keys()
+    versions = {}
+    for name in sorted(names):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # of the standard library, or named otherwise
+            continue
+    return versions
 
 
 def say(words: str) -> None:
-    """Show computed sentences (Markdown)."""
+    """Show computed sentences (Markdown); `markdown` makes text from elsewhere safe in them."""
     display(Markdown(words))
+
+
+def answer(words: str) -> None:
+    """Show the computed answer to the chapter's question (Markdown); the start page has it too."""
+    display(Markdown(words), metadata={"companion": {"answer": words}})
 
 
 def table(frame: pd.DataFrame, caption: str, digits: int = 4) -> None:
@@ -143,41 +150,36 @@ def table(frame: pd.DataFrame, caption: str, digits: int = 4) -> None:
     """
 
     def words(cell: Any) -> str:
-        return f"{cell:.{digits}g}" if isinstance(cell, float) else str(cell)
+        return f"{cell:.{digits}g}" if isinstance(cell, float) else visible(cell)
 
     display(_styled(frame, caption).format(words, escape="html"))
 
 
 def findings(rows: Sequence[Finding]) -> None:
-    """Show a chapter's numbers beside the paper's, and keep them for the pages that collect them."""
-    frame = pd.DataFrame(
-        [(r.quantity, r.paper, number(r.measured), r.verdict, r.comment) for r in rows],
-        columns=["quantity", "the paper", "measured here", "verdict", "comment"],
-    )
-    kept = [
-        {
-            "key": r.key,
-            "quantity": r.quantity,
-            "paper": r.paper,
-            "measured": _plain(r.measured),
-            "verdict": r.verdict,
-            "comment": r.comment,
-        }
-        for r in rows
-    ]
-    shown = _styled(frame, "This chapter's findings").format(str, escape="html")
-    display(shown, metadata={"companion": {"findings": kept}})
+    """Show a chapter's numbers beside the paper's; the pages that collect them have them too."""
+    shown = {
+        "quantity": [row.quantity for row in rows],
+        "the paper (cited)": [row.paper for row in rows],
+        "measured here": [number(row.measured) for row in rows],
+        "verdict": [row.verdict for row in rows],
+        "comment": [row.comment for row in rows],
+    }
+    kept = []
+    for row in rows:
+        about = {name: getattr(row, name) for name in ("key", "quantity", "paper", "comment")}
+        kept.append({**about, "measured": _plain(row.measured), "verdict": row.verdict})
+    _show(pd.DataFrame(shown), "This chapter's findings", {"findings": kept})
 
 
-def end(run: Run, samples: Mapping[str, int | str], package: str = "headbound") -> None:
-    """Close a chapter with its provenance: preset, seed, versions, device, run time, memory, sample sizes."""
+def end(run: Run, samples: Mapping[str, int | str]) -> None:
+    """Close a chapter with its provenance: preset, seed, versions, device, memory, samples."""
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     rows = {
         "preset": run.parameters["preset"],
         "seed": run.parameters["seed"],
-        **{name: version(name) for name in (package, *PACKAGES)},
         "Python": platform.python_version(),
+        **run.packages,
         "device": _device(),
         "CPU cores": os.cpu_count(),
         "run time": f"{time.time() - run.started:.0f} s",
@@ -186,20 +188,7 @@ def end(run: Run, samples: Mapping[str, int | str], package: str = "headbound") 
     }
     kept = {k: str(v) for k, v in rows.items()}
     frame = pd.DataFrame(kept.items(), columns=["what", "value"])
-    shown = _styled(frame, "How this page was made").format(str, escape="html")
-    display(shown, metadata={"companion": {"provenance": kept}})
-
-
-def number(value: Estimate | float | str | None) -> str:
-    """A number as the whole book prints it: with its interval and sample size where it has them."""
-    if value is None:
-        return "unknown"
-    if isinstance(value, Estimate):
-        scale = max(abs(value.value), abs(value.high - value.low), 1e-12)
-        digits = max(0, 2 - math.floor(math.log10(scale))) if math.isfinite(scale) else 3
-        low, high = f"{value.low:.{digits}f}", f"{value.high:.{digits}f}"
-        return f"{value.value:.{digits}f} [{low}, {high}] (n = {value.n:,})"
-    return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
+    _show(frame, "How this page was made", {"provenance": kept, "packages": run.packages})
 
 
 def _device() -> str:
@@ -209,21 +198,28 @@ def _device() -> str:
     return torch.cuda.get_device_name()
 
 
+def _show(frame: pd.DataFrame, caption: str, about: dict[str, Any]) -> None:
+    shown = _styled(frame, caption).format(visible, escape="html")
+    display(shown, metadata={"companion": about})
+
+
 def _styled(frame: pd.DataFrame, caption: str) -> Styler:
-    # pandas draws the table's id at random; one that follows from the content keeps equal runs
-    # equal.
-    content = hashlib.sha256(f"{caption}{frame.to_csv()}".encode()).hexdigest()[:8]
-    styler = Styler(frame, uuid=content, uuid_len=8, cell_ids=False)
-    return styler.set_caption(_escaped(caption)).hide(axis="index")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # pandas draws a table's id at random. One that follows from the content keeps equal runs equal.
+    content = caption + frame.to_csv()
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    styler = Styler(frame, uuid=digest, uuid_len=8, cell_ids=False)
+    styler.set_caption(html.escape(visible(caption)))
+    styler.hide(axis="index")
+    return styler.format_index(visible, axis="columns", escape="html")
 
 
 def _plain(value: Any) -> Any:
     # Strict JSON: no numpy number, and null for NaN, which a kernel would turn into text.
     if isinstance(value, Estimate):
-        return {name: _plain(getattr(value, name)) for name in ("value", "low", "high", "n")}
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        names = ("value", "low", "high", "n")
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,65 +1,145 @@
-"""`make book`: check the preset, run the workflow, say where the book is."""
+"""The command of a book of notebooks: build it, run a chapter, sign and check its verdicts."""
 
-import argparse
+import json
+import locale
 import os
-import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
 
-from filelock import FileLock, Timeout
+import typer
 
-ROOT = Path.cwd()
+from companion import build
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+Preset = Annotated[
+    str, typer.Option(help="The scale: a file of presets/, such as smoke or laptop.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="A parameter; give it again for another."),
+]
 
 
-def main() -> int:
-    """Run Snakemake for one preset; a lock of the operating system keeps two runs apart and dies with its owner."""
-    presets = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="laptop")
-    parser.add_argument("--cores", default="2")
-    parser.add_argument("targets", nargs="*", help="files of the workflow; the whole book if none")
-    arguments = parser.parse_args()
-    if arguments.preset not in presets:
-        print(
-            f"headbound: PRESET = {arguments.preset}: must be one of {', '.join(presets)}",
-            file=sys.stderr,
-        )
-        return 2
-    snakemake = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--snakefile",
-        "workflow/Snakefile",
-        "--cores",
-        arguments.cores,
-    ]
-    # One chapter or checkpoint that fails keeps no other from being finished.
-    # Snakemake's own lock survives a kill -9 and would have to be removed by hand; ours does not.
-    options = ["--nolock", "--keep-going", "--rerun-incomplete", "--quiet", "rules"]
-    options += ["--config", f"preset={arguments.preset}"]
-    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    environment = os.environ | {"PATH": programs}
-    (ROOT / "_build").mkdir(exist_ok=True)
-    try:
-        with FileLock(ROOT / "_build" / ".lock", timeout=0):
-            done = subprocess.run(
-                [*snakemake, *options, "--", *arguments.targets], cwd=ROOT, env=environment
-            )
-    except Timeout:
-        print("headbound: another `make book` is at work here; wait for it to end", file=sys.stderr)
-        return 1
-    if done.returncode:
-        print(
-            "headbound: the book was not built (reasons above); what was finished is kept",
-            file=sys.stderr,
-        )
-    elif not arguments.targets:
-        print(
-            f"The book ({arguments.preset}) is ready: open {ROOT / '_build' / 'html' / 'index.html'}"
-        )
-    return done.returncode
+@app.callback()
+def about() -> None:
+    """Build this book, or run one part of it. Begin with `book`; --help explains each command."""
+
+
+@app.command()
+def book(
+    preset: Preset = "laptop",
+    chapter: Annotated[
+        list[str] | None,
+        typer.Option(help="This chapter alone, by its beginning, such as 02; a page of its own."),
+    ] = None,
+    cores: Annotated[int, typer.Option(help="Chapters executed side by side.")] = os.cpu_count()
+    or 1,
+) -> None:
+    """Execute every chapter that is new or changed, and render the book into _build/html.
+
+    It goes on where it was stopped. A verdict that differs from the signed one is marked and told.
+    """
+    raise typer.Exit(done(partial(build.build, preset, chapter or [], cores)))
+
+
+@app.command()
+def chapter(
+    notebook: Annotated[Path, typer.Argument(help="A notebook of the book, or its name.")],
+    output: Annotated[Path, typer.Argument(help="The executed notebook to write.")],
+    preset: Preset = "laptop",
+    values: Set = None,
+    parameters: Annotated[str, typer.Option(help="Parameters as a JSON object.")] = "{}",
+) -> None:
+    """Execute one chapter, with parameters of your own; its first code cell lists them."""
+    from companion import execute
+
+    def work() -> None:
+        given = json.loads(parameters) | assigned(values)
+        execute.execute(notebook, output, preset, given)
+
+    if not notebook.exists() and notebook.suffix != ".ipynb":
+        notebook = Path("notebooks") / f"{notebook}.ipynb"
+    raise typer.Exit(execute.report_failure(notebook, work))
+
+
+@app.command()
+def sign(preset: Preset = "laptop") -> None:
+    """Accept the verdicts that the chapters now give; git's diff of verdicts.yaml shows them."""
+    from companion import site
+
+    raise typer.Exit(done(partial(site.sign, preset)))
+
+
+@app.command()
+def check(preset: Preset = "laptop") -> None:
+    """Refuse what is built (exit status 1) where a verdict differs from the signed one."""
+    from companion import site
+
+    def work() -> int:
+        found = site.check(preset)
+        print(*found, sep="\n", file=sys.stderr, end="\n" if found else "")
+        return int(bool(found))
+
+    raise typer.Exit(done(work))
+
+
+@app.command()
+def pdf() -> None:
+    """Print the built book as _build/head-bound.pdf; needs a Chromium."""
+    from companion import pdf
+
+    raise typer.Exit(done(pdf.print_book))
+
+
+@app.command()
+def links(preset: Preset = "laptop") -> None:
+    """Ask the other hosts that the book links to whether the links still answer."""
+    from companion import site
+
+    raise typer.Exit(done(partial(site.linkcheck, preset)))
+
+
+def assigned(values: list[str] | None) -> dict[str, Any]:
+    """Parameters from `NAME=VALUE`, the values as text.
+
+    **Raises:** `ValueError` for one without a name.
+    """
+    found = {}
+    for given in values or []:
+        name, equals, value = given.partition("=")
+        if not name.isidentifier() or not equals:
+            raise ValueError(f"--set {given}: must be NAME=VALUE, such as seed=1")
+        found[name] = value
+    return found
+
+
+def done(work: Callable[[], int | None], name: str = "book") -> int:
+    """Do the work of a command: its exit status, and one clear line for a failure."""
+    from companion.execute import report_failure
+
+    status: list[int] = []
+    failed = report_failure(Path(name), lambda: status.append(work() or 0))
+    return failed or status[0]
+
+
+def main() -> None:
+    """Run the command, in UTF-8 whatever the locale says."""
+    plain = locale.getencoding().lower() in ("utf-8", "utf8")
+    if plain or sys.flags.utf8_mode:
+        app()
+        return
+    arguments = sys.orig_argv[1:]
+    environment = os.environ | {"PYTHONUTF8": "1"}
+    os.execve(sys.executable, [sys.executable, "-X", "utf8", *arguments], environment)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,85 +1,178 @@
-"""Diagnose a model: the report of chapter 9 as one self-contained HTML page, and the notebook it was made from."""
+"""A report: one executed notebook as one self-contained HTML page, its summary first."""
 
-import argparse
 import html
+import json
 import re
-import sys
-from functools import partial
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbconvert import HTMLExporter
+from nbformat import NotebookNode
 
-from companion.execute import execute, report_failure
+from companion import execute
 
-ROOT = Path.cwd()
-NOTEBOOK = ROOT / "notebooks" / "09_diagnose.ipynb"
+FORMAT = "companion report, 1"
+ROLE = re.compile(r"\{\w+\}`([^`<]*?)(?: <[^`]*>)?`")  # a cross-reference of the book
+HEADING = re.compile(r"^##? +(.+)$", re.M)
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 0 1rem; overflow-wrap: anywhere }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 0.9rem; margin: 1rem 0 }
-td, th { border-bottom: 1px solid #ccc; padding: 0.2rem 0.6rem; text-align: left }
-caption, figcaption { color: #444; font-size: 0.9rem; text-align: left }
-figure { margin: 1rem 0 } img { max-width: 100%; height: auto } .anchor-link { display: none }
+:root { color-scheme: light }
+body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 72rem;
+  margin: auto; padding: 0 1rem 2rem; overflow-wrap: anywhere }
+h1 { font-size: 1.05rem; margin: .6rem 0 0; color: #444; font-weight: 600 }
+h2 { display: inline; font-size: 1.05rem } p { margin: .4rem 0 }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .85rem;
+  margin: .4rem 0 }
+td, th { border-bottom: 1px solid #ccc; padding: .15rem .6rem .15rem 0; text-align: left;
+  vertical-align: top }
+caption, figcaption { color: #444; font-size: .8rem; text-align: left }
+figure { margin: .4rem 0; max-width: 44rem } img { max-width: 100%; height: auto; display: block }
+details { border-top: 1px solid #ccc; padding: .5rem 0 } summary { cursor: pointer }
+.anchor-link { display: none } pre { overflow-x: auto } ul { margin: .3rem 0; padding-left: 1.2rem }
+@media (min-width: 900px) {
+  .first { display: grid; grid-template-columns: 1fr 1fr; column-gap: 2rem; align-items: start }
+  .first > * { grid-column: 1 / -1 }
+  .first > :has(figure), .first > :has(table) { grid-column: auto }
+}
 """
 
 
-def page(report: nbformat.NotebookNode) -> str:
-    """An executed diagnosis as a page that asks nothing of the network: no scripts, figures inside, captions below.
+def report(
+    notebook: Path, output: Path, parameters: dict[str, Any], data: Path | None = None
+) -> None:
+    """Execute a notebook, and write it as a page, as a notebook beside it, and its facts as JSON.
 
-    Code, and cells tagged `book`, are left out.
+    **Arguments:** `output`: the page; the executed notebook gets its name with the suffix `.ipynb`.
+    `data`: where the JSON goes, see `facts`; None leaves it out.
+
+    **Raises:** `ValueError` for bad parameters or a place that can't be written, before the run;
+    `PapermillExecutionError` for what the notebook can't do.
     """
-    report.cells = [cell for cell in report.cells if "book" not in cell.metadata.get("tags", [])]
-    for cell in report.cells:
-        for output in cell.get("outputs", []):
-            about = output.get("metadata", {}).get("headbound", {})
-            if "alt" in about:
-                alt, caption = (html.escape(about[key]) for key in ("alt", "caption"))
-                image = f'<img src="data:image/png;base64,{output.data["image/png"].strip()}" alt="{alt}">'
-                output.data = {
-                    "text/html": f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
-                }
-    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True)
-    body, _ = exporter.from_notebook_node(report)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}<title>Diagnosis</title></head><body>{body}</body></html>'
-
-
-def diagnose(model: str, text: str, revision: str, others: list[str], output: Path) -> None:
-    """Execute the notebook on a model and a text, and write the page beside it.
-
-    **Raises:** `ValueError` for bad parameters, `PapermillExecutionError` for what the notebook can't do.
-    """
-    if odd := [pair for pair in others if not re.fullmatch(r"\w+=-?[\d.]+", pair)]:
-        raise ValueError(f"--set {odd[0]}: must be NAME=NUMBER, such as passages=288")
-    numbers = {
-        name: float(value) if "." in value else int(value)
-        for name, value in (x.split("=") for x in others)
-    }
     executed = output.with_suffix(".ipynb")
-    execute(
-        NOTEBOOK,
-        executed,
-        "laptop",
-        {"model": model, "text": text, "revision": revision, **numbers},
+    if output == executed:
+        raise ValueError(f"output = {output}: the executed notebook goes there; end it with .html")
+    for place in (output, executed, data):
+        if place is not None:
+            _check(place)
+    execute.execute(notebook, executed, "laptop", parameters)
+    made = nbformat.read(executed, as_version=4)
+    _write(output, page(made))
+    if data is not None:
+        _write(data, json.dumps(facts(made), indent=1, ensure_ascii=False) + "\n")
+
+
+def page(notebook: NotebookNode) -> str:
+    """The notebook as a page without scripts, links or code, that asks nothing of the network.
+
+    Cells tagged `summary` come first; the others follow folded, a fold for each heading. Cells
+    tagged `book` are left out.
+    """
+    cells = [cell for cell in notebook.cells if "book" not in _tags(cell)]
+    first = [cell for cell in cells if "summary" in _tags(cell)]
+    (title, opening), *parts = _parts([cell for cell in cells if "summary" not in _tags(cell)])
+    folds = [("The question", opening), *parts]
+    body = f'<h1>{title}</h1><section class="first">{_html(first)}</section>' + "".join(
+        f"<details><summary><h2>{heading}</h2></summary>{_html(part)}</details>"
+        for heading, part in folds
     )
-    output.write_text(page(nbformat.read(executed, 4)), encoding="utf-8")
-    print(f"The report is ready: open {output}")
-
-
-def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a folder, a .gguf file, a Hub id, or smollm2-135m")
-    parser.add_argument("--text", default="docstrings", help="a UTF-8 file, docstrings, or hf:NAME")
-    parser.add_argument("--revision", default="", help="of a Hub id")
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=NUMBER", help="other parameters, passages=288"
+    head = f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8">{head}<title>{title}</title>'
+    return (
+        f'<!doctype html><html lang="en"><head>{head}</head><body><main>{body}</main></body></html>'
     )
-    parser.add_argument("--output", type=Path, default=Path("report.html"))
-    asked = parser.parse_args()
-    work = partial(diagnose, asked.model, asked.text, asked.revision, asked.set, asked.output)
-    return report_failure(NOTEBOOK, work)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def facts(notebook: NotebookNode) -> dict[str, Any]:
+    """What a report says, for a program.
+
+    - `format`: the name and version of this form.
+    - `parameters`: the notebook's, with the values that it had.
+    - `answer`: its computed answer, in Markdown.
+    - `findings`: a list of key, quantity, paper, measured (value, low, high, n; null for what is
+      not finite), verdict and comment.
+    - `figures`: a list of name, caption and alt text.
+    - `provenance`: versions, device, run time, sample sizes.
+    """
+    said = [output.metadata["companion"] for output in _outputs(notebook.cells, "companion")]
+    merged = {key: value for about in said for key, value in about.items()}
+    parameters: dict[str, Any] = {}
+    for cell in notebook.cells:
+        if {"parameters", "injected-parameters"} & _tags(cell):
+            parameters |= execute.literals(cell.source)
+    return {
+        "format": FORMAT,
+        "parameters": parameters,
+        "answer": merged.get("answer"),
+        "findings": merged.get("findings", []),
+        "figures": [about for about in said if "alt" in about],
+        "provenance": merged.get("provenance", {}),
+    }
+
+
+def _parts(cells: Sequence[NotebookNode]) -> list[tuple[str, list[NotebookNode]]]:
+    """The cells under each heading of the first two levels, in order; the first is the title."""
+    parts: list[tuple[str, list[NotebookNode]]] = [("Report", [])]
+    for cell in cells:
+        if cell.cell_type != "markdown":
+            parts[-1][1].append(cell)
+            continue
+        before, *sections = HEADING.split(cell.source)
+        parts[-1][1].append(nbformat.v4.new_markdown_cell(before))
+        for heading, text in zip(sections[::2], sections[1::2], strict=True):
+            parts.append((html.escape(heading), [nbformat.v4.new_markdown_cell(text)]))
+    return parts[1:] if len(parts) > 1 else parts
+
+
+def _html(cells: Sequence[NotebookNode]) -> str:
+    shown = [_shown(cell) for cell in cells]
+    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True)
+    body, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(cells=shown))
+    return body
+
+
+def _shown(cell: NotebookNode) -> NotebookNode:
+    cell = nbformat.from_dict(cell)
+    if cell.cell_type == "markdown":
+        cell.source = ROLE.sub(r"\1", cell.source)
+        return cell
+    cell.outputs = [output for output in cell.outputs if output.output_type != "stream"]
+    for output in _outputs([cell], "companion"):
+        about = output.metadata["companion"]
+        if "alt" in about:
+            alt, caption = (html.escape(about[key]) for key in ("alt", "caption"))
+            picture = output.data["image/png"].strip()
+            image = f'<img src="data:image/png;base64,{picture}" alt="{alt}">'
+            inside = f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+            output.data = {"text/html": inside}
+    return cell
+
+
+def _outputs(cells: Sequence[NotebookNode], key: str) -> Iterator[NotebookNode]:
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            if key in output.get("metadata", {}):
+                yield output
+
+
+def _tags(cell: NotebookNode) -> set[str]:
+    return set(cell.metadata.get("tags", []))
+
+
+def _check(place: Path) -> None:
+    if place.is_dir():
+        raise ValueError(f"output = {place}: it is a folder; name a file")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"output = {place}: {error.strerror}; name another file") from error
+
+
+def _write(place: Path, content: str) -> None:
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".writing-") as scratch:
+        written = Path(scratch) / place.name
+        written.write_text(content, encoding="utf-8")
+        written.replace(place)

@@ -1,143 +1,207 @@
-"""One chapter: check its parameters, execute it with papermill, keep the result only when it is whole."""
+"""One chapter: check its parameters, execute it, keep the result only when it is whole."""
 
-import argparse
 import ast
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import nbformat
 import papermill
+import yaml
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from companion.words import markdown
+
+SCHEMA = "presets/schema.json"  # of parameters, by their names; beside the folder of notebooks
+SOCKET = 80  # characters of a folder that leave room for a socket's name below the system's limit
+SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # where sockets may live, if TMPDIR is too long
+
 
 def literals(source: str) -> dict[str, Any]:
-    """The names that a cell sets and their values, which are plain literals. (papermill's own reading of a cell
-    breaks off a literal at the end of its first line.)"""
+    """The names that a cell sets, and their values, which are plain literals."""
     lines = [line for line in ast.parse(source).body if isinstance(line, ast.Assign)]
     return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
 
 
-def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
-    """Every parameter given exists in the notebook, with the type of its default.
+def defaults(notebook: Path) -> dict[str, Any]:
+    """A notebook's parameters: what the cell tagged `parameters` sets.
 
-    papermill itself only logs an unknown parameter and goes on.
+    **Raises:** `ValueError` for a file that is no notebook, or has no such cell.
+    """
+    if not notebook.is_file():
+        raise ValueError(f"notebook = {notebook}: no such file")
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            return literals(cell.source)
+    raise ValueError(f"notebook = {notebook}: no cell of it is tagged `parameters`")
+
+
+def check_parameters(notebook: Path, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters as the notebook takes them: each exists, and has the type of its default.
+
+    Text is read as the default's type, so that `1e-3` is a number and a folder `160` is none. What
+    its value may hold says `presets/schema.json`, where that names it.
 
     **Raises:** `ValueError` naming the parameter and what would fit.
     """
-    cells = nbformat.read(notebook, as_version=4).cells
-    defaults = literals(
-        next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    )
+    known = defaults(notebook)
+    fitting = {}
     for name, value in parameters.items():
-        if name not in defaults:
-            raise ValueError(
-                f"{notebook.stem}: unknown parameter {name!r}; it has {', '.join(defaults)}"
-            )
-        default = defaults[name]
-        fits = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
-        if default is not None and not fits:
-            expected = type(default).__name__
-            raise ValueError(
-                f"{notebook.stem}: {name} = {value!r}: must be of type {expected}, like {default!r}"
-            )
+        if name not in known:
+            has = ", ".join(known)
+            raise ValueError(f"{notebook.stem}: unknown parameter {name!r}; it has {has}")
+        fitting[name] = _fitted(f"{notebook.stem}: {name}", value, known[name])
+    schema = notebook.resolve().parent.parent / SCHEMA
+    if schema.exists():
+        rules = jsonschema.Draft202012Validator(json.loads(schema.read_text(encoding="utf-8")))
+        for error in rules.iter_errors(fitting):
+            where = ".".join(map(str, error.path))
+            raise ValueError(f"{notebook.stem}: {where}: {error.message}")
+    return fitting
+
+
+def _fitted(name: str, value: Any, default: Any) -> Any:
+    given = value
+    if isinstance(value, str) and not isinstance(default, str):
+        value = _read(value, default)
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if default is not None and type(value) is not type(default):
+        expected = type(default).__name__
+        raise ValueError(f"{name} = {given!r}: must be of type {expected}, like {default!r}")
+    return value
+
+
+def _read(text: str, default: Any) -> Any:
+    try:
+        return float(text) if isinstance(default, float) else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return text
 
 
 def source_hash(notebook: nbformat.NotebookNode) -> str:
-    """A hash of the cells' sources, the parameters papermill injected left out: tells whether a result is stale."""
-    cells = [
-        c.source for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])
-    ]
+    """A hash of the cells' sources, injected parameters left out: is a result stale?"""
+    injected = "injected-parameters"
+    cells = [c.source for c in notebook.cells if injected not in c.metadata.get("tags", [])]
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
 
 def commit() -> str:
     """The commit of this checkout, and whether anything differs from it."""
+    command = ["git", "describe", "--always", "--dirty=, changed"]
     try:
-        told = subprocess.run(
-            ["git", "describe", "--always", "--dirty=, changed"], capture_output=True, text=True
-        )
-    except FileNotFoundError:
+        told = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
         return "unknown (no git)"
     return told.stdout.strip() if told.returncode == 0 else "unknown (not a git checkout)"
 
 
 def describe_figures(notebook: nbformat.NotebookNode) -> None:
-    """Move captions and alt texts from the outputs, where code computed them, to where myst-nb reads them."""
+    """Move captions and alt texts from the outputs to where myst-nb reads them."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            about = output.get("metadata", {}).get("headbound", {})
+            about = output.get("metadata", {}).get("companion", {})
             if "alt" in about:
-                figure = {"caption": about["caption"], "name": about["name"]}
+                figure = {"caption": markdown(about["caption"]), "name": about["name"]}
                 cell.metadata["mystnb"] = {"figure": figure, "image": {"alt": about["alt"]}}
 
 
 def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any]) -> None:
     """Execute a notebook into `output`, which appears only when every cell has run.
 
-    **Raises:** `ValueError` for bad parameters, `PapermillExecutionError` for a cell that failed.
+    **Raises:** `ValueError` for bad parameters or a bad place, before anything runs;
+    `PapermillExecutionError` for a cell that failed; `DeadKernelError` if the kernel was killed.
     """
-    if not notebook.is_file():
-        raise ValueError(f"notebook = {notebook}: no such file")
-    check_parameters(notebook, parameters)
+    parameters = check_parameters(notebook, parameters)
     if preset != "laptop":  # laptop is what the notebooks say themselves
         parameters = {"preset": preset, **parameters}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = {"dir": output.parent, "prefix": ".running-"}
-    with tempfile.TemporaryDirectory(**beside) as scratch, tempfile.TemporaryDirectory() as sockets:
-        finished = Path(scratch) / output.name
-        # The kernel listens on no network port, and kernels of several chapters share no socket.
-        local_only = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
+    if output.is_dir() or output.resolve() == notebook.resolve():
+        what = "a folder" if output.is_dir() else "the notebook itself"
+        raise ValueError(f"output = {output}: it is {what}; name another file")
+    with ExitStack() as stack:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            beside = {"dir": output.parent, "prefix": ".running-"}
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(**beside)))
+        except OSError as error:
+            raise ValueError(f"output = {output}: {error.strerror}; name another file") from error
+        finished = scratch / output.name
+        kernel = stack.enter_context(_own_kernel())
         papermill.execute_notebook(
-            notebook,
-            finished,
-            parameters,
-            kernel_name="python3",
-            progress_bar=False,
-            config=local_only,
+            notebook, finished, parameters, kernel_name="python3", progress_bar=False, config=kernel
         )
         content = nbformat.read(finished, as_version=4)
         describe_figures(content)
         source = source_hash(nbformat.read(notebook, as_version=4))
         made = {"preset": preset, "source": source, "commit": commit()}
-        content.metadata["headbound"] = {**content.metadata.get("headbound", {}), **made}
+        content.metadata["companion"] = {**content.metadata.get("companion", {}), **made}
         nbformat.write(content, finished)
         finished.replace(output)
 
 
+@contextmanager
+def _own_kernel() -> Iterator[Config]:
+    """A kernel of this environment's Python that nothing of the reader's own settings reaches.
+
+    It finds its kernel file, its configuration and its start-up files in an empty folder. It
+    listens on no network port where a short enough path for a socket can be had.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "kernels" / "python3"
+        folder.mkdir(parents=True)
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
+        (folder / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
+        before = dict(os.environ)
+        os.environ |= dict.fromkeys(("JUPYTER_PATH", "IPYTHONDIR", "JUPYTER_CONFIG_DIR"), scratch)
+        os.environ |= {"JUPYTER_RUNTIME_DIR": f"{scratch}/run", "PYTHONUTF8": "1"}
+        os.environ.pop("PYTHONSTARTUP", None)
+        if not os.access(Path.home(), os.W_OK):
+            os.environ.setdefault("MPLCONFIGDIR", scratch)
+        try:
+            with _sockets() as config:
+                yield config
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+@contextmanager
+def _sockets() -> Iterator[Config]:
+    for place in (tempfile.gettempdir(), *SHORT):
+        if len(place) < SOCKET and os.access(place, os.W_OK):
+            with tempfile.TemporaryDirectory(dir=place) as folder:
+                yield Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})
+            return
+    yield Config(KernelManager={"transport": "tcp"})
+
+
 def report_failure(notebook: Path, work: Callable[[], None]) -> int:
-    """Do the work of a command line: its exit status, and one clear line on standard error for what went wrong."""
+    """Do the work of a command: its exit status, and one clear line for a failure."""
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         work()
     except PapermillExecutionError as error:
-        print(f"headbound: {notebook.stem}: {error.ename}: {error.evalue}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"headbound: {error}", file=sys.stderr)
-        return 2
+        return _told(f"{notebook.stem}: {error.ename}: {error.evalue}", 1)
+    except DeadKernelError:
+        return _told(f"{notebook.stem}: its kernel was killed; it may have run out of memory", 1)
+    except (ValueError, OSError) as error:
+        return _told(str(error), 2)
     return 0
 
 
-def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("notebook", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--preset", default="laptop")
-    parser.add_argument("--parameters", type=json.loads, default={}, help="JSON object")
-    asked = parser.parse_args()
-    work = partial(execute, asked.notebook, asked.output, asked.preset, asked.parameters)
-    return report_failure(asked.notebook, work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _told(why: str, status: int) -> int:
+    line = " ".join(why.split())
+    print(f"headbound: {line}", file=sys.stderr)
+    return status

@@ -1,16 +1,22 @@
 """The figures of a book: one verb for what most of them are, and what every figure must say."""
 
 import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from cycler import cycler
 from IPython.display import display
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+
+from companion.words import visible
 
 # Each has a contrast of 4.5 : 1 or more on white, and all differ for the colour-blind.
 COLORS = ["#0b4f99", "#b34700", "#00705a", "#8f2d7a", "#5c5c00", "#333333"]
@@ -18,6 +24,7 @@ MARKERS = ["o", "s", "^", "D", "v", "P"]
 DASHES = [(1, 0), (5, 2), (1.5, 1.5), (7, 2, 2, 2), (3, 1), (1, 1, 4, 1)]
 CITED = "#6b6b6b"
 MOST_CURVES = 6
+LABEL = 40  # characters of a name in a figure; its table has the whole
 
 
 class Look(TypedDict, total=False):
@@ -39,19 +46,19 @@ class Look(TypedDict, total=False):
 
 def use_style() -> None:
     """Set seaborn up for the book: a white grid, and colours that are read on it."""
-    sns.set_theme(context="notebook", style="whitegrid", palette=COLORS)
-    plt.rcParams.update(
-        {
-            "figure.figsize": (7.0, 4.2),
-            "figure.constrained_layout.use": True,
-            "savefig.dpi": 144,
-            "axes.prop_cycle": cycler(color=COLORS) + cycler(marker=MARKERS),
-            "lines.markersize": 4,
-            "axes.titlesize": "medium",
-            "legend.fontsize": "small",
-            "text.parse_math": False,  # a name may hold a dollar sign: it is shown as it is
-        }
-    )
+    # A name in a script that the font lacks shows boxes; its table has it whole.
+    warnings.filterwarnings("ignore", "Glyph .* missing from")
+    settings = {
+        "figure.figsize": (7.0, 4.2),
+        "figure.constrained_layout.use": True,
+        "savefig.dpi": 144,
+        "axes.prop_cycle": cycler(color=COLORS) + cycler(marker=MARKERS),
+        "lines.markersize": 4,
+        "axes.titlesize": "medium",
+        "legend.fontsize": "small",
+        "text.parse_math": False,  # a name may hold a dollar sign: it is shown as it is
+    }
+    sns.set_theme(context="notebook", style="whitegrid", palette=COLORS, rc=settings)
 
 
 def plot(
@@ -82,10 +89,13 @@ def plot(
 
     **Raises:** `ValueError` for a column that is not there, more than six curves, or no row.
     """
-    fig = draw(frame, x, y, by=by, panels=panels, **look)
     kind = look.get("kind", "line")
-    caption, alt = _words(frame, x, y, by, panels, kind)
-    show(fig, name, f"{caption} {see}.", f"{alt} {see}.")
+    caption = _caption(frame, x, y, by, kind)
+    alt = _alt(frame, x, y, by, panels, kind)
+    fig = draw(frame, x, y, by=by, panels=panels, **look)
+    caption = f"{caption} {see}."
+    alt = f"{alt} {see}."
+    show(fig, name, caption, alt)
 
 
 def draw(
@@ -97,11 +107,10 @@ def draw(
     panels: str | None = None,
     **look: Unpack[Look],
 ) -> Figure:
-    """The figure that `plot` shows, for a chapter that adds something special before it calls `show`."""
+    """The figure that `plot` shows, for a chapter that adds something before it calls `show`."""
     _check(frame, x, y, by, panels)
-    parts = [("", frame)]
-    if panels:
-        parts = list(frame.groupby(panels, sort=False))
+    frame = _labelled(frame, [x, y, by, panels])
+    parts = list(frame.groupby(panels, sort=False)) if panels else [("", frame)]
     height = 4.2 if len(parts) == 1 else 2.8 * len(parts)
     fig, axes = plt.subplots(len(parts), sharex=True, figsize=(7.0, height), squeeze=False)
     for ax, (title, part) in zip(axes[:, 0], parts, strict=True):
@@ -115,37 +124,75 @@ def draw(
 def show(fig: Figure, name: str, caption: str, alt: str) -> None:
     """Display a figure with what a reader needs beside it, then close it.
 
+    Texts are plain: what would be Markdown is shown as it is.
+    What would keep a reader from seeing the figure is kept with it: the weakest contrast of its
+    lines, and how many panels stand side by side.
+
     **Arguments:**
 
     - `fig`: the figure; one a cell.
     - `name`: its label in the book (`fig-…`), for cross-references.
-    - `caption`: what is drawn and what to see in it; it may be computed.
-    - `alt`: the shape and the one thing to see, for those who can't see it; it may be computed.
+    - `caption`: what is drawn and what to see in it, in one or two sentences.
+    - `alt`: the shape and the one thing to see, for those who can't see it.
 
-    **Raises:** `ValueError` if a text is missing: the book has no figure without alt text.
+    **Raises:** `ValueError` if a text is missing, or the name is none.
     """
-    for field, text in {"name": name, "caption": caption, "alt": alt}.items():
-        if not text.strip():
-            raise ValueError(
-                f"{field} = {text!r}: a figure needs a name, a caption and an alt text"
-            )
-    display(fig, metadata={"companion": {"name": name, "caption": caption, "alt": alt}})
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"name = {name!r}: must be letters, digits and hyphens, like fig-loss")
+    about = {"name": name, "caption": visible(caption), "alt": visible(alt)}
+    for field in ("caption", "alt"):
+        if not about[field]:
+            raise ValueError(f"{field} = '': a figure needs a caption and an alt text")
+    panels = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
+    columns = {round(ax.get_position().x0, 1) for ax in panels}
+    seen = {"contrast": round(contrast(fig), 2), "columns": len(columns)}
+    display(fig, metadata={"companion": {**about, **seen}})
     plt.close(fig)
+
+
+def contrast(fig: Figure) -> float:
+    """The weakest contrast on white of a figure's lines, as WCAG defines it: 1 to 21."""
+    lines = [line for ax in fig.axes for line in ax.lines]
+    ratios = [1.05 / (_luminance(line.get_color()) + 0.05) for line in lines]
+    return min(ratios, default=21.0)
+
+
+def _luminance(colour: Any) -> float:
+    parts = np.array(to_rgb(colour))
+    dark = parts / 12.92
+    light = ((parts + 0.055) / 1.055) ** 2.4
+    linear = np.where(parts <= 0.04045, dark, light)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
 def _check(frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | None) -> None:
     missing = [column for column in (x, y, by, panels) if column and column not in frame]
     if missing:
-        raise ValueError(
-            f"columns {missing}: not in the frame, which has {', '.join(frame.columns)}"
-        )
+        raise ValueError(f"columns {missing}: not in the frame, which has {', '.join(frame)}")
     if frame.empty:
         raise ValueError("the frame has no row, so there is nothing to draw")
-    own = frame[~_cited(frame)]
-    if by and own[by].nunique() > MOST_CURVES:
-        raise ValueError(
-            f"{own[by].nunique()} curves by {by!r}: show {MOST_CURVES} at most, or use panels"
-        )
+    curves = frame.loc[~_cited(frame), by].nunique() if by else 0
+    if curves > MOST_CURVES:
+        raise ValueError(f"{curves} curves by {by!r}: show {MOST_CURVES} at most, or use panels")
+
+
+def _labelled(frame: pd.DataFrame, columns: Sequence[str | None]) -> pd.DataFrame:
+    """The frame with names that fit into a figure, whatever they hold; equal names stay apart."""
+    frame = frame.copy()
+    for column in {column for column in columns if column}:
+        if pd.api.types.is_numeric_dtype(frame[column]):
+            continue
+        labels: dict[Any, str] = {}
+        for name in dict.fromkeys(frame[column]):
+            label = visible(name)
+            if len(label) > LABEL:
+                label = f"{label[: LABEL // 2]}…{label[-LABEL // 2 :]}"
+            if label.startswith("_"):  # matplotlib would leave it out of the legend
+                label = f" {label}"
+            same = list(labels.values()).count(label)
+            labels[name] = f"{label} ({len(labels)})" if same else label
+        frame[column] = frame[column].map(labels)
+    return frame
 
 
 def _cited(frame: pd.DataFrame) -> "pd.Series[bool]":
@@ -157,15 +204,13 @@ def _cited(frame: pd.DataFrame) -> "pd.Series[bool]":
 def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None, look: Look) -> None:
     kind = look.get("kind", "line")
     if kind == "heat":
-        sns.heatmap(
-            frame.pivot(index=by, columns=x, values=y), ax=ax, annot=True, fmt=".2g", cmap="Blues"
-        )
+        table = frame.pivot(index=by, columns=x, values=y)
+        sns.heatmap(table, ax=ax, annot=True, fmt=".2g", cmap="Blues")
         return
     cited = _cited(frame)
-    own = frame[~cited]
-    drawing = {"line": _lines, "dot": _dots, "bar": _bars}[kind]
-    if len(own):
-        drawing(ax, own, x, y, by)
+    if not cited.all():
+        drawing = {"line": _lines, "dot": _dots, "bar": _bars}[kind]
+        drawing(ax, frame[~cited], x, y, by)
     if cited.any():
         _lines_cited(ax, frame[cited], x, y, by)
     for axis in look.get("log", ""):
@@ -185,50 +230,54 @@ def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None, look: L
 
 
 def _lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
-    keys = _order(frame, by)
+    parts = _parts(frame, by)
     style: dict[str, Any] = {}
     if by:
-        style = {
-            "hue": by,
-            "hue_order": keys,
-            "style": by,
-            "style_order": keys,
-            "palette": COLORS[: len(keys)],
-            "dashes": DASHES[: len(keys)],
-            "markers": MARKERS[: len(keys)],
-        }
+        keys, count = list(parts), len(parts)
+        style = {"hue": by, "hue_order": keys, "style": by, "style_order": keys}
+        style |= {"palette": COLORS[:count], "dashes": DASHES[:count], "markers": MARKERS[:count]}
     sns.lineplot(frame, x=x, y=y, ax=ax, estimator=None, errorbar=None, **style)
-    if not {"low", "high"} <= set(frame):
-        return
-    for place, key in enumerate(keys):
-        part = frame if by is None else frame[frame[by] == key]
-        part = part.sort_values(x)
-        ax.fill_between(part[x], part["low"], part["high"], color=COLORS[place], alpha=0.2, lw=0)
+    if {"low", "high"} <= set(frame):
+        for part, color in zip(parts.values(), COLORS, strict=False):
+            part = part.sort_values(x)
+            ax.fill_between(part[x], part["low"], part["high"], color=color, alpha=0.2, lw=0)
 
 
 def _lines_cited(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
-    for place, key in enumerate(_order(frame, by)):
-        part = frame if by is None else frame[frame[by] == key]
-        label = f"{key} (cited)" if by else "cited"
-        dashes = (0, DASHES[(place + 1) % len(DASHES)])
-        ax.plot(part[x], part[y], color=CITED, lw=1.2, ls=dashes, marker="", label=label)
+    parts = _parts(frame, by)
+    dashes = DASHES[1:] + DASHES[:1]
+    for (key, part), dash in zip(parts.items(), dashes, strict=False):
+        label = "cited"
+        if by:
+            label = f"{key} (cited)"
+        style = {"color": CITED, "lw": 1.2, "ls": (0, dash), "marker": ""}
+        ax.plot(part[x], part[y], label=label, **style)
 
 
 def _dots(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
-    sns.pointplot(
-        frame, x=x, y=y, hue=by, ax=ax, errorbar=None, linestyle="none", dodge=0.4 if by else False
-    )
-    if {"low", "high"} <= set(frame) and by is None:
-        places = range(len(frame))
-        ax.hlines(places, frame["low"], frame["high"], color=COLORS[0], lw=2)
+    parts = list(_parts(frame, by).values())
+    count = len(parts)
+    width = 0.4 if count > 1 else 0.0
+    style: dict[str, Any] = {"errorbar": None, "linestyle": "none", "dodge": width}
+    if by:
+        style["markers"] = MARKERS[:count]
+        style["palette"] = COLORS[:count]
+    sns.pointplot(frame, x=x, y=y, hue=by, ax=ax, **style)
+    if not {"low", "high"} <= set(frame):
+        return
+    rows = list(dict.fromkeys(frame[y]))
+    shifts = np.linspace(-width / 2, width / 2, count)
+    for part, shift, color in zip(parts, shifts, COLORS, strict=False):
+        places = part[y].map(rows.index) + shift
+        ax.hlines(places, part["low"], part["high"], color=color, lw=2)
 
 
 def _bars(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
     sns.barplot(frame, x=x, y=y, hue=by, ax=ax, errorbar=None)
 
 
-def _order(frame: pd.DataFrame, by: str | None) -> Sequence[Any]:
-    return [None] if by is None else list(dict.fromkeys(frame[by]))
+def _parts(frame: pd.DataFrame, by: str | None) -> dict[Any, pd.DataFrame]:
+    return dict(list(frame.groupby(by, sort=False))) if by else {None: frame}
 
 
 def power(value: float, _place: int = 0) -> str:
@@ -240,26 +289,29 @@ def power(value: float, _place: int = 0) -> str:
     return f"10{digits}"
 
 
-def _words(
-    frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | None, kind: str
-) -> tuple[str, str]:
-    """What is drawn: for the caption, and for the alt text."""
-    cited = _cited(frame)
-    curves = len(_order(frame[~cited], by)) if (~cited).any() else 0
-    shapes = {"line": "line", "dot": "point", "bar": "bar", "heat": "field"}
-    shape = shapes[kind]
+def _caption(frame: pd.DataFrame, x: str, y: str, by: str | None, kind: str) -> str:
+    """What is drawn, in one sentence."""
     caption = f"{y[:1].upper()}{y[1:]} against {x}"
     if by:
-        caption += f", a {shape} for each {by}" if kind == "line" else f", by {by}"
-    caption += "."
+        caption += f", a line for each {by}" if kind == "line" else f", by {by}"
+    notes = []
     if {"low", "high"} <= set(frame):
-        bands = "Bands" if kind == "line" else "Bars"
-        caption += f" {bands}: 95 % intervals."
-    if cited.any():
-        caption += " Grey: cited, not computed here."
+        notes.append(f"{'bands' if kind == 'line' else 'bars'} are 95 % intervals")
+    if _cited(frame).any():
+        notes.append("grey is cited, not computed here")
+    return f"{caption} ({'; '.join(notes)})." if notes else f"{caption}."
+
+
+def _alt(frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | None, kind: str) -> str:
+    """The shape of what is drawn, in one sentence."""
+    cited = _cited(frame)
+    shape = {"line": "line", "dot": "point", "bar": "bar", "heat": "cell"}[kind]
+    curves = (~cited).sum()
+    if kind == "line" and curves:
+        curves = len(_parts(frame[~cited], by))
     alt = f"{curves} {shape}{'' if curves == 1 else 's'} of {y} against {x}"
     if panels:
         alt += f" in {frame[panels].nunique()} panels"
     if cited.any():
-        alt += f", beside {len(_order(frame[cited], by))} cited in grey"
-    return caption, f"{alt}."
+        alt += f", beside {len(_parts(frame[cited], by))} cited in grey"
+    return f"{alt}."

@@ -1,4 +1,4 @@
-"""The gates between the executed chapters and the book: nothing broken, stale or undescribed is published."""
+"""The gate between the executed chapters and the book: nothing broken or stale is published."""
 
 from pathlib import Path
 
@@ -13,28 +13,24 @@ def faults(executed: Path, notebook: Path) -> list[str]:
     found = []
     if content.metadata.get("papermill", {}).get("exception"):
         found.append("papermill recorded an exception")
-    if content.metadata.get("headbound", {}).get("source") != source_hash(
-        nbformat.read(notebook, as_version=4)
-    ):
+    source = source_hash(nbformat.read(notebook, as_version=4))
+    if content.metadata.get("companion", {}).get("source") != source:
         found.append("stale: the notebook has changed since it was executed")
     for number, cell in enumerate(content.cells):
-        for output in cell.get("outputs", []):
-            found += [f"cell {number}: {fault}" for fault in _output_faults(output)]
-        if sum("image/png" in o.get("data", {}) for o in cell.get("outputs", [])) > 1:
-            found.append(f"cell {number}: more than one figure; give each its own cell")
+        outputs = cell.get("outputs", [])
+        told = [_fault(output) for output in outputs]
+        if sum("image/png" in output.get("data", {}) for output in outputs) > 1:
+            told.append("more than one figure; give each its own cell")
+        found += [f"cell {number}: {fault}" for fault in told if fault]
     return [f"{executed.stem}: {fault}" for fault in found]
 
 
-def _output_faults(output: nbformat.NotebookNode) -> list[str]:
+def _fault(output: nbformat.NotebookNode) -> str:
     if output.output_type == "error":
-        return [f"error output {output.ename}: {output.evalue}"]
+        return f"error output {output.ename}: {output.evalue}"
     if output.output_type == "stream" and output.name == "stderr":
-        return [
-            f"text on standard error: {output.text.strip().splitlines()[0] if output.text.strip() else ''}"
-        ]
-    if any(kind.startswith("image/") for kind in output.get("data", {})):
-        alt = output.metadata.get("headbound", {}).get("alt", "")
-        return (
-            [] if alt.strip() else ["a figure without alt text; show it with headbound.plot.show"]
-        )
-    return []
+        return f"text on standard error: {output.text.strip().partition(chr(10))[0]}"
+    pictures = [kind for kind in output.get("data", {}) if kind.startswith("image/")]
+    if pictures and not output.metadata.get("companion", {}).get("alt", "").strip():
+        return "a figure without alt text; show it with companion.chapter.show"
+    return ""

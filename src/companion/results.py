@@ -1,10 +1,10 @@
-"""What the executed chapters found, joined with the paper's claims and held against the signed verdicts."""
+"""What the executed chapters found, joined with the paper's claims, beside the signed verdicts."""
 
-import argparse
 import base64
-import math
+import hashlib
+import json
 import re
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +14,13 @@ import yaml
 from companion.execute import literals
 
 CLAIMS, SIGNED = Path("book/claims.yaml"), Path("book/verdicts.yaml")
-VERDICTS = {True: "reproduced", False: "not reproduced", None: "not testable here"}
-EXEMPT = {
-    "smoke"
-}  # its numbers mean nothing, so neither do its verdicts: only its keys are checked
+EXEMPT = {"smoke"}  # its numbers mean nothing, so neither do its verdicts
+WORDS = ("reproduced", "consistent", "in part", "divided", "not reproduced", "not testable here")
 SIGNED_HEADER = """\
-# The verdicts that someone looked at and signed, preset by preset: `make sign PRESET=…` writes what the chapters
-# now say, and the diff of this file is what there is to review. A list holds every verdict that is fine, for findings
-# that rest on what a machine may lack, such as a network; `absent` in it lets the whole finding be missing.
+# The verdicts that someone looked at and signed, preset by preset. `make sign PRESET=…` writes what
+# the chapters now say; the diff of this file is what there is to review. A list holds every verdict
+# that is fine, for findings that rest on what a machine may lack, such as a network; `absent` in it
+# lets the whole finding be missing. `made` says on what each chapter's verdicts rest.
 """
 
 
@@ -30,167 +29,193 @@ class Chapter(NamedTuple):
 
     name: str
     title: str
+    question: str
+    answer: str
     parameters: dict[str, Any]
     findings: list[dict[str, Any]]
     figures: dict[str, dict[str, Any]]
     provenance: dict[str, str]
+    packages: dict[str, str]
     run: dict[str, Any]
-    question: str = ""
+
+    @property
+    def made(self) -> dict[str, str]:
+        """On what its verdicts rest, by the reason that a change of it would be."""
+        given = {key: value for key, value in self.parameters.items() if key != "preset"}
+        digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+        packages = [f"{name} {version}" for name, version in self.packages.items()]
+        return {
+            "other parameters": digest[:8],
+            "a change of the notebook": self.run.get("source", "unknown")[:8],
+            "other versions of packages": ", ".join(packages),
+            "another device": self.provenance.get("device", "unknown"),
+        }
+
+
+class Row(NamedTuple):
+    """A claim, the findings that answer it with their chapters, and one word for them all."""
+
+    claim: dict[str, Any]
+    pairs: list[tuple[Chapter, dict[str, Any]]]
+    verdict: str
+
+
+class Change(NamedTuple):
+    """A verdict that is not the signed one."""
+
+    key: str
+    chapter: str
+    signed: str
+    now: str
+    reason: str
+
+    def __str__(self) -> str:
+        """One line for the terminal."""
+        told = f"{self.key} ({self.chapter}): signed {self.signed}, here {self.now}"
+        return f"{told}; likely because of {self.reason}"
 
 
 def read(path: Path) -> Chapter:
-    """Collect findings, figures and provenance from the metadata of a notebook's outputs."""
+    """Collect what a notebook says of itself from the metadata of its outputs."""
     content = nbformat.read(path, as_version=4)
-    heading = next(
-        line for cell in content.cells for line in cell.source.splitlines() if line.startswith("# ")
-    )
-    parameters, findings, figures, provenance = {}, [], {}, {}
+    lines = [line for cell in content.cells for line in cell.source.splitlines()]
+    title = next(line.removeprefix("# ") for line in lines if line.startswith("# "))
+    parameters, findings, figures, kept = {}, [], {}, {}
     for cell in content.cells:
         if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
             parameters |= literals(cell.source)
         for output in cell.get("outputs", []):
-            about = output.get("metadata", {}).get("headbound", {})
+            about = output.get("metadata", {}).get("companion", {})
+            kept |= about
             findings += about.get("findings", [])
-            provenance |= about.get("provenance", {})
             if "alt" in about and "image/png" in output.get("data", {}):
-                figures[about["name"]] = {
-                    **about,
-                    "png": base64.b64decode(output["data"]["image/png"]),
-                }
-    run = {**content.metadata.get("papermill", {}), **content.metadata.get("headbound", {})}
-    asked = re.findall(r"[^.?!]*\?", " ".join(content.cells[0].source.split("\n", 1)[-1].split()))
-    question = run.get("question") or (asked[0].strip() if asked else "")
+                png = base64.b64decode(output["data"]["image/png"])
+                figures[about["name"]] = {**about, "png": png}
+    own = content.metadata.get("companion", {})
+    opening = " ".join(content.cells[0].source.partition("\n")[2].split())
+    asked = re.search(r"[^.?!]*\?", opening)
     return Chapter(
-        path.stem, heading[2:].strip(), parameters, findings, figures, provenance, run, question
+        name=path.stem,
+        title=title.strip(),
+        question=own.get("question") or (asked[0].strip() if asked else ""),
+        answer=kept.get("answer", ""),
+        parameters=parameters,
+        findings=findings,
+        figures=figures,
+        provenance=kept.get("provenance", {}),
+        packages=kept.get("packages", {}),
+        run={**content.metadata.get("papermill", {}), **own},
     )
 
 
-def verdict(finding: dict[str, Any]) -> str:
-    """One of three words."""
-    return VERDICTS[finding["agrees"]]
+def overall(verdicts: Sequence[str]) -> str:
+    """One word for a claim that several findings answer.
+
+    A claim of several parts is reproduced only if every part is:
+    a part that can't be tested makes it `in part`, a part that is not reproduced `divided`.
+    """
+    told = set(verdicts)
+    good = told & {"reproduced", "consistent"}
+    if good and "not reproduced" in told:
+        return "divided"
+    if good and "not testable here" in told:
+        return "in part"
+    order = ("not reproduced", "consistent", "reproduced")
+    return next((word for word in order if word in told), "not testable here")
 
 
-def measured(value: dict[str, Any] | float | str | None) -> str:
-    """A finding's number as the chapters print it, with interval and sample size where it has them."""
-    from headbound.stats import Estimate  # scipy behind it takes a second
-
-    if isinstance(value, dict):
-        return str(Estimate(**{name: math.nan if v is None else v for name, v in value.items()}))
-    return (
-        f"{value:.4g}" if isinstance(value, float) else "unknown" if value is None else str(value)
-    )
+def load(path: Path) -> dict[str, Any]:
+    """The claims of the paper or the signed verdicts; nothing where the book has no such file."""
+    return (yaml.safe_load(path.read_text("utf-8")) or {}) if path.exists() else {}
 
 
-def overall(verdicts: list[str]) -> str:
-    """One word for a claim that several findings answer."""
-    told = set(verdicts) - {VERDICTS[None]}
-    return "divided" if len(told) > 1 else told.pop() if told else VERDICTS[None]
+def join(claims: dict[str, Any], chapters: Sequence[Chapter]) -> list[tuple[dict, list[Row]]]:
+    """Each section of the claims with its rows; a finding that no chapter has is not testable."""
+    by_key = {f["key"]: (chapter, f) for chapter in chapters for f in chapter.findings}
+    sections = []
+    for section in claims.get("sections", []):
+        rows = []
+        for claim in section["claims"]:
+            asked = claim.get("findings", [])
+            pairs = [by_key[key] for key in asked if key in by_key]
+            verdicts = [finding["verdict"] for _, finding in pairs]
+            verdicts += ["not testable here"] * (len(asked) - len(pairs))
+            rows.append(Row(claim, pairs, overall(verdicts)))
+        sections.append((section, rows))
+    return sections
 
 
-def load_claims() -> dict[str, Any]:
-    """The paper's claims; none where the book has no such file."""
-    return yaml.safe_load(CLAIMS.read_text()) if CLAIMS.exists() else {"front": [], "sections": []}
-
-
-def load_signed() -> dict[str, dict[str, str | list[str]]]:
-    """The signed verdicts of every preset."""
-    return (yaml.safe_load(SIGNED.read_text()) or {}) if SIGNED.exists() else {}
-
-
-def _fine(words: str | list[str]) -> list[str]:
-    return [words] if isinstance(words, str) else list(words)
-
-
-def faults(preset: str, chapters: list[Chapter]) -> list[str]:
-    """What stands between these results and the book, a line each: verdicts that changed, keys that went or came."""
-    where = {f["key"]: (chapter.name, verdict(f)) for chapter in chapters for f in chapter.findings}
-    keys = [f["key"] for chapter in chapters for f in chapter.findings]
-    found = [
-        f"{key}: two findings have this key; rename one"
-        for key in sorted(set(keys))
-        if keys.count(key) > 1
-    ]
-    all_signed, claims = load_signed(), load_claims()
-    optional = {
-        key
-        for signed in all_signed.values()
-        for key, words in signed.items()
-        if "absent" in _fine(words)
-    }
-    for claim in (claim for section in claims["sections"] for claim in section["claims"]):
-        for key in set(claim.get("findings", [])) - where.keys() - optional:
-            found.append(
-                f"{CLAIMS}: claim {claim['id']}: no chapter has the finding {key}; correct one or the other"
-            )
-    if preset in EXEMPT or not claims["sections"]:
-        return found
-    fix = f"look at it, then `make sign PRESET={preset}` and commit {SIGNED}"
-    signed = all_signed.get(preset)
-    if not signed:
-        return [
-            *found,
-            f"PRESET={preset} has no signed verdicts yet ({len(where)} findings): {fix}",
-        ]
-    for key in sorted(signed.keys() | where.keys()):
-        name, now = where.get(key, ("no chapter", "absent"))
-        before = signed.get(key)
-        if before is None:
-            found.append(f"{key} ({name}): a new finding, {now}: {fix}")
-        elif now not in _fine(before):
-            found.append(
-                f"{key} ({name}): the verdict was {' or '.join(_fine(before))}, now it is {now}: {fix}"
-            )
+def changes(preset: str, chapters: Sequence[Chapter]) -> list[Change]:
+    """Every finding whose verdict is not the signed one, or that is new, or gone."""
+    signed = load(SIGNED).get(preset)
+    if preset in EXEMPT or signed is None:
+        return []
+    now = {f["key"]: (chapter, f["verdict"]) for chapter in chapters for f in chapter.findings}
+    found = []
+    for key in sorted(signed["verdicts"].keys() | now.keys()):
+        chapter, verdict = now.get(key, (None, "absent"))
+        before = _fine(signed["verdicts"].get(key, "absent"))
+        if verdict not in before:
+            name, reason = "no chapter", "a chapter that no longer has it"
+            if chapter:
+                name, reason = chapter.name, _reason(chapter, signed["made"].get(chapter.name, {}))
+            found.append(Change(key, name, " or ".join(before), verdict, reason))
     return found
 
 
-def sign(preset: str, chapters: list[Chapter]) -> int:
-    """Write the verdicts as they are now; a list that covers the present verdict stays. Returns how many changed."""
-    now = {f["key"]: verdict(f) for chapter in chapters for f in chapter.findings}
-    everything = load_signed()
-    before = everything.get(preset, {})
-    now |= {
-        key: "absent"
-        for key, words in before.items()
-        if "absent" in _fine(words) and key not in now
-    }
-    after = {
-        key: before[key] if word in _fine(before.get(key, [])) else word
-        for key, word in sorted(now.items())
-    }
-    everything[preset] = after
-    text = SIGNED_HEADER + yaml.safe_dump(
-        everything, allow_unicode=True, default_flow_style=None, width=200
-    )
+def _fine(words: str | list[str]) -> list[str]:
+    return [words] if isinstance(words, str) else words
+
+
+def _reason(chapter: Chapter, signed: dict[str, str]) -> str:
+    different = [why for why, value in chapter.made.items() if signed.get(why, value) != value]
+    return " and ".join(different) or "another processor or number of threads"
+
+
+def faults(preset: str, chapters: Sequence[Chapter]) -> list[str]:
+    """What `check` refuses: verdicts not signed, keys twice, claims without findings."""
+    keys = [finding["key"] for chapter in chapters for finding in chapter.findings]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    found = [f"{key}: two findings have this key; rename one" for key in twice]
+    everything = load(SIGNED)
+    known = set(keys)
+    for part in everything.values():
+        known |= {key for key, words in part["verdicts"].items() if "absent" in words}
+    claims = [row.claim for _, rows in join(load(CLAIMS), chapters) for row in rows]
+    for claim in claims:
+        for key in claim.get("findings", []):
+            if key not in known:
+                told = f"{CLAIMS}: claim {claim['id']}: no chapter has the finding {key}"
+                found.append(f"{told}; correct one or the other")
+    fix = f"look at it, then `make sign PRESET={preset}` and commit {SIGNED}"
+    if preset not in everything and preset not in EXEMPT:
+        found.append(f"PRESET={preset} has no signed verdicts yet ({len(keys)} findings): {fix}")
+    for change in changes(preset, chapters):
+        found.append(f"{change}: {fix}")
+    return found
+
+
+def sign(preset: str, chapters: Sequence[Chapter]) -> int:
+    """Write the verdicts as they are now, and say how many changed.
+
+    A list that covers the present verdict stays.
+    """
+    everything = load(SIGNED)
+    signed = everything.get(preset, {"verdicts": {}})
+    before = signed["verdicts"]
+    now = {key: "absent" for key, words in before.items() if "absent" in words}
+    for chapter in chapters:
+        now |= {finding["key"]: finding["verdict"] for finding in chapter.findings}
+    after = {}
+    for key, word in sorted(now.items()):
+        covered = word in _fine(before.get(key, []))
+        after[key] = before[key] if covered else word
+    made = {chapter.name: chapter.made for chapter in chapters}
+    everything[preset] = {"verdicts": after, "made": made}
+    style = {"allow_unicode": True, "default_flow_style": None, "sort_keys": False}
+    text = SIGNED_HEADER + yaml.safe_dump(everything, width=200, **style)
     unfinished = SIGNED.with_suffix(".tmp")
-    unfinished.write_text(text)
+    unfinished.write_text(text, "utf-8")
     unfinished.replace(SIGNED)
-    return sum(before.get(key) != after.get(key) for key in before.keys() | after.keys())
-
-
-def main() -> int:
-    """The command line of `make sign`."""
-    parser = argparse.ArgumentParser(
-        description="Sign the verdicts of the chapters executed under a preset."
-    )
-    parser.add_argument("--preset", required=True)
-    preset = parser.parse_args().preset
-    names = yaml.safe_load(Path(f"presets/{preset}.yaml").read_text())
-    paths = [Path("_build/executed") / preset / f"{name}.ipynb" for name in names]
-    missing = [path.stem for path in paths if not path.exists()]
-    if preset in EXEMPT or missing:
-        reason = (
-            "numbers mean nothing"
-            if preset in EXEMPT
-            else f"chapters are not all executed ({', '.join(missing)})"
-        )
-        print(f"headbound: PRESET={preset} is not signed: its {reason}", file=sys.stderr)
-        return 1
-    changed = sign(preset, [read(path) for path in paths])
-    print(
-        f"{SIGNED}: {changed} verdicts of PRESET={preset} changed; read `git diff {SIGNED}`, then commit it"
-    )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    every = before.keys() | after.keys()
+    return sum(before.get(key) != after.get(key) for key in every)

@@ -1,45 +1,107 @@
-"""The pages: gate the executed chapters, stage them with what is computed from all of them, build with jupyter-book."""
+"""The site: gate the executed chapters, stage them with the computed pages, and build."""
 
-import argparse
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import nbformat
 import yaml
 
-from companion import pages, results, slides
-from companion.gates import faults
+from companion import gates, pages, results
+from companion.results import Change
+from companion.words import markdown
 
-STAGED, GENERATED, STAGING, SITE = map(
-    Path, ("book/chapters", "book/generated", "_build/staging", "_build/html")
-)
+STAGED, GENERATED = Path("book/chapters"), Path("book/generated")
+STAGING, SITE = Path("_build/staging"), Path("_build/html")
 
 
-def stage(preset: str) -> list[str]:
-    """Put the executed chapters and the computed pages into the book; what stands against it, if anything."""
-    toc = Path("_toc.yml").read_text()
-    names = sorted(
-        yaml.safe_load(Path(f"presets/{preset}.yaml").read_text()),
-        key=lambda name: toc.find(f"/{name}"),
-    )
-    executed = [Path("_build/executed") / preset / f"{name}.ipynb" for name in names]
-    found = [fault for path in executed for fault in faults(path, Path("notebooks") / path.name)]
-    chapters = [results.read(path) for path in executed]
-    found += results.faults(preset, chapters)
-    if not found:
-        for folder in (STAGED, GENERATED):
-            shutil.rmtree(folder, ignore_errors=True)
-        STAGED.mkdir(parents=True)
-        for path in executed:
-            shutil.copy(path, STAGED)
-        pages.write(chapters, preset, GENERATED)
-        slides.write(chapters, GENERATED)
-    return found
+def executed(preset: str) -> list[Path]:
+    """The executed notebooks of a preset, in the order of the contents."""
+    contents = Path("_toc.yml").read_text("utf-8")
+    chosen = Path(f"presets/{preset}.yaml").read_text("utf-8")
+    folder = Path("_build/executed") / preset
+
+    def place(name: str) -> int:
+        return contents.find(f"/{name}")
+
+    names = sorted(yaml.safe_load(chosen), key=place)
+    return [folder / f"{name}.ipynb" for name in names]
+
+
+def publish(preset: str, builder: str = "html") -> int:
+    """Build the site beside the old one, and put it in place when Sphinx had nothing to warn of.
+
+    A verdict that is not the signed one is told and marked, and stops nothing. Returns the status.
+    """
+    paths = executed(preset)
+    broken = [fault for path in paths for fault in gates.faults(path, Path("notebooks", path.name))]
+    if broken:
+        print("headbound: not published:", *broken, sep="\n  ", file=sys.stderr)
+        return 1
+    chapters = [results.read(path) for path in paths]
+    changes = results.changes(preset, chapters)
+    stage(paths, changes)
+    pages.write(chapters, preset, GENERATED)
+    status = sphinx(builder)
+    if status == 0:
+        if builder == "html":
+            shutil.rmtree(SITE, ignore_errors=True)
+            (STAGING / "_build" / "html").replace(SITE)
+        shutil.rmtree(STAGING)
+    if changes:
+        print("Verdicts that differ from the signed ones:", *changes, sep="\n  ")
+    return status
+
+
+def linkcheck(preset: str) -> int:
+    """Ask the other hosts that the book links to. Returns the exit status."""
+    return publish(preset, "linkcheck")
+
+
+def check(preset: str) -> list[str]:
+    """What `make check` refuses, a line each."""
+    return results.faults(preset, [results.read(path) for path in executed(preset)])
+
+
+def sign(preset: str) -> int:
+    """Sign the verdicts of a preset's executed chapters. Returns the exit status."""
+    missing = [path.stem for path in executed(preset) if not path.exists()]
+    if preset in results.EXEMPT or missing:
+        reason = f"chapters are not all executed ({', '.join(missing)})"
+        reason = "numbers mean nothing" if preset in results.EXEMPT else reason
+        print(f"headbound: PRESET={preset} is not signed: its {reason}", file=sys.stderr)
+        return 1
+    changed = results.sign(preset, [results.read(path) for path in executed(preset)])
+    told = f"{results.SIGNED}: {changed} verdicts of PRESET={preset} changed"
+    print(f"{told}; read `git diff {results.SIGNED}`, then commit it")
+    return 0
+
+
+def stage(paths: Sequence[Path], changes: Sequence[Change]) -> None:
+    """Put the executed chapters into the book, each changed verdict marked below its findings."""
+    for folder in (STAGED, GENERATED):
+        shutil.rmtree(folder, ignore_errors=True)
+    STAGED.mkdir(parents=True)
+    told = {change.key: f"- {markdown(change)}" for change in changes}
+    for path in paths:
+        content = nbformat.read(path, as_version=4)
+        cells = []
+        for cell in content.cells:
+            cells.append(cell)
+            about = [o.get("metadata", {}).get("companion", {}) for o in cell.get("outputs", [])]
+            keys = [finding["key"] for part in about for finding in part.get("findings", [])]
+            lines = [told[key] for key in keys if key in told]
+            if lines:
+                lines = ["```{warning}", "A verdict above is not the signed one:\n", *lines, "```"]
+                cells.append(nbformat.v4.new_markdown_cell("\n".join(lines)))
+        content.cells = cells
+        nbformat.write(content, STAGED / path.name)
 
 
 def sphinx(builder: str) -> int:
-    """Build the staged book into the staging folder, every warning an error; its messages where there were any."""
+    """Build the staged book into the staging folder, every warning an error. Returns the status."""
     shutil.rmtree(STAGING, ignore_errors=True)
     # Absolute, since sphinx-external-toc takes relative paths as relative to the book's folder.
     files = ["--config", Path("_config.yml").resolve(), "--toc", Path("_toc.yml").resolve()]
@@ -47,38 +109,21 @@ def sphinx(builder: str) -> int:
     command = ["jupyter-book", "build", "book", *files, "-n", "-W", "--keep-going", *how]
     log = Path("_build/sphinx.log")
     with log.open("w") as file:
-        built = subprocess.run(
-            [*command, "--path-output", STAGING], stdout=file, stderr=subprocess.STDOUT
-        )
+        command += ["--path-output", STAGING]
+        built = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
     if built.returncode:
         said = ("WARNING", "ERROR", "broken ")
-        lines = [
-            line for line in log.read_text().splitlines() if any(word in line for word in said)
-        ]
-        print(f"headbound: Sphinx refused the book ({log}):", *lines, sep="\n  ", file=sys.stderr)
+        lines = log.read_text("utf-8", errors="replace").splitlines()
+        told = [line for line in lines if any(word in line for word in said)]
+        print(f"headbound: Sphinx refused the book ({log}):", *told, sep="\n  ", file=sys.stderr)
     return built.returncode
 
 
-def main() -> int:
-    """Build the site beside the old one and put it in place only when Sphinx had nothing to warn of."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", required=True)
-    parser.add_argument(
-        "--links", action="store_true", help="check the links to other hosts instead"
-    )
-    arguments = parser.parse_args()
-    found = stage(arguments.preset)
-    if found:
-        print("headbound: not published:", *found, sep="\n  ", file=sys.stderr)
-        return 1
-    status = sphinx("linkcheck" if arguments.links else "html")
-    if not status and not arguments.links:
-        shutil.rmtree(SITE, ignore_errors=True)
-        (STAGING / "_build" / "html").replace(SITE)
-    if not status:
-        shutil.rmtree(STAGING)
-    return status
+def main(arguments: Sequence[str]) -> int:
+    """`--preset NAME`, and `--links` to ask other hosts instead of building."""
+    preset = arguments[arguments.index("--preset") + 1]
+    return publish(preset, "linkcheck" if "--links" in arguments else "html")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv))

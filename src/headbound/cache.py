@@ -1,44 +1,68 @@
-"""Where downloads and results in between live, and how a file there is written whole or not at all."""
+"""Where results in between live, how they are named, and how a file is written whole."""
 
+import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import platformdirs
 
 
 def cache_dir() -> Path:
-    """Where downloads and results in between live, outside the repository: `HEADBOUND_CACHE` or the user's cache."""
-    path = Path(os.environ.get("HEADBOUND_CACHE") or platformdirs.user_cache_path("headbound"))
-    try:
+    """The folder `HEADBOUND_CACHE`, or the user's own cache folder: outside the repository."""
+    named = os.environ.get("HEADBOUND_CACHE") or platformdirs.user_cache_path("headbound")
+    path = Path(named).expanduser()
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"cache folder {path}: {error.strerror}; set HEADBOUND_CACHE to a folder you can write"
-        ) from error
     return path
+
+
+def key(*parts: object, libraries: Sequence[str] = ()) -> str:
+    """The name of a result in the cache: a hash of everything that decides the result.
+
+    A part is bytes, or anything that JSON can say. `libraries` add the versions of packages.
+
+    >>> key("text", {"length": 128}) == key("text", {"length": 128})
+    True
+    >>> key("text", {"length": 128}) == key("text", {"length": 64})
+    False
+    """
+    digest = hashlib.sha256()
+    for part in (*parts, {name: version(name) for name in libraries}):
+        is_bytes = isinstance(part, bytes)
+        said = part if is_bytes else json.dumps(part, sort_keys=True, default=str).encode()
+        digest.update(f"{is_bytes} {len(said)} ".encode() + said)
+    return digest.hexdigest()[:24]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk refuses inside is said in one line: an `OSError` with the path and the fix."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        fix = "free some space, or set HEADBOUND_CACHE to a folder you can write"
+        raise OSError(f"writing {path}: {reason}; {fix}") from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` when the block ends well: a kill leaves nothing or the whole.
+    """A temporary path that becomes `path` when the block ends well.
 
-    **Raises:** `OSError` naming the folder and the fix where there is no space.
+    A process that is killed leaves the old file or the new one, never a part. **Raises:** `OSError`.
     """
-    temporary = path
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.")
         os.close(handle)
         temporary = Path(name)
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(
-            f"writing {path}: {error}; free some space or set HEADBOUND_CACHE to another disk"
-        ) from error
-    finally:
-        if temporary != path:
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
             temporary.unlink(missing_ok=True)

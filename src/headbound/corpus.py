@@ -2,48 +2,53 @@
 
 import ast
 import hashlib
+import inspect
 import json
 import re
+import sys
+import warnings
 from collections.abc import Sequence
-from importlib.metadata import distribution, distributions, version
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 
 import numpy as np
+import parso
 from jaxtyping import Int32
 from joblib import delayed
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as bpe_models
+from transformers import PreTrainedTokenizerBase
 
+from headbound import cache
 from headbound.cache import cache_dir, replacing
 from headbound.progress import bar, parallel
 
 # A fixed list in a fixed order: what else is installed does not change the text.
 PACKAGES = (
-    *(
-        "numpy",
-        "scipy",
-        "pandas",
-        "matplotlib",
-        "seaborn",
-        "scikit-learn",
-        "scikit-image",
-        "statsmodels",
-        "sympy",
-    ),
-    *("networkx", "torch", "transformers", "accelerate", "datasets", "huggingface_hub"),
+    *("numpy", "scipy", "pandas", "matplotlib", "seaborn", "scikit-learn", "scikit-image"),
+    *("statsmodels", "sympy", "networkx", "torch", "transformers", "accelerate", "datasets"),
+    "huggingface_hub",
 )
 CHUNK = 2000  # characters that a text cut out of a plain file has at least
+LONG = 10 * CHUNK  # a paragraph above this is cut at its lines, a line at its sentences or words
+CUTS = (r"\n\s*\n", r"\n", r"(?<=[.!?])\s", r"\s")
+END_OF_TEXT = "<|endoftext|>"
+# What the end token of a tokenizer that does not say so is called, the likeliest first.
+ENDS = ("end.?of.?text", "</s>", "eos", "end.?of.?sentence", "eot", "im_end", "end_of_turn")
+ENDS += ("return", "sep")
+BATCH = 4096  # texts encoded between two steps of the progress bar
 
 
 def load(source: str = "docstrings") -> list[str]:
     """Texts in a fixed order.
 
-    **Arguments:**
+    **Arguments:** `source` is one of:
 
-    - `source`: `"docstrings"` (unique docstrings of `PACKAGES`, about 38 MB of English technical prose);
-      `"readmes"` (the prose paragraphs of the installed packages' long descriptions, one text a package); the path
-      of a UTF-8 text file, cut at blank lines into texts of at least 2,000 characters; or a Hub dataset as
-      `hf:NAME[/CONFIG][:SPLIT]`, whose `text` column is taken (`hf:owner/name/config` for a namespaced one).
+    - `"docstrings"`: unique docstrings of `PACKAGES`, about 38 MB of English technical prose.
+    - `"readmes"`: prose of the installed packages' descriptions, one text a package.
+    - the path of a UTF-8 text file. It is cut at blank lines, or at lines if it has no blank ones,
+      into texts of at least 2,000 characters.
+    - `hf:NAME[/CONFIG][:SPLIT]`: the column `text` of a Hub dataset.
 
     **Raises:** `FileNotFoundError` or `ValueError` for a source that is missing, empty or not UTF-8.
     """
@@ -53,17 +58,21 @@ def load(source: str = "docstrings") -> list[str]:
         return _readmes()
     if source.startswith("hf:"):
         return _dataset(source)
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
             f"text = {source!r}: no such file; give 'docstrings', a text file or 'hf:NAME'"
         )
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"text = {source!r}: not UTF-8 at byte {error.start}; convert it to UTF-8"
         ) from error
+    if "\0" in content:
+        raise ValueError(
+            f"text = {source!r}: has NUL characters, as UTF-16 has; convert it to UTF-8"
+        )
     texts = _chunks(content)
     if not texts:
         raise ValueError(f"text = {source!r}: the file is empty; give a file with text in it")
@@ -91,39 +100,69 @@ def fingerprint(texts: Sequence[str]) -> str:
 
 
 def _docstrings() -> list[str]:
-    versions = {name: version(name) for name in PACKAGES}
-    key = hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:16]
+    python = ".".join(map(str, sys.version_info[:2]))
+    key = cache.key("docstrings", python, libraries=[*PACKAGES, "parso"])
     path = cache_dir() / "text" / f"docstrings-{key}.json"
     if not path.exists():
-        files = [
-            distribution(name).locate_file(file)
-            for name in PACKAGES
-            for file in sorted(distribution(name).files or [], key=str)
-            if file.suffix == ".py" and "tests" not in file.parts  # test suites hold little prose
-        ]
-        found = parallel(
-            [delayed(_file_docstrings)(file) for file in files], description="docstrings"
-        )
+        files = []
+        for name in PACKAGES:
+            package = distribution(name)
+            for file in sorted(package.files or [], key=str):
+                # Test suites hold little prose.
+                if file.suffix == ".py" and "tests" not in file.parts:
+                    files.append(package.locate_file(file))
+        jobs = [delayed(_files_docstrings)(files[i : i + 64]) for i in range(0, len(files), 64)]
+        found = parallel(jobs, description="docstrings")
         unique = dict.fromkeys(text for texts in found for text in texts)
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(list(unique)))
-    return json.loads(path.read_text())
+            temporary.write_text(json.dumps(list(unique)), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _files_docstrings(paths: Sequence[Path]) -> list[str]:
+    return [text for path in paths for text in _file_docstrings(path)]
 
 
 def _file_docstrings(path: Path) -> list[str]:
+    """A file's docstrings in its order, whichever Python reads it and whichever it is written for.
+
+    What this Python's own parser refuses, for it is too new or too old, goes to parso's, which
+    skips what it can't read.
+    """
+    source = Path(path).read_bytes()
     try:
-        tree = ast.parse(Path(path).read_bytes())
-    except (SyntaxError, ValueError):  # a package's own broken test input
-        return []
-    found, waiting = [], [tree]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the packages' own escapes
+            found = _by_ast(ast.parse(source))
+    except (SyntaxError, ValueError):
+        found = _by_parso(source)
+    # A lone surrogate, legal in Python source, is not text.
+    return [text.encode(errors="ignore").decode() for text in found if text]
+
+
+def _by_ast(tree: ast.Module) -> list[str | None]:
+    found = []
+    waiting = [tree]
     while waiting:
         node = waiting.pop()
-        text = ast.get_docstring(node)
-        if text:
-            # A lone surrogate, legal in Python source, is not text.
-            found.append(text.encode(errors="ignore").decode())
+        found.append(ast.get_docstring(node))
         kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         waiting += [child for child in reversed(node.body) if isinstance(child, kinds)]
+    return found
+
+
+def _by_parso(source: bytes) -> list[str]:
+    text = source.decode(errors="ignore")
+    found = []
+    waiting = [parso.parse(text, version="3.13")]
+    while waiting:
+        scope = waiting.pop()
+        quoted = scope.get_doc_node()
+        if quoted is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found.append(inspect.cleandoc(ast.literal_eval(quoted.get_code(False))))
+        waiting += [*scope.iter_funcdefs(), *scope.iter_classdefs()][::-1]
     return found
 
 
@@ -144,13 +183,23 @@ def _is_prose(paragraph: str) -> bool:
 
 
 def _chunks(content: str) -> list[str]:
-    texts, current = [], ""
-    for paragraph in re.split(r"\n\s*\n", content):
-        current = f"{current}\n\n{paragraph}".strip()
+    texts = []
+    current = ""
+    for piece in _pieces(content, CUTS):
+        current = f"{current}\n\n{piece}".strip()
         if len(current) >= CHUNK:
             texts.append(current)
             current = ""
     return texts + ([current] if current else [])
+
+
+def _pieces(content: str, cuts: Sequence[str]) -> list[str]:
+    """Paragraphs; the lines of a paragraph that is too long; the sentences of such a line."""
+    found = []
+    for piece in re.split(cuts[0], content):
+        too_long = len(piece) > LONG and len(cuts) > 1
+        found += _pieces(piece, cuts[1:]) if too_long else [piece]
+    return found
 
 
 def _dataset(source: str) -> list[str]:
@@ -176,11 +225,6 @@ def _dataset(source: str) -> list[str]:
     return texts
 
 
-END_OF_TEXT = "<|endoftext|>"
-_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
-BATCH = 4096  # texts encoded between two steps of the progress bar
-
-
 def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer of exactly `vocab_size` tokens, trained once and kept in the cache.
 
@@ -192,7 +236,8 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
         raise ValueError(
             f"vocab_size = {vocab_size}: a byte-level vocabulary needs at least 257 tokens"
         )
-    path = cache_dir() / "tokenizers" / f"bpe-{vocab_size}-{fingerprint(texts)}.json"
+    key = cache.key(fingerprint(texts), libraries=["tokenizers"])
+    path = cache_dir() / "tokenizers" / f"bpe-{vocab_size}-{key}.json"
     if not path.exists():
         tokenizer = Tokenizer(bpe_models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -230,36 +275,48 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"tokenizer = {str(path)!r}: not a tokenizer file ({error})") from error
 
 
-def end_of_text(tokenizer: Tokenizer) -> int:
-    """The id that separates texts.
+def end_of_text(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> int:
+    """The id that separates texts: the tokenizer's own, or the special token named like one.
 
-    **Raises:** `ValueError` if the tokenizer has none of the usual end-of-text tokens.
+    **Raises:** `ValueError` if the tokenizer has none.
     """
-    ids = [tokenizer.token_to_id(token) for token in _ENDS]
-    known = [i for i in ids if i is not None]
-    if not known:
-        raise ValueError(
-            f"the tokenizer has none of {', '.join(_ENDS)}; add an end-of-text token to it"
-        )
-    return known[0]
+    own = getattr(tokenizer, "eos_token_id", None)
+    if own is not None:
+        return own
+    bare = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    special = {str(t.content): i for i, t in bare.get_added_tokens_decoder().items() if t.special}
+    vocabulary = bare.get_vocab(with_added_tokens=True)
+    special |= {token: vocabulary[token] for token in ("</s>", END_OF_TEXT) if token in vocabulary}
+    for name in ENDS:
+        for token, number in special.items():
+            if re.search(name, token, re.IGNORECASE):
+                return number
+    raise ValueError(
+        f"the tokenizer has no end-of-text token among its special ones, {sorted(special)[:9]}; "
+        "add one to it"
+    )
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Int32[np.ndarray, " tokens"]:
-    """All texts as one stream of ids, an end-of-text id after each; kept in the cache, read memory-mapped.
+def encode(
+    tokenizer: Tokenizer | PreTrainedTokenizerBase, texts: Sequence[str]
+) -> Int32[np.ndarray, " tokens"]:
+    """All texts as one stream of ids, an end-of-text id after each; kept in the cache.
+
+    **Returns:** memory-mapped, read-only.
 
     **Raises:** `ValueError` if there is no text.
     """
     if not len(texts):
         raise ValueError("no text to encode: the list of texts is empty")
     end = end_of_text(tokenizer)
-    tokenizer_hash = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
-    path = cache_dir() / "tokens" / f"{fingerprint(texts)}-{tokenizer_hash}.npy"
+    bare = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    key = cache.key(fingerprint(texts), bare.to_str(), end, libraries=["tokenizers"])
+    path = cache_dir() / "tokens" / f"{key}.npy"
     if not path.exists():
         parts = []
         for first in bar(range(0, len(texts), BATCH), "tokens"):
-            for encoding in tokenizer.encode_batch_fast(
-                list(texts[first : first + BATCH]), add_special_tokens=False
-            ):
+            some = list(texts[first : first + BATCH])
+            for encoding in bare.encode_batch_fast(some, add_special_tokens=False):
                 parts.append(np.asarray([*encoding.ids, end], np.int32))
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, np.concatenate(parts))

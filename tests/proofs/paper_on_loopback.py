@@ -1,6 +1,6 @@
 """The paper preset, proved on one machine: 3 models × 12 revisions from a hub on loopback, killed five times.
 
-    python workflow/paper_on_loopback.py
+    make proofs
 
 It executes chapters 03 and 10 as `make book PRESET=paper` does, once unbroken and once killed with -9 five times at
 random moments, and compares every result, byte for byte. Takes a quarter of an hour on two cores. Exit code 0 if equal.
@@ -17,20 +17,18 @@ import tempfile
 import time
 from pathlib import Path
 
+import hub  # the tests' own: `make proofs` puts its folder on the path
 import nbformat
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-import hub  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = ["03_head_spectrum", "10_pythia"]
 KILLS = 5
 
 
 def command(folder: Path) -> list[str]:
     """What `make book PRESET=paper` runs, for two of its chapters."""
-    targets = [f"_build/executed/paper/{chapter}.ipynb" for chapter in CHAPTERS]
-    return [sys.executable, str(folder / "workflow/build.py"), "--preset", "paper", *targets]
+    chapters = [part for chapter in CHAPTERS for part in ("--chapter", chapter)]
+    return [sys.executable, "-m", "companion.cli", "book", "--preset", "paper", *chapters]
 
 
 def build(folder: Path, variables: dict[str, str], kills: int, rng: random.Random) -> int:
@@ -101,6 +99,7 @@ def main() -> int:
                 **os.environ,
                 **{k: str(v) for k, v in settings.items()},
                 "HF_ENDPOINT": server.url,
+                "PYTHONPATH": f"{folder / 'src'}{os.pathsep}{folder / 'workflow'}",
             }
             begin = time.monotonic()
             killed = build(folder, variables, kills, rng)

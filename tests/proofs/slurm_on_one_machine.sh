@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Proves the Slurm profile on one machine: Debian's Slurm without systemd, two worker slots, the tests' loopback hub.
 # The same sweep runs locally and through Slurm; the result files must be equal, byte for byte.
-#     apt-get install slurm-wlm munge && workflow/slurm_on_one_machine.sh     (as root; it stops what it started)
+#     apt-get install slurm-wlm munge && make proofs     (as root; it stops what it started)
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 export PATH=$(dirname "$python"):$PATH
 for tool in munged slurmctld slurmd; do
@@ -73,7 +73,7 @@ sinfo
 "$python" tests/hub.py >"$work/hub" 2>"$work/hub.log" &
 pids+=($!)
 for _ in $(seq 60); do [ -s "$work/hub" ] && break; sleep 1; done
-export HF_ENDPOINT HEADBOUND_SWEEP=$work/sweep.yaml HEADBOUND_WAIT=0.05 PYTHONPATH=src
+export HF_ENDPOINT HEADBOUND_SWEEP=$work/sweep.yaml HEADBOUND_WAIT=0.05 PYTHONPATH=src:workflow
 HF_ENDPOINT=$(head -n 1 "$work/hub")
 cat >"$HEADBOUND_SWEEP" <<PLAN
 name: slurm

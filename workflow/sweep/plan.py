@@ -1,101 +1,90 @@
-"""What a sweep costs before anyone starts it: jobs, bytes to fetch, GPU hours, disk at its fullest."""
+"""What a sweep costs before anyone starts it: jobs, bytes, GPU hours, disk at its fullest."""
 
-import argparse
 import json
-import sys
+from typing import NamedTuple
 
-from headbound import evals
-from sweep import measure, remote
+import pandas as pd
+from transformers import AutoConfig
+
+from headbound import pythia
+from sweep import Settings, hub, measure
 
 
-def shape(model: str, revision: str) -> tuple[int, int, int, int, str]:
-    """Layers, width, head rows, bytes of the whole checkpoint, and where they are known from."""
+class Rates(NamedTuple):
+    """What a machine sustains: Tflop/s in the sweep's dtype and float64, MB/s, jobs at once."""
+
+    tflops: float = 20
+    tflops64: float = 5
+    megabytes: float = 200
+    jobs: int = 2
+
+
+def shape(model: str, revision: str) -> dict[str, int | str]:
+    """A checkpoint's layers, width, head rows and bytes, and how they are known.
+
+    **Raises:** `ConnectionError` where neither the Hub nor Pythia's table knows; `ValueError` for a
+    configuration that transformers can't read.
+    """
     try:
-        listed = remote.listing(model, revision)
-        config = json.loads(remote.small_file(listed, "config.json"))
-        sizes = [file.size for file in next(iter(listed.weights().values())).values()]
-        return (
-            config["num_hidden_layers"],
-            config["hidden_size"],
-            config["vocab_size"],
-            sum(sizes),
-            "measured",
-        )
+        listed = hub.listing(model, revision)
     except ConnectionError:
         size = model.split("pythia-")[-1].removesuffix("-deduped")
-        if size not in evals.PYTHIA:
+        if size not in pythia.PYTHIA:
             raise
-        return *evals.PYTHIA[size], 2 * evals.parameters(model), "computed: hub out of reach"
+        layers, width, rows = pythia.PYTHIA[size]
+        size, source = 2 * pythia.parameters(model), "computed: hub out of reach"
+    else:
+        given = json.loads(hub.small_file(listed, "config.json"))
+        # Each family has its own key names; transformers maps them all to these.
+        config = AutoConfig.for_model(given.pop("model_type"), **given).get_text_config()
+        layers, width, rows = config.num_hidden_layers, config.hidden_size, config.vocab_size
+        weights = next(iter(listed.weights().values()))
+        size, source = sum(file.size for file in weights.values()), "measured"
+    return {"layers": layers, "width": width, "rows": rows, "size": size, "bytes": source}
 
 
-def flops(
-    layers: int, width: int, rows: int, whole: bool, tokens: int, length: int
-) -> tuple[float, float]:
-    """Operations for one checkpoint: of the forward passes, and in float64 of the head's spectrum.
+def table(work: dict[str, list[str]], settings: Settings, rates: Rates) -> pd.DataFrame:
+    """A line a model: jobs, bytes of a checkpoint and its head (float16), GPU hours.
 
-    Two passes, one for the loss (with the head) and one for the hidden states: 2 for each weight and token, and
-    4 · layers · width · length for each token's attention. The spectrum: V d² for the Gram matrix, which is
-    symmetric, and about 4/3 d³ for its eigenvalues.
+    One forward pass: 2 operations for each weight and token, and 4 · layers · width · length for
+    each token's attention. The head's spectrum, in float64: V d² for the symmetric Gram matrix and
+    about 4/3 d³ for its eigenvalues.
     """
-    backbone = 2 * layers * 12 * width**2 + 4 * layers * width * length
-    return whole * tokens * (2 * backbone + 2 * rows * width), rows * width**2 + 4 / 3 * width**3
+    shapes = [shape(model, names[-1]) for model, names in work.items()]
+    frame = pd.DataFrame(shapes, index=list(work))
+    layers, width, rows = frame["layers"], frame["width"], frame["rows"]
+    frame["jobs"] = [len(names) for names in work.values()]
+    frame["head"] = 2 * rows * width
+    frame["each"] = frame["size"] if settings.whole else frame["head"]
+    frame["fetched"] = frame["jobs"] * frame["each"]
+
+    body = 24 * layers * width**2
+    attention = 4 * layers * width * settings.length
+    tokens = settings.texts * settings.length * settings.whole
+    forward = tokens * (body + attention + 2 * rows * width)
+    spectrum = rows * width**2 + 4 / 3 * width**3
+    seconds = forward / (1e12 * rates.tflops)
+    seconds += spectrum / (1e12 * rates.tflops64)
+    frame["GPU hours"] = frame["jobs"] * seconds / 3600
+    return frame
 
 
-def main() -> int:
-    """Print the plan; 1 with one line on standard error where it can't be made."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="paper")
-    parser.add_argument(
-        "--tflops", type=float, default=20, help="sustained, in the sweep's dtype (20)"
-    )
-    parser.add_argument("--tflops64", type=float, default=5, help="sustained in float64 (5)")
-    parser.add_argument(
-        "--megabytes",
-        type=float,
-        default=200,
-        help="a second from the Hub, all jobs together (200)",
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="at once (2)")
-    given = parser.parse_args()
-    if given.preset != "paper":
-        print(f"PRESET={given.preset}: it has no sweep, nothing is fetched; use PRESET=paper")
-        return 0
-    remote.TRIES = 2
-    try:
-        table, settings = measure.read("workflow/sweep.yaml")
-        shapes = {model: shape(model, names[-1]) for model, names in table.items()}
-    except (OSError, ValueError) as error:
-        print(f"plan: {error}", file=sys.stderr)
-        return 1
-    done = sum(len(names) for names in table.values()) - len(measure.left(table, settings))
-    print(
-        f"{'model':<28}{'jobs':>6}{'a checkpoint':>14}{'its head':>12}{'fetched':>12}{'GPU h':>8}  bytes"
-    )
-    jobs = total = hours = largest = heads = 0.0
-    for model, names in table.items():
-        layers, width, rows, size, source = shapes[model]
-        head = 2 * rows * width
-        each = size if settings.whole else head
-        forward, precise = flops(
-            layers, width, rows, settings.whole, settings.texts * settings.length, settings.length
-        )
-        gpu = len(names) * (forward / given.tflops + precise / given.tflops64) / 1e12 / 3600
-        jobs, total, hours = jobs + len(names), total + len(names) * each, hours + gpu
-        largest, heads = max(largest, each), heads + len(names) * head
-        sizes = f"{size / 1e9:>11.3f} GB{head / 1e9:>9.3f} GB{len(names) * each / 1e9:>9.1f} GB"
-        print(f"{model:<28}{len(names):>6}{sizes}{gpu:>8.2f}  {source}")
-    wait = total / given.megabytes / 1e6 / 3600
-    print(f"jobs: {jobs:.0f}, {done} of them done")
-    print(f"bytes: {total / 1e9:,.1f} GB to fetch, {wait:.1f} h at {given.megabytes:g} MB/s")
-    print(f"bytes of the heads alone (whole: false): {heads / 1e9:,.1f} GB")
-    print(
-        f"GPU hours: {hours:.2f} busy at {given.tflops:g} Tflop/s ({given.tflops64:g} in float64)"
-    )
-    print(
-        f"disk peak: {given.jobs * largest / 1e9:,.1f} GB with {given.jobs} jobs at once; HEADBOUND_KEEP=1 keeps all"
-    )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def words(work: dict[str, list[str]], settings: Settings, rates: Rates) -> str:
+    """The plan as text."""
+    frame = table(work, settings, rates)
+    jobs = frame["jobs"].sum()
+    done = jobs - len(measure.left(work, settings))
+    fetched = frame["fetched"].sum()
+    hours = frame["GPU hours"].sum()
+    wait = fetched / (1e6 * rates.megabytes) / 3600
+    heads = frame["jobs"] @ frame["head"]
+    peak = rates.jobs * frame["each"].max()
+    sizes = ["each", "head", "fetched"]
+    gigabytes = frame[sizes].map(lambda count: f"{count / 1e9:,.3f} GB")
+    shown = pd.concat([frame["jobs"], gigabytes, frame[["GPU hours", "bytes"]]], axis=1)
+    return f"""{shown.to_string(float_format="{:.2f}".format)}
+jobs: {jobs}, {done} of them done
+bytes: {fetched / 1e9:,.1f} GB to fetch, {wait:.1f} h at {rates.megabytes:g} MB/s
+bytes of the heads alone (whole: false): {heads / 1e9:,.1f} GB
+GPU hours: {hours:.2f} busy at {rates.tflops:g} Tflop/s ({rates.tflops64:g} in float64)
+disk peak: {peak / 1e9:,.1f} GB with {rates.jobs} jobs at once; HEADBOUND_KEEP=1 keeps all"""

@@ -8,14 +8,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from headbound import device
-from headbound.stats import Estimate, bootstrap
+from headbound import device, stats
+from headbound.stats import Estimate
 
-ROWS, PIECE = (
-    4096,
-    256,
-)  # rows normalised at once, which bounds the extra memory, and multiplied at once
-SAFE = (1e-12, 1e12)  # norms whose squares neither vanish nor overflow in float32
+ROWS = 1024  # states normalised at once: what bounds the extra memory
+LEAST = 1e-12  # norms from here on have squares that do not vanish in float32
+MOST = 1e12  # and up to here none that overflow
 
 
 def mean_cosine(
@@ -24,35 +22,28 @@ def mean_cosine(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    r"""Mean of cos(h_i, h_j) over all pairs i ≠ j, exactly, in O(N d).
+    """The mean of cos(hᵢ, hⱼ) over all pairs i ≠ j, exactly, from the sum of the unit vectors uᵢ.
 
-    With unit vectors u_i the sum over all pairs is ‖Σ u_i‖², so A = (‖Σ u_i‖² − N) / (N (N − 1)). Blocks of rows
-    are summed in float32 (float64 if they come so) and their sums in float64: within about 1e-6 of the exact value.
+        A = (‖Σ uᵢ‖² − N) / (N (N − 1))
 
     **Arguments:**
 
-    - `hidden_states`: (tokens, d), or an iterable of such blocks, one block a text. Texts are the units of the
-      bootstrap: in a resample, pairs of two texts count by the product of their multiplicities and pairs inside a
-      text by its multiplicity, so that no token meets its own copy. One block alone has no interval, nor have texts
-      so few and short that a resample can be left without a pair: NaN. Empty blocks don't count.
-    - `sink_ratio`: leave out tokens whose norm exceeds this many times the median norm of their block.
+    - `hidden_states`: one block, or one a text. Texts are the units of the bootstrap: a token never
+      meets its own copy. One block, or a resample without a pair, has no interval (NaN).
+    - `sink_ratio`: leaves out states longer than this many times the median norm of their block.
 
-    **Returns:** the mean cosine, in [-1, 1]; `n` is the number of texts.
+    **Raises:** `ValueError` for NaN, Inf, a zero state, or fewer than two states.
 
-    **Raises:** `ValueError` for NaN or Inf, a zero-norm hidden state, or fewer than two tokens.
+    **Source:** Godey et al. 2024, section 4.1.
 
-    **Source:** Godey et al. 2024, section on anisotropy; Ethayarajh 2019.
+    >>> mean_cosine(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])).value
+    0.3333333333333333
     """
     blocks = [hidden_states] if isinstance(hidden_states, Tensor) else hidden_states
-    sums, counts = [], []
-    for block in blocks:
-        kept = block if sink_ratio is None else block[~sinks(block, sink_ratio)]
-        if len(kept):
-            sums.append(sum_of_units(kept).cpu().numpy())
-            counts.append(len(kept))
-    return _over_texts(
-        np.stack(sums) if sums else np.zeros((0, 1)), np.asarray(counts, float), resamples, seed
-    )
+    if sink_ratio is not None:
+        blocks = [block[~sinks(block, sink_ratio)] for block in blocks]
+    parts = [_part(block) for block in blocks if len(block)]
+    return _over_texts(parts, resamples, seed)
 
 
 def by_layer(
@@ -61,121 +52,131 @@ def by_layer(
     resamples: int = 1000,
     seed: int = 0,
 ) -> list[list[Estimate]]:
-    """`mean_cosine` of every layer from one pass over `hidden.stream`, texts as units, for each sink ratio.
+    """`mean_cosine` of every layer from one pass over `hidden.stream`, for each sink ratio.
 
-    **Returns:** a list for each of `sink_ratios`, of one estimate a layer.
+    A state that is zero has no direction and is left out.
 
     **Raises:** `ValueError` as `mean_cosine` does, or if the stream is empty.
     """
-    sums, counts = [], []
+    parts: dict[tuple[int, int], list[tuple[np.ndarray, int]]] = {}
     for batch in states:
-        for text in batch.unbind(1):
-            kept = [[x if r is None else x[~sinks(x, r)] for x in text] for r in sink_ratios]
-            sums.append([[sum_of_units(x).cpu().numpy() for x in layers] for layers in kept])
-            counts.append([[len(x) for x in layers] for layers in kept])
-    if not sums:
+        for layer, texts in enumerate(batch):
+            for text in texts:
+                some = text[text.ne(0).any(1)]
+                for place, ratio in enumerate(sink_ratios):
+                    kept = some if ratio is None else some[~sinks(some, ratio)]
+                    parts.setdefault((place, layer), []).append(_part(kept))
+    if not parts:
         raise ValueError("no hidden states: the stream is empty; give it at least one text")
-    unit_sums, tokens = np.array(sums), np.array(counts, float)
-    ratios, layers = tokens.shape[1:]
+    layers = range(1 + max(layer for _, layer in parts))
     return [
-        [_over_texts(unit_sums[:, r, i], tokens[:, r, i], resamples, seed) for i in range(layers)]
-        for r in range(ratios)
+        [_over_texts(parts[place, layer], resamples, seed) for layer in layers]
+        for place in range(len(sink_ratios))
     ]
 
 
 def sinks(hidden_states: Float[Tensor, "tokens d"], ratio: float = 10.0) -> Bool[Tensor, " tokens"]:
-    """Which tokens have a norm above `ratio` times the median norm: attention sinks, mostly a text's first token.
+    """Which states are longer than `ratio` times the median: attention sinks, mostly first tokens.
 
     **Raises:** `ValueError` if `ratio` is not above one.
     """
     if not ratio > 1:
         raise ValueError(f"sink_ratio = {ratio}: must be above 1, a multiple of the median norm")
-    # In float64, where the squares of float32's smallest and largest numbers still fit.
-    norms = hidden_states.to(device.precise(hidden_states.device), torch.float64).norm(dim=1)
+    where = device.precise(hidden_states.device)
+    norms = hidden_states.to(where, torch.float64).norm(dim=1)  # float32's squares may overflow
     return (norms > ratio * norms.median()).to(hidden_states.device)
 
 
 def sum_of_units(hidden_states: Float[Tensor, "tokens d"]) -> Float[Tensor, " d"]:
-    """Σ h_i / ‖h_i‖ in float64, block by block.
+    """Σ hᵢ / ‖hᵢ‖, blocks in float32 (float64 if they come so) and their sum in float64.
 
-    **Raises:** `ValueError` for NaN or Inf, or a zero-norm hidden state.
+    **Raises:** `ValueError` for NaN, Inf or a zero state.
     """
     where = device.precise(hidden_states.device)
     total = torch.zeros(hidden_states.shape[1], dtype=torch.float64, device=where)
-    for first in range(0, len(hidden_states), ROWS):
-        block = hidden_states[first : first + ROWS]
-        block = block if block.dtype == torch.float64 else block.float()
-        norms = torch.linalg.vector_norm(block, dim=1)
-        if not ((norms > SAFE[0]) & (norms < SAFE[1])).all():  # also where a norm is NaN
-            block, norms = _rescaled(block, first)
-        weights, whole = 1 / norms, len(block) // PIECE * PIECE
-        # Many short products keep all cores busy, which one long product of a vector does not.
-        pieces = torch.bmm(
-            weights[:whole].view(-1, 1, PIECE), block[:whole].reshape(-1, PIECE, block.shape[1])
-        )
-        total += pieces.to(where, torch.float64).sum((0, 1)) + (weights[whole:] @ block[whole:]).to(
-            total
-        )
+    for place, block in enumerate(hidden_states.split(ROWS)):
+        rows = block if block.dtype == torch.float64 else block.float()
+        norms = torch.linalg.vector_norm(rows, dim=1)
+        safe = (norms > LEAST) & (norms < MOST)  # false where a norm is NaN
+        if not safe.all():
+            rows = _peak_one(block, place * ROWS)
+            norms = torch.linalg.vector_norm(rows, dim=1)
+        total += ((1 / norms) @ rows).to(total)
     return total
 
 
 def cosines(
     hidden_states: Float[Tensor, "tokens d"], count: int, seed: int = 0
 ) -> Float[Tensor, " count"]:
-    """Cosines of `count` random pairs i ≠ j, for a histogram: what the mean hides.
+    """Cosines of `count` random pairs i ≠ j: what the mean hides.
 
     **Raises:** `ValueError` as `mean_cosine` does.
     """
     tokens = len(hidden_states)
     if tokens < 2:
         raise ValueError(f"{tokens} hidden states: a pair needs two")
+    units = torch.nn.functional.normalize(_peak_one(hidden_states, 0), dim=1)
     generator = torch.Generator().manual_seed(seed)
-    i = torch.randint(tokens, (count,), generator=generator)
-    j = (i + torch.randint(1, tokens, (count,), generator=generator)) % tokens
-    sum_of_units(hidden_states)  # raises for what has no direction
-    hidden_states = hidden_states.to(device.precise(hidden_states.device), torch.float64)
-    units = [torch.nn.functional.normalize(_peak_one(hidden_states[k]), dim=1) for k in (i, j)]
-    return (units[0] * units[1]).sum(1)
+    one = torch.randint(tokens, (count,), generator=generator)
+    other = (one + torch.randint(1, tokens, (count,), generator=generator)) % tokens
+    return (units[one] * units[other]).sum(1)
 
 
-def _rescaled(block: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    finite = torch.isfinite(block).all(1)
-    if not finite.all():
-        raise ValueError(
-            f"hidden state {first + int((~finite).nonzero()[0])} has NaN or Inf; run the model in float32"
-        )
-    peaks = block.abs().amax(1)
-    if (peaks == 0).any():
-        raise ValueError(
-            f"hidden state {first + int((peaks == 0).nonzero()[0])} is zero: it has no direction; leave it out"
-        )
-    block = _peak_one(block.to(device.precise(block.device), torch.float64))
-    return block, torch.linalg.vector_norm(block, dim=1)
+def most_layers(layers: Sequence[Estimate], cut: float = 0.1) -> bool | None:
+    """Whether over half of the layers lie above `cut`: None where an interval decides.
+
+    All 20 models of the paper's figure 2 pass, up to a cut of 0.14.
+    """
+    sides = [stats.above(layer, cut) for layer in layers]
+    if 2 * sides.count(True) > len(sides):
+        return True
+    return False if 2 * sides.count(False) >= len(sides) else None
 
 
-def _peak_one(rows: Tensor) -> Tensor:
-    return rows / rows.abs().amax(1, keepdim=True)
+def fits_size(parameters: float, last: Estimate) -> bool | None:
+    """Whether a last layer is highly anisotropic for up to 160M parameters only, as Pythia's are.
+
+    High is above 0.56, low is up to 0.20: in the paper's figure 2 none lies between. None there.
+    """
+    if stats.above(last, 0.56):
+        return parameters <= 160e6
+    return parameters > 160e6 if stats.above(last, 0.20) is False else None
 
 
-def _over_texts(
-    unit_sums: Float[np.ndarray, "texts d"],
-    tokens: Float[np.ndarray, " texts"],
-    resamples: int,
-    seed: int,
-) -> Estimate:
+def _peak_one(block: Tensor, first: int) -> Tensor:
+    """Rows over their largest entry, in float64, so that every norm can be squared."""
+    peaks = block.abs().amax(1, keepdim=True)
+    _refuse(peaks == 0, first, "is zero: it has no direction")
+    _refuse(~peaks.isfinite(), first, "has NaN or Inf")
+    where = device.precise(block.device)
+    return block.to(where, torch.float64) / peaks
+
+
+def _refuse(wrong: Tensor, first: int, problem: str) -> None:
+    if wrong.any():
+        raise ValueError(f"hidden state {first + int(wrong.int().argmax())} {problem}")
+
+
+def _part(block: Tensor) -> tuple[np.ndarray, int]:
+    return sum_of_units(block).cpu().numpy(), len(block)
+
+
+def _over_texts(parts: list[tuple[np.ndarray, int]], resamples: int, seed: int) -> Estimate:
+    tokens = np.array([count for _, count in parts], float)
     if tokens.sum() < 2:
         raise ValueError(f"{int(tokens.sum())} hidden states: a mean over pairs needs at least two")
-    squares = (unit_sums**2).sum(1)
+    units = np.array([total for total, _ in parts])
+    squares = (units**2).sum(1)
 
-    def statistic(weights: Float[np.ndarray, "sets texts"]) -> Float[np.ndarray, " sets"]:
-        between = ((weights @ unit_sums) ** 2).sum(1) - weights**2 @ squares
-        pairs = (weights @ tokens) ** 2 - weights**2 @ tokens**2
-        within = weights @ (squares - tokens)
-        pairs += weights @ (tokens**2 - tokens)
-        # Rounding may leave equal directions a hair above one.
-        mean = np.divide(
-            between + within, pairs, out=np.full(len(pairs), math.nan), where=pairs != 0
-        )
-        return np.clip(mean, -1, 1)
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        # Pairs of two texts count by the product of their weights, those inside one by its own.
+        own = weights - weights**2
+        single = weights @ tokens
+        between = ((weights @ units) ** 2).sum(1)
+        sums = between + own @ squares - single
+        pairs = single**2 + own @ tokens**2 - single
+        nothing = np.full(len(pairs), math.nan)
+        mean = np.divide(sums, pairs, out=nothing, where=pairs != 0)
+        return np.clip(mean, -1, 1)  # rounding may leave equal directions a hair above one
 
-    return bootstrap(statistic, len(tokens), resamples, seed)
+    return stats.bootstrap(statistic, len(tokens), resamples, seed)

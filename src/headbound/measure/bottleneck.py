@@ -1,120 +1,86 @@
-"""Is a model's head its bottleneck? Frozen hidden states under heads of equal and of higher rank, on held-out text."""
+"""Is a model's head its bottleneck? Frozen states under heads of equal and of higher rank."""
 
-from collections.abc import Sequence
-from importlib import resources
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import pandas as pd
 import torch
-import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import gelu, pad
+from transformers import PreTrainedTokenizerBase
 
-from headbound import corpus, hidden, models, stats
+from headbound import corpus, hidden, pythia, stats
 from headbound.measure import lowrank, ngrams
 from headbound.measure.lowrank import Examples, Head
 
-VERDICTS = ("bottleneck", "no bottleneck found", "undecided")
-
-
-class Readout(NamedTuple):
-    """Logits as `weight` times the states (and a column of ones, if the head has a bias), and what that misses."""
-
-    weight: Tensor
-    bias: bool
-    missed: float
+VERDICTS = ("bottleneck", "no bottleneck found", "undecided", "no rank bottleneck is possible")
+IN_USE = 0.9  # the least share of the width in a head's working rank with which it can be cleared
+Nats = Float[np.ndarray, "... tokens"]
 
 
 def sample(
     model: nn.Module,
-    tokenizer: transformers.PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     passages: tuple[int, int],
     length: int,
     seed: int = 0,
 ) -> list[Int[Tensor, "texts length"]]:
-    """Ids of `length` + 1 tokens of each passage to learn from and to judge on; no text gives both.
+    """`length` + 1 ids of each passage to learn from and to judge on; no text gives both.
 
-    A token that the tokenizer puts before every text (Llama's, Gemma's) is put before every passage.
-
-    **Raises:** `ValueError` for a model without an LM head, texts too few or short, or passages too long for it.
+    **Raises:** `ValueError` for texts too few or too short, or passages too long for the model.
     """
-    models.head_weight(model)
     limit = getattr(model.config, "max_position_embeddings", None) or length
     if length > limit:
         raise ValueError(
-            f"length = {length}: this model reads {limit} tokens at most; choose a length up to that"
+            f"length = {length}: this model reads {limit} tokens at most; choose fewer"
         )
-    start = tokenizer("a")["input_ids"][:1]
-    start = start if start == [tokenizer.bos_token_id] else []
-    rng, found = np.random.default_rng(seed), []
-    for part, count in zip(corpus.split(texts, passages[1] / sum(passages)), passages, strict=True):
-        drawn = [part[i] for i in rng.permutation(len(part))]
-        ids = hidden.sequences(tokenizer, drawn, count, length + 1 - len(start))
-        found.append(
-            torch.cat([torch.tensor(start, dtype=ids.dtype).expand(count, len(start)), ids], 1)
-        )
-    return found
+    order = np.random.default_rng(seed)
+    parts = corpus.split(texts, held_out=passages[1] / sum(passages))
+    drawn = [[part[place] for place in order.permutation(len(part))] for part in parts]
+    pairs = zip(drawn, passages, strict=True)
+    return [hidden.sequences(tokenizer, part, count, length + 1) for part, count in pairs]
 
 
-@torch.inference_mode()
-def readout(
-    model: nn.Module,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    input_ids: Int[Tensor, "texts length"],
-) -> Readout:
-    """The matrix that turns final hidden states into logits, scaled as the model scales them.
+def spread(data: Examples, tokens: int) -> Examples:
+    """About so many tokens, evenly over all texts: a text's neighbours say much the same."""
+    places = np.linspace(0, len(data.targets) - 1, min(tokens, len(data.targets))).astype(int)
+    return Examples(*(part[places] for part in data))
 
-    `missed` is the share of the logits' deviation over the vocabulary that no such matrix explains: rounding for a
-    linear head, more where the model bends its logits, as Gemma 2's soft cap does.
 
-    **Raises:** `ValueError` for a model without an LM head.
+def working_rank(
+    head: Head, data: Examples, groups: int = 5, tolerance: float = 1e-3
+) -> stats.Estimate:
+    """The least rank at which a cut of `head` (of `lowrank.low_rank`) predicts as the whole does.
+
+    That is ½ E[Δ²] ≤ `tolerance` nats, Δ the change of a token's loss: to second order the
+    divergence. Found by bisection, and again without each of `groups` groups of texts (jackknife).
+    A numerical rank would take the rounding of stored weights for dimensions.
     """
-    weight, bias = (
-        models.head_weight(model, tokenizer),
-        getattr(model.get_output_embeddings(), "bias", None),
-    )
-    logits = model(input_ids.to(model.device)).logits[..., : len(weight)].flatten(0, 1)
-    states = next(hidden.stream(model, input_ids, [-1], len(input_ids)))[0].flatten(0, 1)
-    if bias is not None:
-        weight, states = (
-            torch.cat([weight, bias[: len(weight), None]], 1),
-            nn.functional.pad(states, (0, 1), value=1.0),
-        )
-    logits, plain = (
-        x.double() - x.double().mean(1, keepdim=True) for x in (logits, states @ weight.T)
-    )
-    scale = float((logits * plain).sum() / plain.square().sum())
-    return Readout(
-        scale * weight, bias is not None, float((logits - scale * plain).norm() / logits.norm())
-    )
 
+    (whole,) = lowrank.token_losses(data, [head])
 
-def examples(
-    model: nn.Module, input_ids: Int[Tensor, "texts length"], bias: bool = False
-) -> Examples:
-    """`lowrank.examples`, with a column of ones for a head with a bias."""
-    data = lowrank.examples(model, input_ids)
-    ones = np.ones((len(data.targets), 1), np.float32)
-    return data._replace(hidden_states=np.hstack([data.hidden_states, ones])) if bias else data
+    @cache
+    def divergence(rank: int) -> Nats:
+        (cut,) = lowrank.token_losses(data, [head.cut(rank)])
+        return np.square(cut - whole) / 2
 
+    def least(chosen: np.ndarray) -> int:
+        low = 1
+        high = len(head.B)
+        while low < high:
+            middle = (low + high) // 2
+            if divergence(middle)[chosen].mean() <= tolerance:
+                high = middle
+            else:
+                low = middle + 1
+        return low
 
-def working_rank(head: Head, data: Examples, tolerance: float = 1e-3) -> int:
-    """The least rank, by bisection, at which a cut of `head` (of `lowrank.low_rank`) predicts as the whole does.
-
-    That is, ½ E[Δ²] ≤ `tolerance` nats, Δ the change of a token's loss: to second order the divergence, which unlike
-    E[Δ] does not cancel. Unlike a numerical rank it does not take the rounding of stored weights for dimensions.
-    """
-    whole, low, high = lowrank.token_losses(data, [head]), 1, len(head.B)
-    while low < high:
-        middle = (low + high) // 2
-        enough = (
-            np.square(lowrank.token_losses(data, [head.cut(middle)]) - whole).mean() / 2
-            <= tolerance
-        )
-        low, high = (low, middle) if enough else (middle + 1, high)
-    return low
+    group = np.unique(data.texts, return_inverse=True)[1] % groups
+    without = [least(group != left_out) for left_out in range(groups)]
+    return stats.jackknife(without, least(group >= 0))
 
 
 def lift(
@@ -122,83 +88,99 @@ def lift(
     test: Examples,
     head: Head,
     pairs: Sequence[tuple[int, int]],
-    others: int = 2048,
-    sampled: int = 1024,
+    others: int = 1024,
     batch: int = 128,
     learning_rate: float = 0.008,
     seed: int = 0,
-) -> list[stats.Estimate]:
-    """Held-out nats a token that a higher rank gains over a lower one, all else equal, for each pair of ranks.
+) -> Float[np.ndarray, "pairs tokens"]:
+    """Nats that a higher rank gains over a lower one on each token of `test`, for pairs of ranks.
 
-    All heads read the same inputs x: a one, the d coordinates u = B h of `head` (of `lowrank.low_rank` at full rank),
-    and d fixed random features GELU(R u), centred. All start as `head` cut to the lower rank, with a dimension more
-    for the text's own token frequencies, and are trained alike for one epoch (`lowrank.train`). As logits are A·B·x for
-    each, they differ in rank alone, not in what is known or may be bent.
+    All heads read the same inputs: a one, the coordinates u = B h of `head` (of `lowrank.low_rank`)
+    and as many fixed random features GELU(R u). All start as `head` cut to the lower rank and are
+    trained alike on `train`, one epoch. Logits are A·B·inputs for each, so that they differ in rank
+    alone, not in what is known or may be bent.
 
-    **Arguments:** `pairs`, ranks up to d and 2d; `others`: the vocabulary is cut to the tokens that occur and this many
-    more, drawn at random; the rest as of `lowrank.train`.
+    **Arguments:** `others`: the softmax is over the tokens that occur and this many more.
 
-    **Raises:** `ValueError` for impossible pairs of ranks.
+    **Raises:** `ValueError` for ranks outside 1 to r and 2r, where r is the rank of `head`.
     """
-    d, rng = len(head.B), np.random.default_rng(seed)
-    if any(not 1 <= low <= d or not low < high <= 2 * d for low, high in pairs):
-        raise ValueError(
-            f"pairs = {list(pairs)}: need 1 ≤ lower ≤ {d}, lower < higher ≤ {2 * d}; choose ranks there"
-        )
+    r = len(head.B)
+    if any(not 1 <= low <= r or not low <= high <= 2 * r for low, high in pairs):
+        raise ValueError(f"pairs = {list(pairs)}: need 1 ≤ lower ≤ {r}, lower ≤ higher ≤ {2 * r}")
+    random = np.random.default_rng(seed)
+    kept = _vocabulary(train, test, len(head.A), others, random)
+    mixing = torch.from_numpy(random.standard_normal((r, r)) * 2 / np.sqrt(r)).float()
+    learn, judge = (_features(data, head, mixing, kept) for data in (train, test))
+    starts = []
+    for low, high in pairs:
+        starts.append(_start(head, kept, low, low))
+        starts.append(_start(head, kept, low, high))
+    trained = lowrank.train(learn, starts, 1, batch, learning_rate, seed=seed)
+    losses = lowrank.token_losses(judge, trained)
+    return losses[::2] - losses[1::2]
+
+
+def _vocabulary(train: Examples, test: Examples, vocab: int, others: int, random) -> np.ndarray:
     occurring = np.union1d(train.targets, test.targets)
-    rest = np.setdiff1d(np.arange(len(head.A)), occurring)
-    kept = np.union1d(occurring, rng.choice(rest, min(others, len(rest)), replace=False))
-    mixing, parts = (
-        torch.from_numpy((rng.standard_normal((d, d)) * 2 / np.sqrt(d)).astype(np.float32)),
-        [],
-    )
-    for data in (train, test):
-        u = torch.from_numpy(data.hidden_states @ head.B.cpu().numpy().T)
-        bent = nn.functional.gelu(u @ mixing)
-        inputs = torch.cat([torch.ones(len(u), 1), u, bent - bent.mean(0)], 1).numpy()
-        parts.append(Examples(inputs, np.searchsorted(kept, data.targets), data.texts))
-    ranks = sorted({(low, rank) for low, high in pairs for rank in (low, high)})
-    A, reads = head.A.cpu()[torch.from_numpy(kept)], torch.eye(1 + 2 * d)
-    starts = [
-        Head(nn.functional.pad(A[:, :low], (1, rank - low)), reads[: 1 + rank])
-        for low, rank in ranks
-    ]
-    options = {
-        "epochs": 1,
-        "batch": batch,
-        "learning_rate": learning_rate,
-        "sampled": sampled,
-        "seed": seed,
-    }
-    trained = lowrank.train(parts[0].hidden_states, parts[0].targets, starts, **options)
-    losses = dict(zip(ranks, lowrank.token_losses(parts[1], trained), strict=True))
-    return [stats.mean(losses[low, low] - losses[low, high], test.texts) for low, high in pairs]
+    rest = np.setdiff1d(np.arange(vocab), occurring)
+    drawn = random.choice(rest, min(others, len(rest)), replace=False)
+    return np.union1d(occurring, drawn)
 
 
-def ahead(nats: Float[np.ndarray, " tokens"], train: Examples, test: Examples) -> stats.Estimate:
-    """Nats a token that a model's losses on `test` save against the token frequencies of `train` (plus 0.1)."""
+def _features(data: Examples, head: Head, mixing: Tensor, kept: np.ndarray) -> Examples:
+    u = torch.from_numpy(np.array(data.hidden_states)) @ head.B.cpu().T
+    bent = gelu(u @ mixing)
+    inputs = torch.cat([torch.ones(len(u), 1), u, bent - bent.mean(0)], 1)
+    return Examples(inputs.numpy(), np.searchsorted(kept, data.targets), data.texts)
+
+
+def _start(head: Head, kept: np.ndarray, low: int, rank: int) -> Head:
+    # One dimension more, the first: the ones, for the text's own token frequencies.
+    A = pad(head.A.cpu()[torch.from_numpy(kept), :low], (1, rank - low))
+    return Head(A, torch.eye(1 + 2 * len(head.B))[: 1 + rank], head.cap)
+
+
+def ahead(nats: Nats, train: Examples, test: Examples) -> stats.Estimate:
+    """Nats a token that a model's losses on `test` save against token frequencies of `train`."""
     counts = np.bincount(train.targets, minlength=int(test.targets.max()) + 1) + 0.1
     return stats.mean(np.log(counts.sum() / counts[test.targets]) - nats, test.texts)
 
 
 def verdict(
-    gain: stats.Estimate, control: stats.Estimate, lead: stats.Estimate, used: float, margin: float
-) -> str:
-    """One of `VERDICTS`: the gain is surely above the margin, surely below it and would have been seen, or neither.
+    gain: stats.Estimate,
+    control: stats.Estimate,
+    lead: stats.Estimate,
+    used: float,
+    margin: float,
+    possible: bool = True,
+) -> tuple[str, str]:
+    """One of `VERDICTS` by chapter 9's rule, and why, with how far the margin could move.
 
-    **Arguments:** `gain` of a higher rank over the head's own, from `lift`; `control`, the same for the head cut on
-    purpose; `lead`, from `ahead`: a model that does not beat frequencies has other faults; `used`, working rank over d:
-    a head that leaves a tenth of the states unread is never cleared; `margin` in nats a token.
+    **Arguments:** `gain` of a higher rank over the head's own, in nats a token, from `lift`;
+    `control`, the same for the head cut on purpose; `lead` over token frequencies, from `ahead`;
+    `used`, the working rank over the width; `possible`: V tokens need V − 1 dimensions at most.
     """
+    if not possible:
+        return VERDICTS[3], "The vocabulary needs no more dimensions than the head has."
     if not lead.low > 0:
-        return VERDICTS[2]
+        return VERDICTS[2], "The model does not surely beat token frequencies."
     if gain.low > margin:
-        return VERDICTS[0]
-    return VERDICTS[1] if gain.high < margin < control.low and used >= 0.9 else VERDICTS[2]
+        same = f"as for every margin below {gain.low:.2g}"
+        return VERDICTS[0], f"All of it lies above the margin of {margin:g}, {same}."
+    doubts = {
+        f"the interval reaches above the margin of {margin:g}": not gain.high < margin,
+        "a fault made on purpose was not surely seen": not control.low > margin,
+        f"the head leaves {1 - used:.0%} of its dimensions unread": used < IN_USE,
+    }
+    reasons = [reason for reason, holds in doubts.items() if holds]
+    if reasons:
+        return VERDICTS[2], f"It stays open: {', and '.join(reasons)}."
+    same = f"as for every margin from {max(gain.high, 0):.2g} to {control.low:.2g}"
+    return VERDICTS[1], f"All of it lies below the margin of {margin:g}, {same}."
 
 
 def target_rank(
-    tokenizer: transformers.PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     vocab: int = 1024,
     order: int = 3,
@@ -206,48 +188,74 @@ def target_rank(
     groups: int = 5,
     seed: int = 0,
 ) -> tuple[stats.Estimate, int, float]:
-    """How many dimensions of a text's n-gram matrix two halves of it agree on (`ngrams.split_half`).
+    """How many dimensions of a text's n-gram matrix two halves agree on (`ngrams.split_half`).
 
-    **Arguments:** the `vocab` − 1 most frequent tokens are kept and the others merged, for V × V must fit; `most`
-    tokens are read, of texts in random order; each of the `groups` of texts is left out in turn for the interval.
-
-    **Returns:** the rank, the tokens read, and the share of them that was merged.
+    The `vocab` − 1 most frequent tokens are told apart, the others are merged. About `most` tokens
+    are read. **Returns:** the rank, the tokens read, and the share of them that was merged.
 
     **Raises:** `ValueError` if in half of the text no context occurs twice.
     """
-    pieces, read = [], 0
-    for i in np.random.default_rng(seed).permutation(len(texts)):
-        pieces.append(
-            np.asarray(
-                tokenizer(texts[i], add_special_tokens=False, verbose=False)["input_ids"], int
-            )
-        )
-        if (read := read + len(pieces[-1])) >= most:
+    pieces = []
+    read = 0
+    for place in np.random.default_rng(seed).permutation(len(texts)):
+        coded = tokenizer(texts[place], add_special_tokens=False, verbose=False)
+        pieces.append(np.array(coded["input_ids"], int))
+        read += len(pieces[-1])
+        if read >= most:
             break
     counts = np.bincount(np.concatenate(pieces))
     kept = np.argsort(-counts, kind="stable")[: vocab - 1]
-    new = np.full(len(counts), vocab - 1)
-    new[kept] = np.arange(len(kept))
-    pieces = [
-        np.append(new[piece], vocab - 1) for piece in pieces
-    ]  # no n-gram of kept tokens spans two texts
+    merged = np.full(len(counts), vocab - 1)
+    merged[kept] = np.arange(len(kept))
+    # The merged token ends each text, so that no n-gram of kept ones spans two.
+    pieces = [np.append(merged[piece], vocab - 1) for piece in pieces]
 
-    def supported(part: list[np.ndarray]) -> float:
-        halves = (np.concatenate(part[half::2]) for half in (0, 1))
-        return float(
-            ngrams.split_half(
-                *(ngrams.gram(x, order, vocab, "tokens", unbiased=True) for x in halves)
-            ).rank
-        )
+    def supported(left_out: int | None) -> float:
+        part = [piece for place, piece in enumerate(pieces) if place % groups != left_out]
+        halves = [np.concatenate(part[half::2]) for half in (0, 1)]
+        grams = [ngrams.gram(half, order, vocab, "tokens", unbiased=True) for half in halves]
+        return float(ngrams.split_half(*grams).rank)
 
-    left = [supported([p for i, p in enumerate(pieces) if i % groups != g]) for g in range(groups)]
-    return (
-        stats.jackknife(left, supported(pieces)),
-        read,
-        1 - float(counts[kept].sum() / counts.sum()),
-    )
+    rank = stats.jackknife([supported(group) for group in range(groups)], supported(None))
+    return rank, read, 1 - float(counts[kept].sum() / read)
 
 
-def references() -> pd.DataFrame:
-    """What this report found for known models: a row a model and quantity, with text, versions, date and command."""
-    return pd.read_csv(resources.files("headbound") / "references.csv")
+def references(fingerprint: str = "", perplexity: float = 0.0) -> pd.DataFrame:
+    """What this report found for known models, and what the paper's figures say of its own.
+
+    A row a model and quantity, with its origin. A model of the same text (its fingerprint) and
+    perplexity is the one in hand, and left out.
+    """
+    known = pd.read_csv(pythia.DATA / "references.csv")
+    near = (known["quantity"] == "perplexity") & np.isclose(known["value"], perplexity, 1e-3)
+    same = known.loc[near & (known["fingerprint"] == fingerprint), "reference"]
+    return known[~known["reference"].isin(same)]
+
+
+def places(known: pd.DataFrame, mine: Mapping[str, stats.Estimate | float]) -> pd.DataFrame:
+    """Where numbers lie among those of `references`, in words: how many have less, and the nearest.
+
+    >>> known = pd.DataFrame({"reference": ["a", "b"], "verdict": "", "quantity": "x"})
+    >>> known["value"] = [1, 3]
+    >>> places(known, {"x": 2.0}).loc[0, ["known models", "neighbours"]].tolist()
+    ['1 of 2', 'above a (1), below b (3)']
+    """
+    cited = known["verdict"] == "cited"
+    rows = []
+    for quantity, number in mine.items():
+        value = number.value if isinstance(number, stats.Estimate) else number
+        here = known["quantity"] == quantity
+        less, near = _place(known[here & ~cited], value)
+        paper_less, paper_near = _place(known[here & cited], value)
+        rows.append((quantity, less, paper_less, near, paper_near))
+    columns = ["quantity", "known models", "the paper's", "neighbours", "the paper's neighbours"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _place(known: pd.DataFrame, value: float) -> tuple[str, str]:
+    ordered = known.sort_values("value")
+    below = int((ordered["value"] <= value).sum())
+    named = [f"{row.reference} ({row.value:.3g})" for row in ordered.itertuples()]
+    words = [f"above {name}" for name in named[:below][-1:]]
+    words += [f"below {name}" for name in named[below:][:1]]
+    return f"{below} of {len(named)}", ", ".join(words) or "none is known"

@@ -1,6 +1,7 @@
-"""What is measured of every checkpoint, whoever trained it: loss, anisotropy, singular entropy, rank of outputs."""
+"""What is measured of every checkpoint, whoever trained it, in one forward pass over a text."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -9,39 +10,23 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headbound import device, hidden, models, stats
+from headbound import hidden, models, stats
 from headbound.measure import anisotropy, spectrum
 
-LOGITS = 1 << 25  # held at once while a loss is measured: what bounds the memory
+LOGITS = 1 << 25  # held at once: what bounds the memory
+SHOWN = 16  # texts, and places in each, whose logits the output rank is of
 
 
 @torch.inference_mode()
 def text_losses(
     model: PreTrainedModel, rows: Int[Tensor, "texts length"]
 ) -> Float[np.ndarray, " texts"]:
-    """The mean loss of each text, nats a token: what a comparison of two models, text by text, needs."""
-    losses, at_once = [], max(1, LOGITS // (rows.shape[1] * model.config.vocab_size))
-    for some in rows.to(model.device).split(at_once):
-        logits = model(some[:, :-1], use_cache=False).logits.float()
-        each = cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), reduction="none")
-        losses.append(each.unflatten(0, (len(some), -1)).mean(1))
+    """The mean loss of each text, nats a token: what a comparison of two models needs."""
+    losses = []
+    for some in _batches(model, rows):
+        logits = model(some[:, :-1].to(model.device), use_cache=False).logits
+        losses.append(_losses(logits, some))
     return torch.cat(losses).double().cpu().numpy()
-
-
-@torch.inference_mode()
-def output_rank(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> float:
-    """The effective rank of the log-probabilities, modulo a constant a context, at 16 places of each of 16 texts.
-
-    It is defined for any head; a linear one has at most as many dimensions as the hidden state.
-    """
-    places = torch.linspace(0, rows.shape[1] - 2, 16).long().unique()
-    logits = (
-        model(rows[:16, :-1].to(model.device), use_cache=False)
-        .logits[:, places.to(model.device)]
-        .flatten(0, 1)
-    )
-    logits = logits.to(device.precise(logits.device), torch.float64)
-    return spectrum.effective_rank(spectrum.singular_values(logits - logits.mean(1, keepdim=True)))
 
 
 @torch.inference_mode()
@@ -50,28 +35,53 @@ def measure(
     rows: Int[Tensor, "texts length"],
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, float]:
-    """Held-out loss and last-layer anisotropy with intervals over texts, the head's singular entropy, `output_rank`.
+    """Loss, anisotropy around the final norm, output rank, and the head's singular entropy.
 
-    The entropy is NaN for a head that is not one matrix; with the tokenizer, rows that pad the head are left out of it.
+    Loss (nats a token) and anisotropy come with 95 % intervals over texts. The output rank is the
+    effective rank of the log-probabilities at 16 places of each of 16 texts, modulo a constant a
+    context. It is defined for any head; a linear one has at most as many dimensions as the state.
+    The entropy is NaN for a head that is not one matrix. With the tokenizer, rows that pad the head
+    are left out of it.
     """
-    losses = text_losses(model, rows)
-    before, after = anisotropy.by_layer(hidden.stream(model, rows[:, :-1], layers=[-2, -1]))[0]
-    estimates = {
-        "loss": stats.mean(losses),
-        "anisotropy_before_norm": before,
-        "anisotropy_after_norm": after,
-    }
-    values = {
-        f"{k}{end}": e[i]
-        for k, e in estimates.items()
-        for i, end in enumerate(("", "_low", "_high"))
-    }
-    one_matrix = isinstance(getattr(model.get_output_embeddings(), "weight", None), Tensor)
-    head = spectrum.singular_values(models.head_weight(model, tokenizer)) if one_matrix else None
-    entropy = math.nan if head is None else spectrum.singular_entropy(head)
-    return {
-        **values,
-        "singular_entropy": entropy,
-        "output_rank": output_rank(model, rows),
-        "texts": len(losses),
-    }
+    losses: list[Tensor] = []
+    shown: list[Tensor] = []
+    places = torch.linspace(0, rows.shape[1] - 2, SHOWN).long().unique()
+
+    def states() -> Iterator[Float[Tensor, "layers _ length d"]]:
+        for some in _batches(model, rows):
+            found, logits = hidden.with_logits(model, some[:, :-1], [-2, -1])
+            losses.append(_losses(logits, some))
+            if len(losses[:-1]) * len(losses[0]) < SHOWN:
+                shown.append(logits[:, places.to(logits.device)].double().cpu())
+            yield found
+
+    before, after = anisotropy.by_layer(states())[0]
+    loss = stats.mean(torch.cat(losses).double().cpu().numpy())
+    values = {}
+    estimates = {"loss": loss, "anisotropy_before_norm": before, "anisotropy_after_norm": after}
+    for name, estimate in estimates.items():
+        values |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    logits = torch.cat(shown)[:SHOWN].flatten(0, 1)
+    logits = logits - logits.mean(1, keepdim=True)
+    values["output_rank"] = spectrum.effective_rank(spectrum.singular_values(logits))
+    values["singular_entropy"] = _head_entropy(model, tokenizer)
+    values["texts"] = len(rows)
+    return values
+
+
+def _batches(model: PreTrainedModel, rows: Tensor) -> tuple[Tensor, ...]:
+    vocab = model.get_input_embeddings().num_embeddings
+    return rows.split(max(1, LOGITS // (rows.shape[1] * vocab)))
+
+
+def _losses(logits: Tensor, rows: Tensor) -> Float[Tensor, " texts"]:
+    targets = rows[:, 1:].to(logits.device).flatten()
+    each = cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
+    return each.unflatten(0, (len(rows), -1)).mean(1)
+
+
+def _head_entropy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> float:
+    if not isinstance(getattr(model.get_output_embeddings(), "weight", None), Tensor):
+        return math.nan
+    weight = models.head_weight(model, tokenizer)
+    return spectrum.singular_entropy(spectrum.singular_values(weight))

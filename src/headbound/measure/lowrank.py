@@ -1,47 +1,68 @@
-"""Heads of bounded rank, W = A·B: cut from a trained head in closed form, or trained by gradient."""
+"""Heads of bounded rank: cut from a trained head in closed form, or trained by gradient."""
 
-import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import LinearCrossEntropyOptions
-from torch.nn.functional import embedding, linear_cross_entropy
+from torch.nn.functional import cross_entropy, embedding
+from torch.optim.lr_scheduler import LinearLR
 
 from headbound import device, hidden, progress, stats
+from headbound.measure.rules import NOTICEABLE, Ruling
+from headbound.models import Readout
+
+CLAIMED = 1000  # the rank below which heads lose noticeably, by the paper's section 5.1
+Losses = Float[np.ndarray, "ranks tokens"]
+Texts = Int[np.ndarray, " tokens"]
 
 
 class Head(NamedTuple):
-    """A head of rank r as its factors: A (V × r) times B (r × d)."""
+    """A head of rank r as its factors A (V × r) and B (r × d), with the model's soft cap if any.
+
+    logits = A B h,  or cap · tanh(A B h / cap)
+    """
 
     A: Tensor
     B: Tensor
+    cap: float | None = None
 
     def cut(self, rank: int) -> "Head":
-        """The head of the first `rank` directions: for a head of `low_rank`, the best one of that rank."""
-        return Head(self.A[:, :rank], self.B[:rank])
+        """The first `rank` directions: for a head of `low_rank`, the best head of that rank."""
+        return self._replace(A=self.A[:, :rank], B=self.B[:rank])
+
+    def logits(self, states: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens vocab"]:
+        """The logits of hidden states, through the rank: A·B is never built."""
+        plain = states @ self.B.T @ self.A.T
+        return plain if self.cap is None else self.cap * torch.tanh(plain / self.cap)
 
 
 class Examples(NamedTuple):
-    """What a head is trained and measured on: hidden states (tokens × d), the next tokens, the text of each."""
+    """Hidden states (tokens × d), the token that follows each, and the number of its text."""
 
     hidden_states: np.ndarray
     targets: np.ndarray
     texts: np.ndarray
 
 
-def examples(model: nn.Module, input_ids: Int[Tensor, "texts length"]) -> Examples:
-    """Each text's tokens but the last as memory-mapped final hidden states (`hidden.store`), and what follows each."""
+def examples(
+    model: nn.Module, input_ids: Int[Tensor, "texts length"], readout: Readout | None = None
+) -> Examples:
+    """Final hidden states of all tokens but each text's last, memory-mapped, and what follows.
+
+    With a readout they are what its `matrix` reads: a head with a bias reads a one beside them.
+    """
     states = hidden.store(model, input_ids[:, :-1])
     texts, length, d = states.shape
+    states = states.reshape(-1, d)
     return Examples(
-        states.reshape(-1, d),
-        input_ids[:, 1:].flatten().numpy(),
-        np.repeat(np.arange(texts), length),
+        hidden_states=states if readout is None else readout.inputs(states),
+        targets=input_ids[:, 1:].flatten().numpy(),
+        texts=np.repeat(np.arange(texts), length),
     )
 
 
@@ -49,78 +70,86 @@ def examples(model: nn.Module, input_ids: Int[Tensor, "texts length"]) -> Exampl
 def token_losses(
     data: Examples, heads: Sequence[Head], block: int = 128
 ) -> Float[np.ndarray, "heads tokens"]:
-    """Nats a token of each head over its whole vocabulary, every block of states read once for all heads."""
-    losses = np.empty((len(heads), len(data.targets)))
-    places = [slice(start, start + block) for start in range(0, len(data.targets), block)]
+    """Nats a token of each head over its whole vocabulary, `block` tokens at a time."""
+    _check(data, heads)
+    places = _blocks(len(data.targets), block)
     parts = device.feed(data[:2], places, heads[0].A.device)
-    for here, (states, targets) in zip(
-        progress.bar(places, f"measuring {len(heads)} heads"), parts, strict=True
-    ):
-        found = [
-            blocked_cross_entropy(states, head, targets, block, reduction="none") for head in heads
-        ]
-        losses[:, here] = torch.stack(found).cpu()
-    return losses
+    losses = []
+    for states, targets in progress.bar(parts, "measuring heads", len(places)):
+        following = targets.long()
+        here = [cross_entropy(h.logits(states), following, reduction="none") for h in heads]
+        losses.append(torch.stack(here))
+    return torch.cat(losses, 1).double().cpu().numpy()
 
 
 def covariance(
     hidden_states: Float[np.ndarray, "tokens d"], ridge: float = 1e-8, block: int = 8192
 ) -> Float[Tensor, "d d"]:
-    """C = E[h hᵀ], the second moment (mean included), in float64, block by block from disk or memory.
+    """The second moment C = E[h hᵀ], mean included, in float64, `block` states at a time.
 
-    `ridge` times the mean diagonal entry is added: states after a LayerNorm may leave a direction out altogether.
+    `ridge` times the mean diagonal entry is added to the diagonal, because states after a LayerNorm
+    may leave a direction out.
     """
-    total = torch.zeros(hidden_states.shape[1], hidden_states.shape[1], dtype=torch.float64)
-    places = (slice(start, start + block) for start in range(0, len(hidden_states), block))
-    for (states,) in device.feed([hidden_states], places, total.device):
-        total.addmm_(states.T.double(), states.double())
-    return (total + ridge * total.diagonal().mean() * torch.eye(len(total))) / len(hidden_states)
+    count, d = hidden_states.shape
+    total = torch.zeros(d, d, dtype=torch.float64)
+    for here in _blocks(count, block):
+        states = torch.from_numpy(np.array(hidden_states[here]))
+        precise = states.double()
+        total.addmm_(precise.T, precise)
+    diagonal = total.diagonal()
+    diagonal += ridge * diagonal.mean()
+    return total / count
 
 
 def low_rank(
     weight: Float[Tensor, "vocab d"], rank: int, covariance: Float[Tensor, "d1 d2"] | None = None
 ) -> Head:
-    """The rank-r head A·B nearest to W: min E‖(W − A·B) h‖² over the hidden states h that occur.
+    """The rank-r head A·B nearest to W on the hidden states h that occur.
 
-    With C = E[h hᵀ] the error is ‖(W − A·B) C^½‖_F², so by Eckart–Young A·B = (W C^½)_r C^−½, where (·)_r keeps
-    the r largest singular values; without a covariance C = I, the truncated SVD of W alone. The right singular
-    vectors come from the d × d Gram matrix, in float64.
+    min E‖(W − A·B) h‖² = min ‖(W − A·B) C^½‖_F²,  C = E[h hᵀ]
 
-    **Arguments:**
+    By Eckart–Young A·B = (W C^½)_r C^−½, where (·)_r keeps the r largest singular values. Without
+    a covariance C = I, and this is the truncated SVD of W.
 
-    - `weight`: the head W.
-    - `rank`: between 1 and min(V, d). `low_rank(W, d, C).cut(r)` is `low_rank(W, r, C)`.
-    - `covariance`: C, from `covariance(hidden_states)`.
+    >>> head = low_rank(torch.diag(torch.tensor([2.0, 1.0])), rank=1)
+    >>> (head.A @ head.B).abs().tolist()
+    [[2.0, 0.0], [0.0, 0.0]]
 
-    **Returns:** the factors, in the type of `weight`.
+    **Raises:** `ValueError` for a rank not in 1 to min(V, d), or a covariance that is singular or
+    of another width.
 
-    **Raises:** `ValueError` for an impossible rank, a covariance of another width, or a singular one.
-
-    **Source:** Eckart & Young 1936; the paper's section 5 trains A and B instead.
+    **Source:** Eckart & Young 1936. The paper's section 5.1 trains A and B instead.
     """
     vocab, d = weight.shape
     if not 1 <= rank <= min(vocab, d):
-        raise ValueError(
-            f"rank = {rank}: must be between 1 and {min(vocab, d)}, the smaller side of the head; choose ranks there"
-        )
+        raise ValueError(f"rank = {rank}: must be between 1 and {min(vocab, d)}, the smaller side")
     precise = weight.to(device.precise(weight.device), torch.float64)
-    root = inverse = torch.eye(d).to(precise)
+    root = torch.eye(d).to(precise)
+    inverse = root
     if covariance is not None:
         root, inverse = _roots(covariance.to(precise), d)
-    kept = torch.linalg.eigh(root @ (precise.T @ precise) @ root).eigenvectors.flip(1)[:, :rank]
-    return Head((precise @ (root @ kept)).to(weight), (kept.T @ inverse).to(weight))
+    # The right singular vectors of W C^½ are the eigenvectors of its Gram matrix, which is d × d.
+    gram = root @ (precise.T @ precise) @ root
+    ascending = torch.linalg.eigh(gram).eigenvectors
+    kept = ascending.flip(1)[:, :rank]
+    A = precise @ (root @ kept)
+    B = kept.T @ inverse
+    return Head(A.to(weight), B.to(weight))
 
 
 def random(weight: Float[Tensor, "vocab d"], rank: int, seed: int = 0) -> Head:
-    """A random head of `weight`'s shape, the paper's start: deviation 0.02 in A, 1/√d in B, so logits near zero."""
-    draw, (vocab, d) = torch.Generator().manual_seed(seed), weight.shape
-    A, B = torch.randn(vocab, rank, generator=draw), torch.randn(rank, d, generator=draw)
-    return Head((0.02 * A).to(weight), (B / math.sqrt(d)).to(weight))
+    """A random head of `weight`'s shape: deviation 0.02 in A, 1/√d in B, so logits near zero."""
+    vocab, d = weight.shape
+    draw = torch.Generator().manual_seed(seed)
+    A = torch.randn(vocab, rank, generator=draw)
+    A *= 0.02
+    B = torch.randn(rank, d, generator=draw)
+    B /= math.sqrt(d)
+    return Head(A.to(weight), B.to(weight))
 
 
 def train(
-    hidden_states: Float[np.ndarray, "states d"],
-    targets: Int[np.ndarray, " targets"],
+    data: Examples,
     heads: Sequence[Head],
     epochs: int = 2,
     batch: int = 128,
@@ -128,112 +157,241 @@ def train(
     sampled: int | None = None,
     seed: int = 0,
 ) -> list[Head]:
-    """Train every head in one pass over a frozen model's hidden states: min −E ln softmax(A B h)[target].
+    """Train heads of any ranks in one pass over a frozen model's hidden states, by cross-entropy.
 
-    Each batch is read once and shown to every head in turn; the heads share nothing else, so each ends where it
-    would have ended alone. Adam, its rate falling linearly to zero.
+    Each batch is read once and shown to every head in turn. The heads share nothing else, so each
+    ends where it would have ended alone. Adam's rate falls linearly to zero. A bias or a cap stays.
 
     **Arguments:**
 
-    - `hidden_states`, `targets`: what enters the head, and the token that came next. A memory-mapped array is read
-      batch by batch, never whole.
-    - `heads`: where to start, any ranks; left unchanged.
-    - `epochs`, `batch` (tokens).
-    - `learning_rate`: Adam's: over √r for A, as a logit is a sum of r terms; times twice B's root mean square for B,
-      whose scale is that of the states.
-    - `sampled`: each step's softmax runs over the tokens that occur in `targets` and this many others, drawn
-      afresh and weighted by the inverse of their chance (sampled softmax). None: over the whole vocabulary.
-    - `seed`: of batches and samples.
+    - `batch`: in tokens.
+    - `learning_rate`: over √r for A, as a logit is a sum of r terms; times twice B's root mean
+      square for B, whose scale is that of the states.
+    - `sampled`: a step's softmax runs over the tokens that occur in the text and this many others,
+      drawn afresh and weighted by the inverse of their chance. None: over all tokens.
 
-    **Returns:** the trained heads, in the order given.
-
-    **Raises:** `ValueError` if there is not one target a state or not one batch; `FloatingPointError` if any head
-    diverges (a loss not finite, or a nat higher at the end than at first): nothing half-trained is returned.
+    **Raises:** `ValueError` without a whole batch; `FloatingPointError` if a head diverges: a loss
+    that is not finite, or a nat higher at the end than at first.
     """
-    steps = epochs * (len(targets) // batch)
-    if steps < 1 or len(hidden_states) != len(targets):
+    steps = epochs * (len(data.targets) // batch)
+    if steps < 1 or len(data.hidden_states) != len(data.targets):
         raise ValueError(
-            f"{len(hidden_states)} hidden states, {len(targets)} targets, epochs = {epochs}: need one target a "
-            f"state, an epoch and a batch of {batch}; give more text"
+            f"{len(data.hidden_states)} hidden states, {len(data.targets)} targets, epochs = "
+            f"{epochs}: need one target a state, an epoch and a batch of {batch}; give more text"
         )
-    heads = [Head(A.clone().requires_grad_(), B.clone().requires_grad_()) for A, B in heads]
-    vocab, like = len(heads[0].A), heads[0].A.detach()
-    occurring, bias, rows = np.unique(targets), None, None
-    rest = np.setdiff1d(np.arange(vocab), occurring)
-    if sparse := sampled is not None and sampled < len(rest):
-        targets = np.searchsorted(occurring, targets)
-        bias = torch.zeros(len(occurring) + sampled).to(like)
-        bias[len(occurring) :] = math.log(len(rest) / sampled)
-    over_a = [{"params": [A], "lr": learning_rate / math.sqrt(len(B))} for A, B in heads]
-    over_b = [
-        {"params": [B], "lr": 2 * learning_rate * B.detach().square().mean().sqrt().item()}
-        for _, B in heads
-    ]
-    optimizers = [
-        (torch.optim.SparseAdam if sparse else torch.optim.Adam)(over_a),
-        torch.optim.Adam(over_b),
-    ]
-    decay = [torch.optim.lr_scheduler.LinearLR(adam, 1, 1 / steps, steps) for adam in optimizers]
-    rng, history = np.random.default_rng(seed), np.empty((steps, len(heads)))
-    parts = device.feed(
-        [hidden_states, targets], _batches(len(targets), batch, epochs, seed), like.device
-    )
-    for step, (states, following) in enumerate(
-        progress.bar(parts, f"training {len(heads)} heads", steps)
-    ):
-        if sparse:
-            drawn = np.concatenate([occurring, rng.choice(rest, sampled, replace=False)])
-            rows = torch.from_numpy(drawn).to(like.device)
-        for number, (A, B) in enumerate(heads):
-            part = A if rows is None else embedding(rows, A, sparse=True)
-            loss = blocked_cross_entropy(states, (part, B), following, bias=bias)
+    _check(data, heads)
+    where = heads[0].A.device
+    rows = _Rows(data.targets, len(heads[0].A), sampled, seed)
+    pupils = [_Pupil(head, rows, learning_rate) for head in heads]
+    dense = [group for pupil in pupils for group in pupil.dense]
+    optimizers = [torch.optim.Adam(dense, fused=True)]
+    if len(rows.rest):
+        optimizers.append(torch.optim.SparseAdam([pupil.sparse for pupil in pupils]))
+    decays = [LinearLR(optimizer, 1, 1 / steps, steps) for optimizer in optimizers]
+    following = np.searchsorted(rows.seen, data.targets)
+    places = _batches(len(following), batch, epochs, seed)
+    parts = device.feed([data.hidden_states, following], places, where)
+    history = torch.zeros(steps, len(heads), device=where)  # read at the end: no step waits for it
+    for step, (states, targets) in enumerate(progress.bar(parts, "training heads", steps)):
+        drawn = rows.draw(where)
+        for number, pupil in enumerate(pupils):
+            loss = cross_entropy(pupil.logits(states, *drawn), targets)
             loss.backward()
-            history[step, number] = loss.item()
-        _check_convergence(history[: step + 1], step + 1 == steps, heads)
-        for adam, schedule in zip(optimizers, decay, strict=True):
-            adam.step()
-            adam.zero_grad()
-            schedule.step()
-    return [Head(A.detach(), B.detach()) for A, B in heads]
+            history[step, number] = loss.detach()
+        for optimizer, decay in zip(optimizers, decays, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            decay.step()
+    _check_convergence(history.cpu(), heads)
+    return [pupil.finished() for pupil in pupils]
+
+
+class _Rows:
+    """The rows of A that a step reads: of the tokens that occur, and of a sample of the rest."""
+
+    def __init__(self, targets: np.ndarray, vocab: int, sampled: int | None, seed: int):
+        self.seen = np.unique(targets)
+        self.rest = np.setdiff1d(np.arange(vocab), self.seen)
+        self.sampled = sampled
+        self.random = np.random.default_rng(seed)
+        if sampled is None or sampled >= len(self.rest):
+            self.seen = np.arange(vocab)
+            self.rest = self.seen[:0]
+            self.sampled = 0
+
+    def draw(self, where: torch.device) -> tuple[Tensor, float]:
+        """Places in `rest`, and the logarithm of a drawn token's weight in the softmax."""
+        drawn = self.random.choice(len(self.rest), self.sampled, replace=False)
+        weight = len(self.rest) / max(self.sampled, 1)
+        return torch.from_numpy(drawn).to(where), math.log(max(weight, 1))
+
+
+class _Pupil:
+    """A head in training: Adam moves the rows that every step reads, a sparse Adam the others."""
+
+    def __init__(self, start: Head, rows: _Rows, learning_rate: float):
+        self.start = start
+        self.rows = rows
+        self.seen = start.A[rows.seen].requires_grad_()
+        self.rest = start.A[rows.rest].requires_grad_()
+        self.B = start.B.clone().requires_grad_()
+        rate = learning_rate / math.sqrt(len(start.B))
+        size = start.B.square().mean().sqrt().item()
+        self.sparse = {"params": [self.rest], "lr": rate}
+        self.dense = [
+            {"params": [self.seen], "lr": rate},
+            {"params": [self.B], "lr": 2 * learning_rate * size},
+        ]
+
+    def logits(self, states: Tensor, drawn: Tensor, raised: float) -> Tensor:
+        """Of the tokens that occur, then of those drawn, raised by the log of their weight."""
+        seen = Head(self.seen, self.B, self.start.cap).logits(states)
+        if not len(drawn):
+            return seen
+        A = embedding(drawn, self.rest, sparse=True)
+        others = Head(A, self.B, self.start.cap).logits(states)
+        return torch.cat([seen, others + raised], 1)
+
+    def finished(self) -> Head:
+        """The head over the whole vocabulary."""
+        A = torch.empty_like(self.start.A)
+        A[self.rows.seen] = self.seen.detach()
+        A[self.rows.rest] = self.rest.detach()
+        B = self.B.detach()
+        return self.start._replace(A=A, B=B)
+
+
+def perplexity(losses: Float[np.ndarray, " tokens"], texts: Texts) -> stats.Estimate:
+    """exp(mean loss). Its interval resamples texts, as tokens of one text depend on each other.
+
+    >>> perplexity(np.log([2.0, 2.0, 8.0, 8.0]), np.array([0, 0, 1, 1])).value
+    4.0
+    """
+    return stats.mean(losses, texts).map(math.exp)
+
+
+def above_full(ranks: Sequence[int], losses: Losses, texts: Texts) -> pd.DataFrame:
+    """A curve to draw: what each rank loses against the largest one, in nats a token.
+
+    **Returns:** columns `rank r`, `share r/d`, `loss above the full head (nats)`, `low`, `high`.
+    """
+    found = [stats.mean(row - losses[-1], texts) for row in losses]
+    frame = pd.DataFrame(found).drop(columns="n")
+    frame.insert(0, "rank r", ranks)
+    frame.insert(1, "share r/d", frame["rank r"] / ranks[-1])
+    return frame.rename(columns={"value": "loss above the full head (nats)"})
 
 
 def knee(
-    ranks: Sequence[int],
-    losses: Float[np.ndarray, "ranks tokens"],
-    texts: Int[np.ndarray, " tokens"],
-    tolerance: float = 0.05,
+    ranks: Sequence[int], losses: Losses, texts: Texts, tolerance: float = 0.05
 ) -> stats.Estimate:
-    """The rank above which perplexity stays within `tolerance` of the largest rank's, interpolated in its log.
+    """The rank above which perplexity stays within `tolerance` (0.05: 5 %) of the largest rank's.
+
+    It is interpolated in the log of the rank; `ranks` ascend. Texts are resampled, all ranks
+    together.
+    """
+    allowed = math.log1p(tolerance)
+
+    def crossing(excess: Float[np.ndarray, " ranks"]) -> float:
+        above = np.flatnonzero(excess > allowed)
+        if not len(above):
+            return float(ranks[0])
+        pair = slice(above[-1], above[-1] + 2)
+        logarithms = np.log(ranks[pair])
+        return math.exp(np.interp(-allowed, -excess[pair], logarithms))
+
+    return _of_excess(losses, texts, crossing)
+
+
+def knee_at_claim(knee: stats.Estimate, width: int, moved: float = 0.0) -> Ruling:
+    """Section 5.1: perplexity is noticeably worse below rank 1,000.
+
+    The knee must lie within a factor of 2 of 1,000. None for a model that is not wider than that,
+    and where half the training text has `moved` perplexity by 5 % or more.
+    """
+    if width <= CLAIMED:
+        return Ruling(None, f"d = {width}: a knee at 1,000 is out of reach")
+    if moved >= NOTICEABLE:
+        return Ruling(None, f"half the training text moves the curve by {moved:.0%}")
+    factor = max(knee.value / CLAIMED, CLAIMED / knee.value)
+    return Ruling(factor <= 2, f"a factor of {factor:.2f} from 1,000; up to 2 is called the same")
+
+
+def rank_or_share(
+    ranks: Sequence[int], losses: Losses, texts: Texts, others: pd.DataFrame
+) -> stats.Estimate:
+    """Does a cut cost models the same at equal rank r, or at equal share r/d of their width d?
+
+    The distance to other models' curves at equal r/d, less that at equal r: root mean squares over
+    the ranks below d, of the loss above the full head, in nats. Above 0 the rank itself decides.
 
     **Arguments:**
 
-    - `ranks`: ascending; the last is the reference.
-    - `losses`: nats, a row per rank, a column per token.
-    - `texts`: which text each token is from; resampled for the interval, all ranks together.
-    - `tolerance`: 0.05 is five per cent of perplexity.
+    - `ranks`, `losses`, `texts`: as of `knee`; the last rank is d.
+    - `others`: columns `curve`, `x` (ranks, the largest is that model's d) and `y` (nats).
     """
-    sums, counts = np.stack([np.bincount(texts, row) for row in losses]), np.bincount(texts)
+    places = []
+    theirs = []
+    for _, other in others.sort_values("x").groupby("curve"):
+        known = np.log(other["x"].to_numpy())
+        above = other["y"].to_numpy()
+        for place, rank in enumerate(ranks[:-1]):
+            at_rank = math.log(rank)
+            at_share = at_rank - math.log(ranks[-1]) + known[-1]
+            asked = np.array([at_rank, at_share])
+            if known[0] <= asked.min() and asked.max() <= known[-1]:
+                places.append(place)
+                theirs.append(np.interp(asked, known, above - above[-1]))
 
-    def crossing(excess: Float[np.ndarray, " ranks"]) -> float:
-        if (excess <= 0).all():
-            return float(ranks[0])
-        i = np.flatnonzero(excess > 0)[-1]
-        return float(np.exp(np.interp(0, -excess[i : i + 2], np.log(ranks[i : i + 2]))))
+    def nearer(excess: Float[np.ndarray, " ranks"]) -> float:
+        differences = excess[places, None] - theirs
+        at_rank, at_share = np.sqrt(np.square(differences).mean(0))
+        return at_share - at_rank
+
+    return _of_excess(losses, texts, nearer)
+
+
+def rank_decides(difference: stats.Estimate) -> Ruling:
+    """Section 5.1: a rank costs the same "regardless of the model size".
+
+    The interval of `rank_or_share` must lie above 0; below, it is refused. None if it holds 0.
+    """
+    agrees = True if difference.low > 0 else False if difference.high < 0 else None
+    return Ruling(agrees, "agrees if the interval lies above 0; short training favours that")
+
+
+def _of_excess(
+    losses: Losses, texts: Texts, number: Callable[[Float[np.ndarray, " ranks"]], float]
+) -> stats.Estimate:
+    # A number of the curve of mean losses above the last rank's.
+    counts = np.bincount(texts)
+    above = losses - losses[-1]
+    by_text = [np.bincount(texts, row) for row in above]
+    sums = np.stack(by_text, 1)
 
     def statistic(weights: Float[np.ndarray, "sets texts"]) -> Float[np.ndarray, " sets"]:
-        excess = weights @ (sums - sums[-1]).T / (weights @ counts)[:, None] - math.log1p(tolerance)
-        return np.array([crossing(row) for row in excess])
+        tokens = weights @ counts
+        curves = weights @ sums / tokens[:, None]
+        return np.array([number(curve) for curve in curves])
 
     return stats.bootstrap(statistic, len(counts))
 
 
-def _batches(
-    states: int, batch: int, epochs: int, seed: int
-) -> Iterator[Int[np.ndarray, " batch"]]:
-    """The numbers of each batch's states, ascending, which a disk reads faster; every epoch in an order of its own."""
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(states)
-        yield from (np.sort(order[i : i + batch]) for i in range(0, states - batch + 1, batch))
+def _check(data: Examples, heads: Sequence[Head]) -> None:
+    width = data.hidden_states.shape[1]
+    vocab = min(len(head.A) for head in heads)
+    if any(head.B.shape[1] != width for head in heads):
+        raise ValueError(
+            f"hidden states of width {width}, heads of width {[h.B.shape[1] for h in heads]}: "
+            "they must come from one model; take both from the same models.load"
+        )
+    if not len(data.targets):
+        raise ValueError("no token to measure; give more text")
+    if data.targets.min() < 0 or data.targets.max() >= vocab:
+        raise ValueError(
+            f"targets from {data.targets.min()} to {data.targets.max()}: the head has rows 0 to "
+            f"{vocab - 1}; encode the text with this model's tokenizer"
+        )
 
 
 def _roots(
@@ -241,99 +399,38 @@ def _roots(
 ) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
     if covariance.shape != (d, d):
         raise ValueError(
-            f"covariance of shape {tuple(covariance.shape)}: the head is {d} wide, so it must be {d} × {d}; "
+            f"covariance of shape {tuple(covariance.shape)}: the head is {d} wide; "
             "take hidden states and head from the same model"
         )
     values, vectors = torch.linalg.eigh(covariance)
     rank = int((values > d * torch.finfo(values.dtype).eps * values[-1]).sum())
     if rank < d:
         raise ValueError(
-            f"covariance of rank {rank}: singular, for the head is {d} wide; use many more than {d} hidden "
-            "states, or a ridge as lowrank.covariance adds"
+            f"covariance of rank {rank}: singular, for the head is {d} wide; use many more than "
+            f"{d} hidden states, or a ridge as lowrank.covariance adds"
         )
-    return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+    roots = values.sqrt()
+    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
-def _check_convergence(
-    history: Float[np.ndarray, "steps heads"], over: bool, heads: Sequence[Head]
-) -> None:
-    last = history[-max(1, len(history) // 10) :].mean(0) if over else history[-1]
-    for number in np.flatnonzero(~np.isfinite(last) | (over & (last > history[0] + 1))):
-        raise FloatingPointError(
-            f"rank {len(heads[number].B)} diverged: loss {history[0, number]:.3g} nats at first, "
-            f"{last[number]:.3g} at step {len(history)}; lower learning_rate"
-        )
+def _blocks(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def blocked_cross_entropy(
-    hidden_states: Float[Tensor, "tokens width"],
-    weight: Float[Tensor, "vocab d"] | tuple[Float[Tensor, "vocab r"], Float[Tensor, "r d"]],
-    targets: Int[Tensor, " tokens"],
-    block: int = 256,
-    bias: Float[Tensor, " vocab"] | None = None,
-    reduction: str = "mean",
-) -> Float[Tensor, "..."]:
-    """−ln softmax(W h + b)[target], W one matrix or a product A·B, `block` tokens at a time.
-
-    PyTorch's chunked kernel holds one block × V buffer and, for `mean`, finishes a block's gradient before the next:
-    the peak is a constant multiple of block × V whatever the number of tokens. On CUDA Liger's Triton kernel, where
-    installed, takes over the `mean` and chooses its own blocks.
-
-    **Arguments:**
-
-    - `hidden_states`: what enters the head.
-    - `weight`: the head W, or its factors (A, B) with W = A·B; B is then applied first and W never built.
-    - `targets`: the token that came next, for each hidden state.
-    - `block`: tokens a block.
-    - `bias`: added to the logits, such as the log-weights of a sampled vocabulary.
-    - `reduction`: `mean` (nats a token) or `none` (one loss a token).
-
-    **Returns:** the loss in nats, differentiable once in everything but the targets.
-
-    **Raises:** `ValueError` for widths that do not fit, targets outside the vocabulary, no token or no block.
-    """
-    if block < 1 or len(targets) == 0:
-        raise ValueError(
-            f"block = {block}, tokens = {len(targets)}: both must be at least 1; give more text"
-        )
-    if not isinstance(weight, Tensor):
-        weight, inner = weight
-        _check_width(hidden_states, inner)
-        hidden_states = hidden_states @ inner.T
-    _check_width(hidden_states, weight)
-    if not 0 <= int(targets.min()) <= int(targets.max()) < len(weight):
-        raise ValueError(
-            f"targets from {int(targets.min())} to {int(targets.max())}: the head has rows 0 to {len(weight) - 1}; "
-            "encode the text with this model's tokenizer"
-        )
-    targets = targets.long()
-    if hidden_states.is_cuda and reduction == "mean" and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-        return liger_fused_linear_cross_entropy(hidden_states, weight, targets, bias)
-    return linear_cross_entropy(
-        hidden_states,
-        weight,
-        targets,
-        linear_bias=bias,
-        reduction=reduction,
-        options=LinearCrossEntropyOptions(batch_chunk_size=block),
-    )
+def _batches(states: int, batch: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
+    # Ascending within a batch, which a disk reads faster. Every epoch has an order of its own.
+    for epoch in range(epochs):
+        generator = np.random.default_rng([seed, epoch])
+        order = generator.permutation(states)
+        for here in _blocks(states // batch * batch, batch):
+            yield np.sort(order[here])
 
 
-def perplexity(
-    losses: Float[np.ndarray, " tokens"], texts: Int[np.ndarray, " tokens"]
-) -> stats.Estimate:
-    """exp(mean loss) over all tokens, its interval by bootstrap over texts (tokens of one text depend on each other).
-
-    **Arguments:** `losses`: nats, one a token; `texts`: a number for the text that each token is from.
-    """
-    return stats.mean(losses, texts).map(math.exp)
-
-
-def _check_width(hidden_states: Tensor, weight: Tensor) -> None:
-    if hidden_states.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden states of width {hidden_states.shape[1]}, head of width {weight.shape[1]}: "
-            "they must come from one model; take both from the same models.load"
-        )
+def _check_convergence(history: Float[Tensor, "steps heads"], heads: Sequence[Head]) -> None:
+    last = history[-max(1, len(history) // 10) :].mean(0)
+    for first, end, head in zip(history[0], last, heads, strict=True):
+        if not end <= first + 1:
+            raise FloatingPointError(
+                f"rank {len(head.B)} diverged: loss {first:.3g} nats at first, {end:.3g} at the "
+                "end; lower learning_rate"
+            )

@@ -1,11 +1,11 @@
-"""Exact spectra of a text's n-gram matrix in bounded memory, and how much of them is sampling noise.
+"""Exact spectra of a text's n-gram matrix in bounded memory, and how much of them is noise.
 
-Row c of the matrix W is p(next token | context c), from counts. W-error depends on `WᵀW` (V × V) alone, a sum over
-contexts: these are split by a hash, a partition at a time is counted by sorting, added up in float64, and forgotten.
+Row c of the matrix W is p(next token | context c), from counts. W-error depends on WᵀW alone, a sum
+over contexts. A hash deals these out; a partition at a time is counted by sorting and added up.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from typing import Any, NamedTuple
@@ -16,16 +16,24 @@ import torch
 from jaxtyping import Float64, Integer
 from scipy.sparse import csr_array, diags_array, vstack
 from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.special import expit, logit
+from statsmodels.api import OLS, add_constant
+from torch.nn.functional import pad
 
-from headbound import device
+from headbound import device, stats
+from headbound.measure import spectrum
 
 Tokens = Integer[np.ndarray, " tokens"]
-BLOCK, PARTITION = 1 << 22, 1 << 23  # n-grams read at once, and sorted at once (about 0.4 GB)
+Curve = Float64[np.ndarray, " ranks"]  # entry d belongs to rank d
+BLOCK = 1 << 22  # n-grams read at once
+PARTITION = 1 << 23  # n-grams sorted at once (about 0.4 GB)
 COLUMNS = 512  # columns of the Gram matrix computed at once
+SLOTS = 1 << 16  # values of the hash that deals out contexts
+EPSILON = np.finfo(float).eps
 
 
 class Gram(NamedTuple):
-    """`WᵀW`, how many rows (contexts) W has, and the n-grams counted in them."""
+    """WᵀW, how many rows (contexts) W has, and the n-grams counted in them."""
 
     matrix: Float64[np.ndarray, "vocab vocab"]
     contexts: int
@@ -33,22 +41,23 @@ class Gram(NamedTuple):
 
 
 class SplitHalf(NamedTuple):
-    """What two halves of a text agree on; entry d of a curve belongs to rank d, and `rank` has the least `held_out`.
+    """What two halves of a text agree on; `rank` has the least `held_out`.
 
-    The W-error without sampling noise lies between `floor` (a half judged by itself: flattering) and `ceiling`
-    (judged by the other: what was really found).
+    The W-error without noise lies between `floor` (a half judged by itself, which flatters) and
+    `ceiling` (judged by the other half: what was really found).
     """
 
     rank: int
-    held_out: Float64[np.ndarray, " ranks"]
-    floor: Float64[np.ndarray, " ranks"]
-    ceiling: Float64[np.ndarray, " ranks"]
+    held_out: Curve
+    floor: Curve
+    ceiling: Curve
 
 
 def count(
     tokens: Tokens,
     order: int,
     vocab_size: int,
+    *,
     targets: Integer[np.ndarray, " ngrams"] | None = None,
     partitions: int | None = None,
     only: Iterable[int] | None = None,
@@ -57,57 +66,242 @@ def count(
 
     **Arguments:**
 
-    - `tokens`: the corpus, perhaps memory-mapped: it is read in blocks, once for each partition.
-    - `order`: tokens in an n-gram, 2 or more; a context has one less.
-    - `targets`: what follows each context, `len(tokens) - order + 1` ids; by default what does in `tokens`.
-    - `partitions`: how many; by default enough for `PARTITION` n-grams in each. `only`: those wanted (all).
+    - `tokens`: the corpus, perhaps memory-mapped: it is read in blocks.
+    - `order`: tokens in an n-gram; a context has one less.
+    - `targets`: what follows each context; by default what does in `tokens`.
+    - `partitions`: how many; by default enough for `PARTITION` n-grams in each.
+    - `only`: the partitions wanted, by default all; jobs may count some each and add up.
 
     **Raises:** `ValueError` for an order, ids, targets or partitions that don't fit.
     """
     ngrams = len(tokens) - order + 1
     if order < 2 or ngrams < 1:
-        raise ValueError(
-            f"order = {order}: must be from 2 to the number of tokens, {len(tokens)}; give more text"
-        )
-    if targets is not None and len(targets) != ngrams:
-        raise ValueError(
-            f"{len(targets)} targets: {ngrams} contexts need one each; cut or extend them"
-        )
+        raise ValueError(f"order = {order}: must be from 2 to the {len(tokens)} tokens of the text")
+    targets = tokens[order - 1 :] if targets is None else targets
+    if len(targets) != ngrams:
+        raise ValueError(f"{len(targets)} targets: {ngrams} contexts need one each")
+    _check_ids(tokens, vocab_size)
+    _check_ids(targets, vocab_size)
+    columns = [tokens[k : k + ngrams] for k in range(order - 1)]
     partitions = partitions or -(-ngrams // PARTITION)
-    tables = np.random.default_rng(0).integers(0, 2**16, (order - 1, vocab_size), np.uint16)
     for part in range(partitions) if only is None else only:
         if not 0 <= part < partitions:
-            raise ValueError(
-                f"partition = {part}: must be from 0 to {partitions - 1}; choose partitions there"
-            )
-        chosen = []
-        for first in range(0, ngrams, BLOCK):
-            last = min(first + BLOCK, ngrams)
-            windows = [tokens[first + k : last + k] for k in range(order)]
-            windows[-1] = windows[-1] if targets is None else targets[first:last]
-            checked = (tokens[first : last + order - 1], windows[-1])
-            low, high = min(x.min() for x in checked), max(x.max() for x in checked)
-            if low < 0 or high >= vocab_size:
-                wrong = low if low < 0 else high
-                raise ValueError(
-                    f"token id {wrong}: outside the vocabulary of {vocab_size}; use its own tokenizer"
-                )
-            if partitions > 1:
-                hashed = reduce(
-                    np.bitwise_xor, (t[x] for t, x in zip(tables, windows, strict=False))
-                )
-                bounds = [i * 2**16 // partitions for i in (part, part + 1)]
-                here = np.flatnonzero((hashed >= bounds[0]) & (hashed < bounds[1]))
-                windows = [x[here] for x in windows]
-            chosen.append(windows)
-        columns = [np.concatenate(pieces) for pieces in zip(*chosen, strict=True)]
-        yield _runs(columns, vocab_size)
+            raise ValueError(f"partition = {part}: must be from 0 to {partitions - 1}")
+        slots = range(part * SLOTS // partitions, (part + 1) * SLOTS // partitions)
+        yield _runs(_selected([*columns, targets], vocab_size, slots), vocab_size)
+
+
+def context_matrix(
+    tokens: Tokens, order: int, vocab_size: int, weighting: str = "contexts"
+) -> csr_array:
+    """W itself, sparse; it grows with the corpus, which the memory of `gram` does not."""
+    parts = count(tokens, order, vocab_size)
+    return vstack([_rows(counts, weighting)[0] for counts in parts], format="csr")
+
+
+def gram(
+    tokens: Tokens,
+    order: int,
+    vocab_size: int,
+    weighting: str = "contexts",
+    unbiased: bool = False,
+    **counting: Any,
+) -> Gram:
+    """WᵀW of the rows √w · k / n: k a context's counts, n their sum.
+
+    With `unbiased`, Σ w (k kᵀ − diag k) / (n (n − 1)), over pairs of *different* occurrences. Its
+    mean is WᵀW of the true probabilities, which the plain one exceeds by sampling noise.
+
+    **Arguments:**
+
+    - `weighting`: `contexts`, w = 1 (the paper's), or `tokens`, w = n (what the loss sees).
+    - `unbiased`: contexts seen once are then left out.
+    - `counting`: `targets`, `partitions` and `only`, as of `count`.
+
+    **Raises:** `ValueError` for bad arguments, or a V × V matrix beyond the free memory.
+    """
+    _check_memory(vocab_size)
+    total = np.zeros((vocab_size, vocab_size))
+    diagonal = np.zeros(vocab_size)
+    contexts = 0
+    ngrams = 0
+    for counts in count(tokens, order, vocab_size, **counting):
+        rows, factor, n = _rows(counts, weighting, unbiased)
+        contexts += len(n)
+        ngrams += int(n.sum())
+        if unbiased:
+            diagonal -= rows.T @ factor
+        # A context with one follower only adds to the diagonal, and most are such.
+        single = np.diff(rows.indptr) == 1
+        alone = rows[single]
+        diagonal += np.bincount(alone.indices, alone.data**2, vocab_size)
+        _add_square(total, rows[~single])
+    total[np.diag_indices(vocab_size)] += diagonal
+    return Gram(total, contexts, ngrams)
+
+
+def singular_values(gram: Gram) -> Float64[np.ndarray, " vocab"]:
+    """All singular values of W, the largest first, as roots of the eigenvalues of WᵀW.
+
+    Eigenvalues that float64 can't tell from zero are zero. W-error is good to 1e-15 / W-error.
+
+    **Raises:** `ValueError` if no context is left.
+    """
+    if not gram.contexts:
+        raise ValueError("0 contexts: none occurs twice; give more text")
+    matrix = torch.from_numpy(gram.matrix).to(device.precise(device.pick()))
+    values = torch.linalg.eigvalsh(matrix).flip(0).cpu().numpy()
+    least = len(values) * EPSILON * values[0]
+    values[values < least] = 0.0
+    return np.sqrt(values)
+
+
+def leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " values"]:
+    """The `ranks` largest singular values by Lanczos, for vocabularies beyond `gram`.
+
+    The others are given as their root mean square, from ‖W‖: W-error is exact up to `ranks`.
+
+    **Raises:** `ValueError` for ranks out of range.
+    """
+    most = min(matrix.shape) - 1
+    if not 1 <= ranks <= most:
+        raise ValueError(f"ranks = {ranks}: must be between 1 and {most}")
+    size = matrix.shape[1]
+    square = LinearOperator((size, size), lambda x: matrix.T @ (matrix @ x), dtype=np.float64)
+    start = np.random.default_rng(0).random(size)
+    values = eigsh(square, ranks, v0=start, return_eigenvectors=False)[::-1]
+    others = most + 1 - ranks
+    left = np.sum(matrix.data**2) - values.sum()
+    rest = np.full(others, max(0.0, left) / others)
+    return np.sqrt(np.append(values, rest))
+
+
+def errors(tokens: Tokens, order: int, vocab_size: int, leading: int = 0, **rows: Any) -> Curve:
+    """W-error of the best matrix of rank d, for each d from 0 to V, or to `leading` where given.
+
+    `rows` is what `gram` takes; with `leading`, `weighting` alone.
+
+    >>> errors(np.array([0, 1, 2, 0, 1, 2]), 2, 3).round(3)
+    array([1.   , 0.816, 0.577, 0.   ])
+    """
+    if leading:
+        values = leading_values(context_matrix(tokens, order, vocab_size, **rows), leading)
+        return spectrum.w_error(values, range(leading + 1))
+    values = singular_values(gram(tokens, order, vocab_size, **rows))
+    return spectrum.w_error(values, range(len(values) + 1))
+
+
+def split_half(first: Gram, second: Gram) -> SplitHalf:
+    """What two halves of a text agree on, from their `unbiased` matrices S and S' at trace one.
+
+    With S = Σ λᵢ vᵢvᵢᵀ the rank-d part of one half misses the other by
+
+        ‖S' − Σ_{i≤d} λᵢ vᵢvᵢᵀ‖² = ‖S'‖² + Σ_{i≤d} (λᵢ² − 2 λᵢ vᵢᵀS'vᵢ)
+
+    `held_out` is its share of ‖S'‖², both ways round and averaged. A direction of noise has a λᵢ
+    but nothing of S'. Weigh by `tokens`: noise is then alike in all rows.
+
+    **Raises:** `ValueError` if in a half no context occurs twice.
+    """
+    if not (first.contexts and second.contexts):
+        raise ValueError("0 contexts in one half: none occurs twice; give more text")
+    one, other = (torch.from_numpy(half.matrix / half.matrix.trace()) for half in (first, second))
+    both = (_judged(one, other) + _judged(other, one)) / 2
+    held_out = both[0].numpy()
+    floor, ceiling = both[1:].clamp(min=0).sqrt().numpy()
+    return SplitHalf(int(held_out.argmin()), held_out, floor, ceiling)
+
+
+def study(
+    pieces: Sequence[Tokens], order: int, vocab_size: int, seed: int = 0
+) -> tuple[Curve, Curve, SplitHalf]:
+    """A list of texts as counted, with what follows each context shuffled, and split in halves.
+
+    The first two are W-errors, weighted by tokens. The shuffled matrix has true rank one.
+    """
+    tokens = np.concatenate(pieces)
+    targets = np.random.default_rng(seed).permutation(tokens[order - 1 :])
+    asked = {"order": order, "vocab_size": vocab_size, "weighting": "tokens"}
+    counted = errors(tokens, **asked)
+    shuffled = errors(tokens, **asked, targets=targets)
+    halves = (np.concatenate(pieces[half::2]) for half in (0, 1))
+    grams = [gram(half, **asked, unbiased=True) for half in halves]
+    return counted, shuffled, split_half(*grams)
+
+
+def needed_rank(errors: Curve, level: float) -> int | None:
+    """The least d whose error is at most `level`; None if the curve ends above it.
+
+    >>> needed_rank(np.array([1.0, 0.5, 0.2]), 0.5)
+    1
+    """
+    below = np.flatnonzero(errors <= level)
+    return int(below[0]) if len(below) else None
+
+
+def carried(
+    vocab_sizes: Sequence[int], ranks: Sequence[float | int], vocab_size: int
+) -> stats.Estimate:
+    """The needed rank d at another vocabulary size, with the interval of a prediction.
+
+    logit(d / V) = a + b ln V, by least squares
+    """
+    sizes = np.array(vocab_sizes, float)
+    shares = np.array(ranks) / sizes
+    fit = OLS(logit(shares), add_constant(np.log(sizes))).fit()
+    prediction = fit.get_prediction([[1.0, np.log(vocab_size)]])
+    found = prediction.summary_frame(alpha=0.05).iloc[0]
+    names = ("mean", "obs_ci_lower", "obs_ci_upper")
+    value, low, high = (vocab_size * float(expit(found[name])) for name in names)
+    return stats.Estimate(value, low, high, len(sizes))
+
+
+def meets(found: stats.Estimate, low: float, high: float, factor: float = 3.0) -> bool | None:
+    """Whether an interval meets a range; None if it spans `factor` or more, which is no test."""
+    if not found.high < factor * found.low:
+        return None
+    return found.low <= high and found.high >= low
+
+
+def _check_ids(ids: Tokens, vocab_size: int) -> None:
+    for first in range(0, len(ids), BLOCK):
+        block = ids[first : first + BLOCK]
+        wrong = block[(block < 0) | (block >= vocab_size)]
+        if len(wrong):
+            raise ValueError(f"token id {wrong[0]}: outside the vocabulary of {vocab_size}")
+
+
+def _check_memory(vocab_size: int) -> None:
+    free = psutil.virtual_memory().available
+    most = int((free / 16) ** 0.5)
+    if vocab_size > most:
+        raise ValueError(
+            f"vocab_size = {vocab_size}: its spectrum needs {16e-9 * vocab_size**2:.1f} GB, "
+            f"{free / 1e9:.1f} are free; take at most {most} tokens, or leading_values"
+        )
+
+
+def _selected(columns: list[np.ndarray], vocab_size: int, slots: range) -> list[np.ndarray]:
+    """The n-grams whose context has its hash in `slots`."""
+    if len(slots) == SLOTS:
+        return columns
+    contexts = len(columns) - 1
+    tables = np.random.default_rng(0).integers(0, SLOTS, (contexts, vocab_size), np.uint16)
+    chosen = []
+    for first in range(0, len(columns[-1]), BLOCK):
+        windows = [column[first : first + BLOCK] for column in columns]
+        hashes = [table[window] for table, window in zip(tables, windows, strict=False)]
+        hashed = reduce(np.bitwise_xor, hashes)
+        here = np.flatnonzero((hashed >= slots.start) & (hashed < slots.stop))
+        chosen.append([window[here] for window in windows])
+    return [np.concatenate(pieces) for pieces in zip(*chosen, strict=True)]
 
 
 def _runs(columns: list[np.ndarray], vocab_size: int) -> csr_array:
-    """Sort n-grams as 64-bit keys and count runs; a context that needs more bits is replaced by its rank."""
+    """Sort n-grams as 64-bit keys and count runs; a context of more bits becomes its rank."""
     bits = (vocab_size - 1).bit_length()
-    key, used = columns[0].astype(np.uint64), bits
+    key = columns[0].astype(np.uint64)
+    used = bits
     for column in columns[1:]:
         if used + bits > 64:
             key = np.unique(key, return_inverse=True)[1].astype(np.uint64)
@@ -116,190 +310,48 @@ def _runs(columns: list[np.ndarray], vocab_size: int) -> csr_array:
         used += bits
     key.sort()
     first = np.flatnonzero(np.diff(key, prepend=~key[:1]))
-    counts, key = np.diff(first, append=len(key)).astype(np.float64), key[first]
-    context = key >> bits
-    start = np.append(np.flatnonzero(np.diff(context, prepend=~context[:1])), len(key)).astype(
-        np.int32
-    )
-    followers = (key & ((1 << bits) - 1)).astype(np.int32)
-    return csr_array((counts, followers, start), shape=(len(start) - 1, vocab_size))
+    counts = np.diff(first, append=len(key)).astype(np.float64)
+    context = key[first] >> bits
+    followers = (key[first] & ((1 << bits) - 1)).astype(np.int32)
+    starts = np.flatnonzero(np.diff(context, prepend=~context[:1]))
+    starts = np.append(starts, len(context)).astype(np.int32)
+    return csr_array((counts, followers, starts), shape=(len(starts) - 1, vocab_size))
 
 
 def _rows(
-    counts: csr_array,
-    weighting: str,
-    min_count: int,
-    smoothing: float = 0.0,
-    unbiased: bool = False,
+    counts: csr_array, weighting: str, unbiased: bool = False
 ) -> tuple[csr_array, np.ndarray, np.ndarray]:
     """Weighted rows, the factors that made them of counts, and how often each context occurs."""
     if weighting not in ("contexts", "tokens"):
-        raise ValueError(
-            f"weighting = {weighting!r}: must be 'contexts' (the paper's) or 'tokens' (the loss's)"
-        )
+        raise ValueError(f"weighting = {weighting!r}: must be 'contexts' or 'tokens'")
     n = counts.sum(axis=1)
-    kept = n >= max(min_count, 2 if unbiased else 1)
-    counts, n = counts[kept], n[kept]
-    factor = 1 / np.sqrt(n * (n - 1)) if unbiased else 1 / (n + smoothing)
-    factor = factor * np.sqrt(n) if weighting == "tokens" else factor
+    if unbiased:
+        counts = counts[n > 1]
+        n = n[n > 1]
+    factor = 1 / np.sqrt(n * (n - 1)) if unbiased else 1 / n
+    if weighting == "tokens":
+        factor *= np.sqrt(n)
     return diags_array(factor).tocsr() @ counts, factor, n
 
 
-def context_matrix(
-    tokens: Tokens, order: int, vocab_size: int, weighting: str = "contexts"
-) -> csr_array:
-    """W itself, sparse, with arguments as of `gram`; it grows with the corpus, which `gram`'s memory does not."""
-    return vstack(
-        [_rows(k, weighting, 1)[0] for k in count(tokens, order, vocab_size)], format="csr"
-    )
+def _add_square(total: np.ndarray, rows: csr_array) -> None:
+    """Add rowsᵀ rows, a few columns at a time: scipy multiplies without holding Python's lock."""
+    columns = rows.T.tocsr()
+
+    def add(first: int) -> None:
+        part = slice(first, first + COLUMNS)
+        total[part] += (columns[part] @ rows).toarray()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(add, range(0, len(total), COLUMNS)))
 
 
-def gram(
-    tokens: Tokens,
-    order: int,
-    vocab_size: int,
-    weighting: str = "contexts",
-    min_count: int = 1,
-    smoothing: float = 0.0,
-    unbiased: bool = False,
-    **counting: Any,
-) -> Gram:
-    """`WᵀW` of the rows `√w (k + s·u) / (n + s)`: k a context's counts, n their sum, u the unigram shares.
-
-    With `unbiased`, `Σ w (k kᵀ − diag k) / (n (n − 1))`, the mean over pairs of *different* occurrences: its mean
-    is `WᵀW` of the true probabilities, which the plain one exceeds by sampling noise.
-
-    **Arguments:**
-
-    - `weighting`: `"contexts"`, w = 1 (the paper's), or `"tokens"`, w = n (what the loss sees).
-    - `min_count`: contexts that occur less often are left out (`unbiased`: those that occur once, always).
-    - `smoothing`: s, in tokens; 0 if `unbiased`.
-    - `counting`: `targets`, `partitions` and `only`, as of `count`; what jobs compute apart, `combine` adds up.
-
-    **Raises:** `ValueError` for bad arguments, or a V × V matrix beyond the free memory.
-    """
-    free = psutil.virtual_memory().available
-    if 16 * vocab_size**2 > free:
-        need, most = 16e-9 * vocab_size**2, int((free / 16) ** 0.5)
-        raise ValueError(
-            f"vocab_size = {vocab_size}: its spectrum needs {need:.1f} GB, {free / 1e9:.1f} GB are free; "
-            f"take a tokenizer of at most {most} tokens, or leading_values"
-        )
-    if smoothing < 0 or (smoothing and unbiased):
-        raise ValueError(f"smoothing = {smoothing}: must be 0 or more tokens, and 0 if unbiased")
-    total, contexts, ngrams = np.zeros((vocab_size, vocab_size)), 0, 0
-    diagonal, cross, level = np.zeros(vocab_size), np.zeros(vocab_size), 0.0
-    for counts in count(tokens, order, vocab_size, **counting):
-        rows, factor, n = _rows(counts, weighting, min_count, smoothing, unbiased)
-        contexts, ngrams = contexts + len(n), ngrams + int(n.sum())
-        diagonal -= rows.T @ factor * unbiased
-        cross, level = (
-            cross + rows.T @ (smoothing * factor),
-            level + float(np.sum((smoothing * factor) ** 2)),
-        )
-        # A context with one follower only adds to the diagonal, and most are such.
-        single = np.diff(rows.indptr) == 1
-        alone, rows = rows[single], rows[~single]
-        diagonal += np.bincount(alone.indices, alone.data**2, vocab_size)
-        columns = rows.T.tocsr()
-
-        def add(first: int, columns: csr_array = columns, rows: csr_array = rows) -> None:
-            total[first : first + COLUMNS] += (columns[first : first + COLUMNS] @ rows).toarray()
-
-        with ThreadPoolExecutor(
-            os.cpu_count()
-        ) as pool:  # scipy multiplies without holding Python's lock
-            list(pool.map(add, range(0, vocab_size, COLUMNS)))
-    total[np.diag_indices(vocab_size)] += diagonal
-    if smoothing:
-        blocks = (tokens[i : i + BLOCK] for i in range(0, len(tokens), BLOCK))
-        unigram = sum(np.bincount(x, minlength=vocab_size) for x in blocks) / len(tokens)
-        mixed = np.outer(cross + level / 2 * unigram, unigram)
-        total += mixed + mixed.T
-    return Gram(total, contexts, ngrams)
-
-
-def combine(parts: Iterable[Gram]) -> Gram:
-    """The `Gram` of all contexts, from those of disjoint partitions.
-
-    **Raises:** `ValueError` if there are none, or of different vocabularies.
-    """
-    parts = list(parts)
-    sizes = {len(part.matrix) for part in parts}
-    if len(sizes) != 1:
-        raise ValueError(
-            f"vocabularies of {sorted(sizes)} tokens in {len(parts)} parts: give parts of one vocabulary"
-        )
-    return Gram(
-        sum(p.matrix for p in parts), sum(p.contexts for p in parts), sum(p.ngrams for p in parts)
-    )
-
-
-def singular_values(gram: Gram) -> Float64[np.ndarray, " vocab"]:
-    """All singular values of W, largest first, as roots of the eigenvalues of `WᵀW`.
-
-    What a float64 `WᵀW` can't tell from zero (below V·ε·σ₁²) is zero: W-error, a ratio of sums of squares, is then good
-    to about 1e-15 / W-error; the smallest values themselves are not.
-
-    **Raises:** `ValueError` if no context is left.
-    """
-    if not gram.contexts:
-        raise ValueError("0 contexts: none is frequent enough; lower min_count or give more text")
-    values = torch.linalg.eigvalsh(torch.from_numpy(gram.matrix).to(device.precise(device.pick())))
-    values = values.cpu().numpy()[::-1]
-    return np.sqrt(np.where(values > len(values) * np.finfo(float).eps * values[0], values, 0.0))
-
-
-def leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " values"]:
-    """The `ranks` largest singular values by Lanczos on `WᵀW`, for vocabularies beyond `gram`.
-
-    The others are given as their root mean square, from `‖W‖²`: W-error(d) is exact for each d up to `ranks`.
-
-    **Raises:** `ValueError` for ranks out of range.
-    """
-    if not 1 <= ranks < min(matrix.shape):
-        raise ValueError(
-            f"ranks = {ranks}: must be between 1 and {min(matrix.shape) - 1}; choose ranks there"
-        )
-    transposed, size = matrix.T.tocsr(), matrix.shape[1]
-    square = LinearOperator(
-        (size, size), matvec=lambda x: transposed @ (matrix @ x), dtype=np.float64
-    )
-    values = eigsh(
-        square, ranks, v0=np.random.default_rng(0).random(size), return_eigenvectors=False
-    )[::-1]
-    others = min(matrix.shape) - ranks
-    rest = max(0.0, np.sum(matrix.data**2) - values.sum()) / others
-    return np.sqrt(np.append(values, np.full(others, rest)))
-
-
-def split_half(first: Gram, second: Gram) -> SplitHalf:
-    """How many dimensions two halves of a text agree on, from their `unbiased` matrices S, S' at trace one.
-
-    With `S = Σ λᵢ vᵢvᵢᵀ`, the rank-d approximation of one half misses the other by `‖S' − Σ_{i≤d} λᵢ vᵢvᵢᵀ‖²`
-    `= ‖S'‖² + Σ_{i≤d} (λᵢ² − 2 λᵢ vᵢᵀS'vᵢ)`; `held_out` is its share of `‖S'‖²`. A direction of noise has a λᵢ but
-    nothing of S'. Both ways round, averaged. Weigh by `"tokens"`: noise is then alike in all rows.
-
-    **Raises:** `ValueError` if in a half no context occurs twice.
-    """
-    if not (first.contexts and second.contexts):
-        raise ValueError(
-            "0 contexts in one half: none occurs twice; give more text or a smaller order"
-        )
-    halves = [torch.from_numpy(half.matrix / half.matrix.trace()) for half in (first, second)]
-    curves = []
-    for fit, judge in (halves, halves[::-1]):
-        values, vectors = (x.flip(-1) for x in torch.linalg.eigh(fit))
-        found = ((judge @ vectors) * vectors).sum(0)
-        steps = torch.stack([values * (values - 2 * found) / (judge**2).sum(), -values, -found])
-        curves.append(1 + torch.nn.functional.pad(steps.cumsum(1), (1, 0)))
-    held_out, floor, ceiling = ((curves[0] + curves[1]) / 2).numpy()
-    return SplitHalf(
-        int(held_out.argmin()), held_out, np.sqrt(floor.clip(0)), np.sqrt(ceiling.clip(0))
-    )
-
-
-def needed_rank(errors: Float64[np.ndarray, " ranks"], level: float) -> int | None:
-    """The least d whose error, entry d of the curve, is at most `level`; None if the curve ends above it."""
-    below = np.flatnonzero(errors <= level)
-    return int(below[0]) if len(below) else None
+def _judged(fit: torch.Tensor, judge: torch.Tensor) -> torch.Tensor:
+    """Held-out error, floor and ceiling for each rank of `fit`, judged by the other half."""
+    values, vectors = torch.linalg.eigh(fit)
+    found = ((judge @ vectors) * vectors).sum(0)
+    missed = values * (values - 2 * found)
+    missed /= (judge**2).sum()
+    steps = torch.stack([missed, -values, -found])
+    sums = steps.flip(1).cumsum(1)
+    return 1 + pad(sums, (1, 0))

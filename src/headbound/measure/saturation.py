@@ -1,20 +1,121 @@
-"""Is a late drop in a training curve real? A test that allows for noise and for a best picked out of many."""
+"""Does a training curve get worse late? How far, and is it more than noise?"""
 
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 from scipy.optimize import isotonic_regression
+from scipy.stats import spearmanr
+from scipy.stats import t as student
 
-PLATEAU = (
-    4.0  # in squared noise: a rise at the end weaker than two standard errors is taken as level
-)
-TRUST = 0.03  # residuals, per checkpoint, that the given stderr is worth beside the scatter that is seen
+from headbound.stats import Estimate
+
+EARLY = 0.1  # share of the training whose climbs and peaks are a beginning, not a late turn
+SEEN = 5.0  # times the noise: one in a hundred level curves has a chance rise as great
+PLATEAU = 4.0  # squared noise: a rise at the end below two standard errors is taken as level
+TRUST = 0.03  # residuals, per checkpoint, that the given stderr is worth beside the scatter seen
+RISING = 1e-9  # relative: below it a ratio is rounding
+
+
+class LateRise(NamedTuple):
+    """How far a curve that should fall has risen again, in the curve's unit.
+
+    - `least`, at `least_step`: the least value past the first tenth of the training.
+    - `final`: the last value; `rise` = final − least.
+    - `most`: how far the curve has stood above an earlier value at worst, around `worst_step`.
+      Medians of three checkpoints are compared, so that one outlier makes no rise.
+    - `noise`: standard deviation of a checkpoint about its neighbours.
+    """
+
+    least_step: int
+    least: float
+    final: float
+    rise: float
+    worst_step: int
+    most: float
+    noise: float
+
+    @property
+    def strength(self) -> float:
+        """`most`, in units of the noise."""
+        return self.most / max(self.noise, np.finfo(float).tiny)
+
+    @property
+    def seen(self) -> bool:
+        """Whether `most` exceeds what noise alone does to 99 of 100 level curves."""
+        return bool(self.strength > SEEN)
+
+
+def late_rise(steps: ArrayLike, values: ArrayLike) -> LateRise:
+    """The late rise of a curve: the book's one definition, for losses, perplexities and entropies.
+
+    The first tenth of the training is left out, by steps: a curve climbs to its first peak there.
+
+    **Arguments:**
+
+    - `steps`, `values`: the curve (steps,), in any order, each step once; less is better.
+
+    **Raises:** `ValueError` for fewer than three checkpoints past the first tenth, a repeated step,
+    a value that is not finite.
+    """
+    step, value, _ = _in_order(steps, values)
+    past = step >= EARLY * step[-1]
+    step, value = step[past], value[past]
+    if len(step) < 3:
+        raise ValueError(f"{len(step)} checkpoints past the first tenth of training: give three")
+    smooth = np.array([np.median(value[max(0, i - 1) : i + 2]) for i in range(len(value))])
+    above = smooth - np.minimum.accumulate(smooth)
+    least = int(value.argmin())
+    worst = int(above.argmax())
+    return LateRise(
+        least_step=int(step[least]),
+        least=float(value[least]),
+        final=float(value[-1]),
+        rise=float(value[-1] - value[least]),
+        worst_step=int(step[worst]),
+        most=float(above[worst]),
+        noise=_scatter(value, np.ones(len(value))),
+    )
+
+
+def together(first: ArrayLike, second: ArrayLike, window: int = 1) -> tuple[float, float]:
+    """Spearman's rank correlation of two curves over one run's checkpoints: of levels, of changes.
+
+    Levels correlate when both follow time. Changes over `window` checkpoints have lost that trend.
+    """
+    curves = np.array([first, second], float)
+    changes = curves[:, window:] - curves[:, :-window]
+    return float(spearmanr(*curves).statistic), float(spearmanr(*changes).statistic)
+
+
+def late_change(*curves: tuple[ArrayLike, ArrayLike]) -> Estimate:
+    """Mean value over the last third of training minus that over its middle third.
+
+    Whole thirds are compared, since one last checkpoint is noisy. The interval is Welch's, over
+    checkpoints. Of two curves it gives the first one's change minus the second one's.
+
+    **Arguments:**
+
+    - `curves`: one or two pairs of tokens (or steps) and values.
+    """
+    thirds = []
+    for tokens, values in curves:
+        share = np.asarray(tokens, float) / np.max(tokens)
+        value = np.asarray(values, float)
+        thirds.append(value[share > 2 / 3])
+        thirds.append(value[(share > 1 / 3) & (share <= 2 / 3)])
+    signs = [1, -1, -1, 1]
+    change = float(sum(sign * third.mean() for sign, third in zip(signs, thirds, strict=False)))
+    sizes = np.array([len(third) for third in thirds])
+    variances = np.array([third.var(ddof=1) for third in thirds]) / sizes
+    freedom = variances.sum() ** 2 / (variances**2 / (sizes - 1)).sum()
+    half = float(student.ppf(0.975, freedom) * np.sqrt(variances.sum()))
+    return Estimate(change, change - half, change + half, int(sizes.sum()))
 
 
 class Saturation(NamedTuple):
-    """What `detect` found: `best` … `high` in the metric's units (`drop` > 0: worse), `noise` in stderrs."""
+    """What `detect` found, in the metric's units; `drop` > 0 is worse, `noise` counts stderrs."""
 
     best_step: int
     best: float
@@ -35,27 +136,62 @@ def detect(
     resamples: int = 999,
     seed: int = 0,
 ) -> Saturation:
-    r"""Test a curve that improves and then worsens against one that never worsens.
+    r"""Test a curve that improves and then worsens to its end against one that never worsens.
 
-    R₀, R₁: weighted squares left by the best monotone and the best single-peaked fit. The likelihood ratio is
-    R₀ − R₁, the statistic (R₀ − R₁)/(R₁ + k): scatter around the peaked curve is its own yardstick, and
-    k = 0.03 n keeps a drop within the stderr from passing. Null: the monotone fit, level at the end as far as
-    the data allow (there a chance drop is likeliest), plus noise of the stderr or, if larger, of neighbours'
-    scatter. Each copy picks its own peak. The climb up to half of the gain is left out.
+    1. The two hypotheses are shapes: monotone, and single-peaked with the peak anywhere.
+    2. R₀ and R₁ are the weighted squares that the best fits of the two shapes leave over.
+       The statistic is (R₀ − R₁)/(R₁ + k): improvement divided by leftover scatter, as in an
+       F-test. k = 0.03 a checkpoint keeps a drop within the stderr from passing.
+    3. The null is the monotone fit, level at the end as far as the data allow: chance drops are
+       likeliest there. Its noise is the stderr or the scatter of neighbours, whichever is larger.
+    4. The p-value is the share of simulated null curves with a greater statistic. Each picks its
+       own peak. The climb up to half of the gain is left out.
 
     **Arguments:**
 
-    - `steps`, `values`: the curve (steps,); three checkpoints at least, in any order, each step once.
-    - `stderr`: of each value (zeros are raised to the least positive one), or None: the scatter decides.
-    - `resamples`, `seed`: of the bootstrap; the smallest possible p-value is 1/(`resamples` + 1).
+    - `steps`, `values`: the curve (steps,); three checkpoints at least, each step once.
+    - `stderr`: of each value (zeros are raised to the least positive one), or None: the scatter
+      decides.
+    - `resamples`, `seed`: of the simulation; the least possible p-value is 1/(`resamples` + 1).
 
-    **Returns:** a `Saturation`; `low`, `high`: 95 % interval of the drop between these two checkpoints, noise
-    included, their choice not (the p-value has that).
+    **Returns:** a `Saturation`; `low`, `high` are a 95 % interval of the drop between these two
+    checkpoints. It includes their noise, not their choice, which the p-value allows for.
 
-    **Raises:** `ValueError` for a curve too short, a repeated step, a value or stderr that is not a number.
+    **Raises:** `ValueError` for a curve too short, a repeated step, a value or stderr that is not a
+    number.
 
     **Source:** Robertson, Wright & Dykstra 1988, chapter 2 (tests under order restrictions).
     """
+    step, value, order = _in_order(steps, values)
+    error = _errors(stderr, step, order)
+    gain = value if higher_is_better else -value
+    floor = 0.0 if stderr is None else 1.0
+    null, late, noise = _null_model(gain, error, floor)
+    draws = np.random.default_rng(seed).standard_normal((resamples, late.sum()))
+    simulated = null[late] + noise * error[late] * draws
+    ratio, rest = _compare(np.vstack([gain[late], simulated]), error[late])
+    statistic = ratio / (rest + max(TRUST * late.sum() * floor, np.finfo(float).tiny))
+    as_great = (statistic[1:] >= statistic[0] * (1 - RISING)).sum()
+    best = int(gain.argmax())
+    drop = gain[best] - gain[-1]
+    half = 1.96 * noise * np.hypot(error[best], error[-1]) if best < len(gain) - 1 else 0.0
+    return Saturation(
+        best_step=int(step[best]),
+        best=float(value[best]),
+        final=float(value[-1]),
+        drop=float(drop),
+        low=float(drop - half),
+        high=float(drop + half),
+        p_value=float((1 + as_great) / (resamples + 1)),
+        likelihood_ratio=float(ratio[0]),
+        noise=float(noise),
+    )
+
+
+def _in_order(
+    steps: ArrayLike, values: ArrayLike
+) -> tuple[np.ndarray, Float[np.ndarray, " n"], np.ndarray]:
+    """A curve sorted by step, checked, and the order that sorted it."""
     step, value = np.asarray(steps), np.asarray(values, float)
     if len(step) < 3 or value.shape != step.shape:
         raise ValueError(
@@ -63,61 +199,76 @@ def detect(
         )
     order = np.argsort(step, kind="stable")
     step, value = step[order], value[order]
-    if len(again := step[1:][np.diff(step) == 0]):
+    again = step[1:][np.diff(step) == 0]
+    if len(again):
         raise ValueError(f"step {again[0]} occurs twice: keep one value a step")
-    if not np.isfinite(value).all():
-        raise ValueError(
-            f"the value at step {step[~np.isfinite(value)][0]} is not finite: leave that step out"
-        )
-    error = np.ones(len(step)) if stderr is None else np.asarray(stderr, float)[order]
-    if not (np.isfinite(error) & (error >= 0)).all() or not error.any():
-        where = step[~(np.isfinite(error) & (error > 0))][0]
+    finite = np.isfinite(value)
+    if not finite.all():
+        raise ValueError(f"the value at step {step[~finite][0]} is not finite: leave that step out")
+    return step, value, order
+
+
+def _errors(
+    stderr: ArrayLike | None, step: np.ndarray, order: np.ndarray
+) -> Float[np.ndarray, " n"]:
+    """Standard errors in the curve's order, zeros raised to the least positive one."""
+    if stderr is None:
+        return np.ones(len(step))
+    error = np.asarray(stderr, float)[order]
+    known = np.isfinite(error) & (error >= 0)
+    if not known.all() or not error.any():
+        where = step[~(known & (error > 0))][0]
         raise ValueError(
             f"no stderr at step {where}: pass stderr=None to judge by the scatter alone"
         )
-    error = np.maximum(error, error[error > 0].min())
-    y, floor = (value if higher_is_better else -value), 0.0 if stderr is None else 1.0
+    return np.maximum(error, error[error > 0].min())
+
+
+def _null_model(
+    gain: Float[np.ndarray, " n"], error: Float[np.ndarray, " n"], floor: float
+) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"], float]:
+    """The null's curve, the checkpoints past half of its gain, and its noise (in stderrs).
+
+    Each needs the others, so they are found in turn, three times over.
+    """
     noise = floor
     for _ in range(3):
-        null = _null(y, error, noise)
+        null = _level_fit(gain, error, noise)
         late = null >= (null[0] + null[-1]) / 2
-        late[-max(3, len(y) // 2) :] = True
-        noise = max(_scatter(y[late], error[late]), floor)
-    draws = np.random.default_rng(seed).standard_normal((resamples, late.sum()))
-    copies = np.vstack([y[late], null[late] + noise * error[late] * draws])
-    ratio, rest = _compare(copies, error[late])
-    statistic = ratio / (rest + max(TRUST * late.sum() * floor, np.finfo(float).tiny))
-    p_value = (1 + (statistic[1:] >= statistic[0] * (1 - 1e-9)).sum()) / (resamples + 1)
-    best = int(y.argmax())
-    drop, half = (
-        y[best] - y[-1],
-        1.96 * noise * np.hypot(error[best], error[-1]) * (best < len(y) - 1),
-    )
-    numbers = (value[best], value[-1], drop, drop - half, drop + half, p_value, ratio[0], noise)
-    return Saturation(int(step[best]), *map(float, numbers))
+        late[-max(3, len(gain) // 2) :] = True
+        noise = max(_scatter(gain[late], error[late]), floor)
+    return null, late, noise
 
 
 def _scatter(y: Float[np.ndarray, " n"], error: Float[np.ndarray, " n"]) -> float:
-    """Noise in stderrs, from second differences of neighbours: the lesser of their median and mean square."""
-    size = np.abs(y[1:-1] - (y[:-2] + y[2:]) / 2)
-    z = size / np.sqrt(error[1:-1] ** 2 + (error[:-2] ** 2 + error[2:] ** 2) / 4)
-    return float(min(np.median(z) / 0.6745 or np.inf, np.sqrt((z**2).mean())))
+    """Noise in stderrs, from second differences of neighbours.
+
+    The lesser of a robust and a root-mean-square estimate.
+    """
+    before, after = slice(None, -2), slice(2, None)
+    off = y[1:-1] - (y[before] + y[after]) / 2
+    variance = error[1:-1] ** 2
+    variance += (error[before] ** 2 + error[after] ** 2) / 4
+    z = np.abs(off) / np.sqrt(variance)
+    robust = np.median(z) / 0.6745
+    whole = np.sqrt((z**2).mean())
+    return float(min(robust, whole) if robust > 0 else whole)
 
 
-def _null(
+def _level_fit(
     y: Float[np.ndarray, " n"], error: Float[np.ndarray, " n"], noise: float
 ) -> Float[np.ndarray, " n"]:
     """The monotone fit with the longest level end that costs no more than PLATEAU."""
     weight = error**-2.0
     free = isotonic_regression(y, weights=weight).x
-    least = weight @ (y - free) ** 2
+    allowed = weight @ (y - free) ** 2 + PLATEAU * noise**2
     for start in range(len(y)):
-        head = isotonic_regression(y[:start], weights=weight[:start]).x if start else y[:0]
-        fit = np.append(
-            head, np.full(len(y) - start, np.average(y[start:], weights=weight[start:]))
-        )
-        level = start == 0 or fit[start - 1] <= fit[start]
-        if level and weight @ (y - fit) ** 2 <= least + PLATEAU * noise**2:
+        fit = np.full(len(y), np.average(y[start:], weights=weight[start:]))
+        if start:
+            fit[:start] = isotonic_regression(y[:start], weights=weight[:start]).x
+        monotone = start == 0 or fit[start - 1] <= fit[start]
+        cost = weight @ (y - fit) ** 2
+        if monotone and cost <= allowed:
             return fit
     return free
 
@@ -126,26 +277,59 @@ def _compare(
     curves: Float[np.ndarray, "curves n"], error: Float[np.ndarray, " n"]
 ) -> tuple[Float[np.ndarray, " curves"], Float[np.ndarray, " curves"]]:
     """R₀ − R₁ and R₁ of each curve; a peak may lie anywhere."""
-    rising, falling = _costs(curves, error), _costs(curves[:, ::-1], error[::-1])[::-1]
+    rising = _rising_costs(curves, error)
+    backwards = _rising_costs(np.flip(curves, 1), np.flip(error))
+    falling = np.flip(backwards, 0)
     peaked = (rising + falling).min(0)
-    return np.where(rising[-1] - peaked > 1e-9 * rising[-1], rising[-1] - peaked, 0.0), peaked
+    gained = rising[-1] - peaked
+    rounding = gained <= RISING * rising[-1]
+    gained[rounding] = 0.0
+    return gained, peaked
 
 
-def _costs(
+def _rising_costs(
     curves: Float[np.ndarray, "curves n"], error: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, "n+1 curves"]:
-    """Squares left by a rising fit to the first 0 … n points: pool-adjacent-violators, all curves at once."""
-    row = np.arange(len(curves))
-    mean, weight = np.empty((2, curves.shape[1], len(curves)))
-    top, cost = np.full(len(curves), -1), np.zeros((curves.shape[1] + 1, len(curves)))
-    for i, value in enumerate(curves.T):
+    """Squares left by the best rising fit to the first 0 … n points, all curves at once.
+
+    Pool-adjacent-violators keeps a stack of pools for each curve, their means rising to the top.
+    A new point is a pool of its own. While it lies below the pool under it, the two merge.
+    """
+    count, length = curves.shape
+    every = np.arange(count)
+    mean = np.empty((length, count))
+    weight = np.empty((length, count))
+    top = np.full(count, -1)  # place of each stack's uppermost pool
+    cost = np.zeros((length + 1, count))
+    for place in range(length):
         top += 1
-        mean[top, row], weight[top, row], cost[i + 1] = value, error[i] ** -2.0, cost[i]
-        r = row[top > 0]
-        while len(r := r[mean[top[r] - 1, r] > mean[top[r], r]]):
-            t = top[r]
-            a, b, u, v = mean[t - 1, r], mean[t, r], weight[t - 1, r], weight[t, r]
-            cost[i + 1, r] += u * v / (u + v) * (a - b) ** 2
-            mean[t - 1, r], weight[t - 1, r], top[r] = (u * a + v * b) / (u + v), u + v, t - 1
-            r = r[top[r] > 0]
+        mean[top, every] = curves[:, place]
+        weight[top, every] = error[place] ** -2.0
+        cost[place + 1] = cost[place]
+        violating = _violating(mean, top, every)
+        while len(violating):
+            cost[place + 1, violating] += _merge(mean, weight, top, violating)
+            violating = _violating(mean, top, violating)
     return cost
+
+
+def _violating(mean: np.ndarray, top: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """The curves whose uppermost pool lies below the one under it."""
+    stacked = among[top[among] > 0]
+    upper = top[stacked]
+    return stacked[mean[upper - 1, stacked] > mean[upper, stacked]]
+
+
+def _merge(
+    mean: np.ndarray, weight: np.ndarray, top: np.ndarray, curves: np.ndarray
+) -> Float[np.ndarray, " curves"]:
+    """Merge the two uppermost pools of these curves; returns the squares that each merger costs."""
+    upper = top[curves]
+    lower = upper - 1
+    above = weight[upper, curves]
+    below = weight[lower, curves]
+    gap = mean[lower, curves] - mean[upper, curves]
+    mean[lower, curves] -= gap * above / (above + below)
+    weight[lower, curves] = above + below
+    top[curves] = lower
+    return above * below / (above + below) * gap**2

@@ -1,135 +1,150 @@
-"""Singular values of an LM head, and what they say about how many dimensions it uses."""
+"""Singular values of a matrix such as the head, and how evenly they use its dimensions."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy.stats import spearmanr
 from torch import Tensor
 
-from headbound import device
+from headbound import device, stats
 
-ROWS = 2048  # rows of the head cast to float64 at once: what bounds the extra memory
+ROWS = 2048  # rows cast to float64 at once: what bounds the extra memory
+Values = Float[np.ndarray, " values"]
 
 
-def singular_values(
-    weight: Float[Tensor, "vocab d"], method: Literal["gram", "svd"] = "gram"
-) -> Float[np.ndarray, " min(vocab,d)"]:
-    """Singular values in descending order, in float64.
+def singular_values(weight: Float[Tensor, "rows d"]) -> Values:
+    """All singular values, the largest first, to about 1e-8 of the largest.
 
-    `gram` takes the square roots of the eigenvalues of WᵀW, accumulated in float64 by blocks of rows: fast and
-    small in memory, with an absolute error near 1e-8 of the largest value, far below what entropy or W-error can
-    see. `svd` is a full float64 SVD: for the smallest values, or a condition number.
+    They are the roots of the eigenvalues of the smaller Gram matrix, added up in float64.
 
-    **Raises:** `ValueError` for NaN or Inf, an empty matrix, or an unknown method.
+    **Raises:** `ValueError` for NaN, Inf or an empty matrix.
+
+    >>> singular_values(torch.diag(torch.tensor([1.0, 2.0, 0.0])))
+    array([2., 1., 0.])
     """
-    if method not in ("gram", "svd"):
-        raise ValueError(f"method = {method!r}: must be 'gram' or 'svd'")
     if not weight.numel():
         raise ValueError(f"the weight has shape {tuple(weight.shape)}: nothing to decompose")
-    weight = weight.detach()
-    scale = max(abs(float(end)) for end in weight.aminmax())
+    low, high = weight.detach().aminmax()
+    scale = max(float(high), -float(low))
     if not np.isfinite(scale):
         raise ValueError("NaN or Inf in the weight; check the checkpoint")
-    if scale == 0:
-        return np.zeros(min(weight.shape))
-    weight = weight if weight.shape[0] >= weight.shape[1] else weight.T
-    where = device.precise(weight.device)
-    if method == "svd":
-        return torch.linalg.svdvals(weight.to(where, torch.float64) / scale).cpu().numpy() * scale
-    gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=where)
-    for block in weight.split(ROWS):
-        block = block.to(where, torch.float64, copy=True).div_(scale)
-        gram.addmm_(block.T, block)
-    squares = torch.linalg.eigvalsh(gram).cpu().numpy()
-    return np.sqrt(np.clip(squares[::-1], 0, None)) * scale
+    wide = weight.shape[0] < weight.shape[1]
+    gram = _gram(weight.T if wide else weight, scale or 1.0)
+    squares = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
+    return squares.sqrt().cpu().numpy() * scale
 
 
-def probabilities(singular_values: Float[np.ndarray, " d"]) -> Float[np.ndarray, " d"]:
-    """p_i = σ_i / Σσ.
+def probabilities(singular_values: Values) -> Values:
+    """Each value's share of their sum.
 
-    **Raises:** `ValueError` for values that are negative, not finite, or all zero.
+    **Raises:** `ValueError` for values that are negative, not finite or all zero.
     """
-    if (
-        not len(singular_values)
-        or not np.isfinite(singular_values).all()
-        or (singular_values < 0).any()
-    ):
+    values = singular_values
+    if not len(values) or not np.isfinite(values).all() or values.min() < 0:
         raise ValueError("singular values must be finite, not negative, and at least one")
-    peak = singular_values.max()
-    if peak == 0:
+    if values.max() == 0:
         raise ValueError("all singular values are zero: the matrix has no spectrum")
-    scaled = singular_values / peak
+    scaled = values / values.max()
     return scaled / scaled.sum()
 
 
-def singular_entropy(singular_values: Float[np.ndarray, " d"]) -> float:
-    """KL(p ‖ uniform) = ln d − H(p) in nats, p_i = σ_i / Σσ, 0 ln 0 = 0: 0 for a flat spectrum, ln d for rank one.
+def singular_entropy(singular_values: Values) -> float:
+    """The divergence of p = σ / Σσ from the uniform distribution, in nats.
 
-    **Source:** Godey et al. 2024, section on the spectral saturation of heads.
+        KL(p ‖ uniform) = ln d − H(p)
+
+    It is 0 for a flat spectrum and ln d for rank one. **Source:** Godey et al. 2024, section 4.2.
+
+    >>> singular_entropy(np.array([1.0, 1.0, 1.0]))
+    0.0
     """
     p = probabilities(singular_values)
     kept = p[p > 0]
-    # Rounding may leave a flat spectrum a hair below zero.
-    return max(0.0, float(np.log(len(p)) + kept @ np.log(kept)))
+    return max(0.0, float(np.log(len(p)) + kept @ np.log(kept)))  # rounding may go below zero
 
 
-def effective_rank(singular_values: Float[np.ndarray, " d"]) -> float:
-    """exp H(p), between 1 and d (Roy & Vetterli 2007); equals d · exp(−singular entropy)."""
+def effective_rank(singular_values: Values) -> float:
+    """exp H(p) = d · exp(−singular entropy), between 1 and d. **Source:** Roy & Vetterli 2007."""
     return len(singular_values) * float(np.exp(-singular_entropy(singular_values)))
 
 
-def stable_rank(singular_values: Float[np.ndarray, " d"]) -> float:
-    """‖W‖²_F / ‖W‖²₂, between 1 and d."""
-    scaled = (
-        singular_values / singular_values.max()
-        if probabilities(singular_values).size
-        else singular_values
-    )
-    return float((scaled**2).sum())
+def stable_rank(singular_values: Values) -> float:
+    """‖W‖²_F / σ₁², between 1 and d."""
+    p = probabilities(singular_values)
+    return float(((p / p.max()) ** 2).sum())
 
 
-def participation_ratio(singular_values: Float[np.ndarray, " d"]) -> float:
-    """(Σσ²)² / Σσ⁴, between 1 and d: the number of directions that carry the variance."""
-    probabilities(singular_values)  # raises for what has no spectrum
-    squares = (singular_values / singular_values.max()) ** 2
+def participation_ratio(singular_values: Values) -> float:
+    """(Σσ²)² / Σσ⁴, between 1 and d: the number of directions that carry the squared norm."""
+    squares = probabilities(singular_values) ** 2
     return float(squares.sum() ** 2 / (squares**2).sum())
 
 
-def w_error(
-    singular_values: Float[np.ndarray, " d"], ranks: Sequence[int]
-) -> Float[np.ndarray, " ranks"]:
-    """Relative error of the best rank-r head, sqrt(Σ_{i>r} σ_i²) / ‖W‖_F, for each r.
+def w_error(singular_values: Values, ranks: Sequence[int]) -> Float[np.ndarray, " ranks"]:
+    """Relative error of the best matrix of rank r, √(Σ_{i>r} σᵢ²) / ‖W‖_F, for each r.
 
-    **Raises:** `ValueError` for a rank below 0 or above d.
-
-    **Source:** Eckart & Young 1936; Godey et al. 2024, section on the head's target rank.
+    **Raises:** `ValueError` for a rank below 0 or above d. **Source:** Eckart & Young 1936.
     """
-    probabilities(singular_values)
-    d = len(singular_values)
-    for rank in ranks:
-        if not 0 <= rank <= d:
-            raise ValueError(
-                f"rank = {rank}: must be between 0 and {d}, the number of singular values"
-            )
-    # Summed from the smallest, so that a small tail keeps its digits.
-    squares = (np.sort(singular_values) / singular_values.max()) ** 2
-    tails = np.concatenate([[0.0], np.cumsum(squares)])[::-1]
-    return np.sqrt(tails[list(ranks)] / tails[0])
+    squares = np.sort(probabilities(singular_values)) ** 2
+    tails = np.append(0.0, squares.cumsum())[::-1]  # from the smallest, which keeps its digits
+    asked = np.array(ranks, int)
+    for rank in asked:
+        if not 0 <= rank < len(tails):
+            raise ValueError(f"rank = {rank}: must be between 0 and {len(squares)}")
+    return np.sqrt(tails[asked] / tails[0])
 
 
-def marchenko_pastur(
-    x: Float[np.ndarray, " points"], vocab: int, d: int, scale: float
-) -> Float[np.ndarray, " points"]:
-    """Limit density of the singular values of a `vocab` × `d` Gaussian matrix with entries of deviation `scale`.
+def first_loadings(weight: Float[Tensor, "vocab d"]) -> Float[np.ndarray, " vocab"]:
+    """Each row's product with the first singular direction v₁, whose sign is arbitrary."""
+    return (weight.double().cpu() @ _first_direction(weight)).numpy()
 
-    **Source:** Marchenko & Pastur 1967, for singular values by x = σ: the law of σ² / vocab with ratio d / vocab.
+
+def frequency_link(
+    weight: Float[Tensor, "vocab d"], counts: Int[np.ndarray, " vocab"], groups: int = 10
+) -> stats.Estimate:
+    """Spearman's correlation of tokens' loadings on the first singular direction with their counts.
+
+    Token v loads w_v · v₁; the direction is turned so that the correlation is not negative.
+    Tokens that never occur are left out. The interval leaves out one group of tokens at a time.
     """
-    ratio = d / vocab
-    low, high = (1 - np.sqrt(ratio)) ** 2, (1 + np.sqrt(ratio)) ** 2
-    square = (x / scale) ** 2 / vocab
-    inside = np.clip((high - square) * (square - low), 0, None)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        density = np.sqrt(inside) / (np.pi * ratio * x)
-    return np.where(inside > 0, density, 0.0)
+    group = np.random.default_rng(0).integers(groups, size=len(weight))
+    first = _first_direction(weight)
+    rows = weight.double().cpu()
+    occurs = counts > 0
+
+    def link(kept: np.ndarray) -> float:
+        direction = _first_direction(weight[torch.from_numpy(kept)])
+        direction *= torch.sign(direction @ first)
+        loadings = (rows @ direction).numpy()
+        seen = kept & occurs
+        return float(spearmanr(loadings[seen], counts[seen]).statistic)
+
+    whole = link(group >= 0)
+    turned = -1 if whole < 0 else 1
+    without = [turned * link(group != g) for g in range(groups)]
+    return stats.jackknife(without, turned * whole)
+
+
+def fits_size(parameters: float, entropy: stats.Estimate, cut: float = 1.6) -> bool | None:
+    """Whether a trained head's singular entropy is above `cut` below 410M parameters only.
+
+    So Pythia's heads end in the paper's figure 5, with any cut from 0.57 to 4.67 nats.
+    """
+    high = stats.above(entropy, cut)
+    return None if high is None else high == (parameters < 410e6)
+
+
+def _gram(weight: Tensor, scale: float = 1.0) -> Tensor:
+    where = device.precise(weight.device)
+    size = weight.shape[1]
+    total = torch.zeros(size, size, dtype=torch.float64, device=where)
+    for block in weight.detach().split(ROWS):
+        rows = block.to(where, torch.float64, copy=True).div_(scale)
+        total.addmm_(rows.T, rows)
+    return total
+
+
+def _first_direction(weight: Tensor) -> Tensor:
+    return torch.linalg.eigh(_gram(weight)).eigenvectors[:, -1].cpu()

@@ -1,0 +1,171 @@
+"""The book's verdict rules: what the paper says, as functions of curves.
+
+Tests run them on the paper's own curves and on counter-examples. Each rule says how far its
+threshold could move before its word changes.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from headbound.measure.saturation import SEEN, LateRise, late_rise
+from headbound.stats import Estimate
+
+TENFOLD = 10.0  # an order of magnitude, which is what the paper's spectra rise by
+APART = 0.5  # mean cosine between "nearly isotropic" and "highly anisotropic"
+NOTICEABLE = 0.05  # of perplexity
+STEEPER = 3.0  # a curve's slope beyond a bend, over its slope before it
+
+Curve = tuple[ArrayLike, ArrayLike]
+
+
+class Ruling(NamedTuple):
+    """What a rule says of a claim (None where it can't tell), and how it came to that."""
+
+    agrees: bool | None
+    comment: str
+
+
+def loss_rises(rises: Mapping[str, LateRise], small: Collection[str]) -> Ruling:
+    """Section 3: the small models' loss rises late in training.
+
+    Each small model's late rise must be seen, and no larger one's.
+    """
+    strengths = {name: rise.strength for name, rise in rises.items()}
+    return _just_the_small(strengths, SEEN, small, "worst late rise over noise")
+
+
+def spectrum_saturates(entropies: Mapping[str, Curve], small: Collection[str]) -> Ruling:
+    """Section 4.2: the small models' singular entropy rises late by an order of magnitude.
+
+    From its least value past the first tenth of training to its end it must grow tenfold, and no
+    larger model's may.
+    """
+    factors = {}
+    for name, (steps, values) in entropies.items():
+        rise = late_rise(steps, values)
+        factors[name] = rise.final / rise.least
+    return _just_the_small(factors, TENFOLD, small, "end over least")
+
+
+def last_layers_part(cosines: Mapping[str, float], small: Collection[str]) -> Ruling:
+    """Section 4.1: a suite's small models have highly anisotropic last layers, larger ones do not.
+
+    High is a mean cosine above 0.5.
+    """
+    return _just_the_small(cosines, APART, small, "mean cosine")
+
+
+def rank_costs(ranks: ArrayLike, losses: ArrayLike, up_to: int = 512) -> Ruling:
+    """Section 5.1: a head of a rank well below 1,000 noticeably raises perplexity.
+
+    The full head is the one of the greatest rank. Every lower rank up to 512 must cost 5 % of
+    perplexity or more. None where no such rank was measured.
+    """
+    rank = np.asarray(ranks, float)
+    loss = np.asarray(losses, float)
+    cost = np.exp(loss - loss[rank.argmax()]) - 1
+    well_below = (rank <= up_to) & (rank < rank.max())
+    if not well_below.any():
+        return Ruling(None, f"no rank up to {up_to} was measured below the full one")
+    least = cost[well_below].min()
+    comment = f"least cost up to rank {up_to}: {least:.1%} of perplexity; noticeable from 5 %"
+    return Ruling(bool(least >= NOTICEABLE), comment)
+
+
+def bends_at(errors: ArrayLike, losses: ArrayLike, bend: float = 0.6) -> Ruling:
+    """Figure 8: the loss grows slowly with the head's W-error, and faster once that exceeds 0.6.
+
+    The mean slope beyond the bend must be three times the slope before it.
+    """
+    order = np.argsort(errors)
+    error = np.asarray(errors, float)[order]
+    loss = np.asarray(losses, float)[order]
+    if not error[0] < bend < error[-1]:
+        return Ruling(
+            None, f"W-errors from {error[0]:.2f} to {error[-1]:.2f} do not enclose {bend}"
+        )
+    there = np.interp(bend, error, loss)
+    before = (there - loss[0]) / (bend - error[0])
+    beyond = (loss[-1] - there) / (error[-1] - bend)
+    steeper = beyond / before if before > 0 else np.inf
+    comment = f"slope beyond {bend} over slope before: {steeper:.1f}; asked: {STEEPER:.0f}"
+    return Ruling(bool(steeper >= STEEPER and beyond > 0), comment)
+
+
+def width_alone(differences: Mapping[str, Estimate]) -> Ruling:
+    """Ours: if width alone decided, another batch would leave the late change as it is.
+
+    Not so where the interval of some model's difference between batches excludes zero.
+    """
+    apart = [name for name, e in differences.items() if not e.low <= 0 <= e.high]
+    if not differences:
+        return Ruling(None, "no model with two batches")
+    comment = f"intervals without zero: {', '.join(apart) or 'none'}, of {len(differences)}"
+    return Ruling(not apart, comment)
+
+
+def who_drops(
+    found: Collection[str], claimed: Collection[str], drops: Mapping[str, Estimate], size: float
+) -> Ruling:
+    """The models that drop are those of the claim.
+
+    Left open where a model that is missing could have dropped by `size`, the paper's own example,
+    without being found.
+    """
+    missing = [name for name in claimed if name not in found]
+    unseen = [name for name in missing if drops[name].high > size]
+    if set(found) - set(claimed) or (missing and not unseen):
+        return Ruling(False, f"claimed: {', '.join(claimed)}")
+    if unseen:
+        return Ruling(None, f"a drop of {size:g} could be missed in {', '.join(unseen)}")
+    return Ruling(True, "just the models of the claim")
+
+
+def holds(measured: Estimate, claim: float) -> Ruling:
+    """A number of the paper's lies within the interval; left open where zero does too."""
+    inside = measured.low <= claim <= measured.high
+    if inside and measured.low <= 0 <= measured.high:
+        return Ruling(None, "the interval holds zero as well")
+    return Ruling(bool(inside), f"{'inside' if inside else 'outside'} the 95 % interval")
+
+
+def positive(measured: Estimate) -> Ruling:
+    """The interval lies above zero; left open where it holds zero."""
+    if measured.low <= 0 <= measured.high:
+        return Ruling(None, "the interval holds zero")
+    return Ruling(bool(measured.low > 0), "the interval lies on one side of zero")
+
+
+def near(measured: ArrayLike, claim: ArrayLike, tolerance: float) -> Ruling:
+    """Numbers read off a figure are those of the text, within the error of reading."""
+    off = float(np.abs(np.subtract(measured, claim)).max())
+    return Ruling(off <= tolerance, f"off by {off:.2g}; allowed: {tolerance:g}")
+
+
+def halved(dimensions: ArrayLike, errors: ArrayLike) -> float:
+    """The number of dimensions at which a falling W-error is 0.5; NaN if it ends above."""
+    error = np.asarray(errors, float)
+    if error.min() > 0.5:
+        return float("nan")
+    return float(np.interp(-0.5, -error, np.asarray(dimensions, float)))
+
+
+def _just_the_small(
+    values: Mapping[str, float], threshold: float, small: Collection[str], what: str
+) -> Ruling:
+    """Whether just the small models reach a threshold, and between which values it could lie."""
+    asked = set(small) & set(values)
+    if not asked:
+        return Ruling(None, "none of the claim's models was measured")
+    reached = {name for name, value in values.items() if value >= threshold}
+    below = [value for name, value in values.items() if name not in reached]
+    listed = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+    room = f"the threshold {threshold:g} could lie anywhere"
+    if below:
+        room += f" from {max(below):.3g}"
+    if reached:
+        room += f" to {min(values[name] for name in reached):.3g}"
+    return Ruling(reached == asked, f"{what}: {listed}; {room}")

@@ -1,0 +1,145 @@
+"""Every verdict rule on the paper's own curves, where it must agree, and on others."""
+
+import math
+
+import numpy as np
+import pytest
+
+from headbound import pythia
+from headbound.measure import rules
+from headbound.measure.saturation import late_change, late_rise
+from headbound.stats import Estimate
+
+UP_TO_160M = ["14M", "31M", "70M", "160M"]
+UP_TO_410M = [*UP_TO_160M, "410M"]
+
+
+def curves(figure, **chosen):
+    table = pythia.figures(figure, **chosen)
+    return {name: (rows["x"], rows["y"]) for name, rows in table.groupby("curve", sort=False)}
+
+
+def rises(figure, **chosen):
+    return {name: late_rise(*curve) for name, curve in curves(figure, **chosen).items()}
+
+
+def last_layers(suite):
+    table = pythia.figures("2", series=suite).sort_values("x")
+    return table.groupby("curve", sort=False)["y"].last().to_dict()
+
+
+def head(model):
+    table = pythia.figures("6b", curve=model)
+    return table["x"], table["y"]
+
+
+def w_error_of_the_head():
+    table = pythia.figures("8")
+    return table["x"], table["y"]
+
+
+wikitext = rises("3", y_name="Wikitext word perplexity")
+spectra = curves("5")
+falling = {"14M": late_rise(range(20), np.linspace(4, 3, 20))}
+large = {name: spectra[name] for name in ("410M", "1B", "1.4B")}
+flat = ([64, 128, 512, 1024], [2.03, 2.02, 2.01, 2.0])
+straight = (np.linspace(0, 1, 9), 2 + np.linspace(0, 1, 9))
+
+PAPER = {
+    "Figure 3, late rise of perplexity": rules.loss_rises(wikitext, UP_TO_410M),
+    "Figure 5, spectral saturation": rules.spectrum_saturates(spectra, UP_TO_160M),
+    "Figure 2, Pythia's last layers": rules.last_layers_part(last_layers("Pythia"), UP_TO_160M),
+    "Figure 2, GPT-2's last layers": rules.last_layers_part(
+        last_layers("GPT-2"), ["small", "medium"]
+    ),
+    "Figure 6b, Pythia-410M": rules.rank_costs(*head("Pythia-410M")),
+    "Figure 6b, Pythia-1B": rules.rank_costs(*head("Pythia-1B")),
+    "Figure 6b, Llama-7B": rules.rank_costs(*head("Llama-7B")),
+    "Figure 8": rules.bends_at(*w_error_of_the_head()),
+}
+COUNTER = {
+    "a loss that falls to its end": rules.loss_rises(falling, ["14M"]),
+    "a large model that rises": rules.loss_rises(wikitext, UP_TO_160M),
+    "spectra that the paper calls stable": rules.spectrum_saturates(large, large),
+    "the suite's creep from .23 to .34": rules.spectrum_saturates(
+        {"8": (range(30), np.linspace(0.23, 0.34, 30))}, ["8"]
+    ),
+    "OPT-125M, the paper's exception": rules.last_layers_part(last_layers("OPT"), ["125M"]),
+    "a head whose rank costs nothing": rules.rank_costs(*flat),
+    "a straight line": rules.bends_at(*straight),
+}
+
+
+@pytest.mark.parametrize("claim", PAPER)
+def test_the_papers_own_curves_reproduce_its_claims(claim):
+    assert PAPER[claim].agrees is True, PAPER[claim].comment
+
+
+@pytest.mark.parametrize("case", COUNTER)
+def test_counter_examples_do_not(case):
+    assert COUNTER[case].agrees is False, COUNTER[case].comment
+
+
+def batches(model, task, metric):
+    """The late changes of a model's runs, the large batch's minus the smaller one's."""
+    rows = pythia.evaluations(model=model, shots=5, task=task, metric=metric)
+    small, large = (run for _, run in rows.groupby("batch"))
+    return late_change((large["tokens"], large["value"]), (small["tokens"], small["value"]))
+
+
+def test_the_late_drop_goes_with_the_batch_at_one_width_and_not_in_large_models():
+    narrow = {m: batches(m, "lambada_openai", "acc") for m in ("pythia-70m", "pythia-160m")}
+    assert rules.width_alone(narrow).agrees is False
+    assert all(difference.high < 0 for difference in narrow.values())
+    wide = {m: batches(m, "lambada_openai", "acc") for m in ("pythia-410m", "pythia-1b")}
+    assert rules.width_alone(wide).agrees is True
+    assert rules.width_alone({}).agrees is None
+
+
+def test_who_drops():
+    wide, narrow = Estimate(0.6, -2.5, 3.7, 1), Estimate(0.6, -0.5, 1.2, 1)
+    claimed = ["70m", "160m", "410m"]
+    assert rules.who_drops(claimed, claimed, {}, 2.3).agrees is True
+    assert rules.who_drops(claimed[:2], claimed, {"410m": wide}, 2.3).agrees is None
+    assert rules.who_drops(claimed[:2], claimed, {"410m": narrow}, 2.3).agrees is False
+    assert rules.who_drops([*claimed, "1b"], claimed, {}, 2.3).agrees is False
+
+
+def test_signs_and_readings():
+    assert rules.positive(Estimate(0.4, 0.2, 0.6, 5)).agrees is True
+    assert rules.positive(Estimate(0.4, -0.2, 0.9, 5)).agrees is None
+    assert rules.positive(Estimate(-0.4, -0.6, -0.2, 5)).agrees is False
+    assert rules.near([30.47, 33.45], [30.47, 33.4], 0.1).agrees is True
+    assert rules.near([30.47, 33.9], [30.47, 33.4], 0.1).agrees is False
+
+
+def test_a_number_inside_its_interval():
+    assert rules.holds(Estimate(0.08, 0.05, 0.11, 6), 0.08).agrees is True
+    assert rules.holds(Estimate(-0.04, -0.08, -0.01, 6), 0.08).agrees is False
+    assert rules.holds(Estimate(0.04, -0.02, 0.11, 6), 0.08).agrees is None
+
+
+def test_nothing_to_judge_is_no_verdict():
+    assert rules.loss_rises(falling, ["160M"]).agrees is None
+    assert rules.rank_costs([600, 1024], [2.1, 2.0]).agrees is None
+    assert rules.bends_at([0.7, 0.9], [2, 3]).agrees is None
+
+
+def test_thresholds_say_how_far_they_could_move():
+    ruling = rules.spectrum_saturates(spectra, UP_TO_160M)
+    assert "the threshold 10 could lie anywhere from 1.31 to 15" in ruling.comment
+
+
+def test_five_grams_are_halved_by_one_or_two_thousand_dimensions():
+    """Figure 7: six curves; the paper's words round from 970 to 1,830."""
+    table = pythia.figures("7")
+    found = [rules.halved(rows["x"], rows["y"]) for _, rows in table.groupby(["series", "curve"])]
+    assert 950 < min(found) < 1050
+    assert 1750 < max(found) < 2000
+    assert math.isnan(rules.halved([1, 2], [0.9, 0.8]))
+
+
+def test_figure_1a_by_the_same_rule():
+    """As chapter 1 says: 28 checkpoints on 50,000 tokens do not show it for 160M, 410M."""
+    seen = {name: rise.seen for name, rise in rises("1a").items()}
+    assert seen == {"14M": True, "31M": True, "70M": True, "160M": False, "410M": False}

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headbound import cache, device
-from headbound.measure import checkpoint, spectrum
+from headbound.measure import spectrum
 from headbound.measure.anisotropy import mean_cosine
+from headbound.measure.checkpoint import SHOWN
 from headbound.train import changes, tunnel
 from headbound.train.step import Recipe, Trainer, last_matrix, last_states
 
@@ -54,7 +55,7 @@ def measure(
     - `logit_mean`, `logit_sd`: the mean logit, and the deviation within a context.
     - `head_norm`, `state_norm`, `gain_norm`, `bias_norm`: Frobenius norm of the head, mean norm of
       the states that it reads, norms of the final norm's gain and bias.
-    - `output_rank`: `checkpoint.output_rank`.
+    - `output_rank`: that of `checkpoint.measure`.
     - `mean_alignment`: the cosine of the mean state with the mean row.
 
     A head of two layers is described by its last matrix and the states that this matrix reads.
@@ -83,10 +84,17 @@ def measure(
         "state_norm": states.norm(dim=1).mean(),
         "gain_norm": norm.weight.norm(),
         "bias_norm": norm.bias.norm(),
-        "output_rank": checkpoint.output_rank(model, rows),
+        "output_rank": _output_rank(inner.view(len(rows), rows.shape[1] - 1, -1), matrix),
         "mean_alignment": nn.functional.cosine_similarity(states.mean(0), mean_row, 0),
     }
     return {name: float(value) for name, value in numbers.items()}, texts
+
+
+def _output_rank(states: Float[Tensor, "texts length width"], weight: Tensor) -> float:
+    places = torch.linspace(0, states.shape[1] - 1, SHOWN).long().unique()
+    logits = (states[:SHOWN, places] @ weight.T).double().flatten(0, 1)
+    logits -= logits.mean(1, keepdim=True)
+    return spectrum.effective_rank(spectrum.singular_values(logits))
 
 
 def _logits(

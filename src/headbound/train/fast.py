@@ -58,7 +58,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mixed, cosines, sines, heads):
-        """From the mixed projection (batch, length, heads · 3 · n) to (batch, length, heads · n)."""
+        """From the mixed projection, batch × length × 3 heads n, to batch × length × heads n."""
         batch, length, width = mixed.shape
         size = width // (3 * heads)
         parts = mixed.view(batch, length, heads, 3, size).permute(3, 0, 2, 1, 4)

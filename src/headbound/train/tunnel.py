@@ -1,4 +1,4 @@
-"""The wind tunnel: GPT-NeoX models that differ in hidden size only, trained here and measured on the way."""
+"""The wind tunnel: GPT-NeoX models that differ in hidden size only, trained and measured."""
 
 import functools
 import hashlib
@@ -29,7 +29,7 @@ from headbound.measure import checkpoint
 from headbound.train.step import Recipe, Trainer
 
 SAVE_EVERY = 20.0  # seconds between two saves of the training state: what a kill costs at most
-HELD_OUT = 0.1  # more than the book's two per cent, which are among it: the last-word task needs many texts
+HELD_OUT = 0.1  # more than the book's two per cent, which are among it: one task needs many
 Build = Callable[[GPTNeoXConfig], PreTrainedModel]
 
 
@@ -136,7 +136,7 @@ def train(
     where: str = "auto",
     **options: Any,
 ) -> pd.DataFrame:
-    """Train the suite, or what is missing of it, and return its measurements; called again, it only reads.
+    """Train the suite, or what is missing of it; called again, it only reads.
 
     A killed run goes on from its last training state and ends as an unbroken one, bit for bit.
     Data order and random numbers follow from seed and step, and on a CPU a model has one thread.
@@ -149,7 +149,8 @@ def train(
     - `build`: from a configuration to a GPT-NeoX with any head, kept under the name `variant`.
     - `where`: the device.
 
-    **Returns:** a row a checkpoint: model, step, tokens, `checkpoint.measure`, `path` (in the Hub's layout).
+    **Returns:** a row a checkpoint: model, step, tokens, `checkpoint.measure`, and `path` to it in
+    the Hub's layout.
 
     **Raises:** `ValueError` for arguments that cannot be. `FloatingPointError` with the step when
     the loss is not finite; the checkpoints before it are kept.

@@ -118,7 +118,7 @@ def test_another_head(source, tmp_path):
     )
     assert table.singular_entropy.isna().all()
     assert (tmp_path / "bottleneck-d8" / "step6" / "model.safetensors").exists()
-    with pytest.raises(ValueError, match="variant = 'neox': a model of another build"):
+    with pytest.raises(ValueError, match="variant = 'neox': only a model of another build"):
         tunnel.train([8], 6, tmp_path, source=source, build=with_bottleneck, **TINY)
 
 

@@ -31,6 +31,7 @@ from headbound.measure.checkpoint import SHOWN
 from headbound.train import changes, tunnel
 from headbound.train.step import Recipe, Trainer, last_matrix, last_states
 
+BLOCK = 2048  # tokens whose logits are held at once
 DIGITS = 5  # significant ones in a table
 TABLES = Path(__file__).parents[3] / "book" / "archive"
 
@@ -91,23 +92,29 @@ def measure(
 
 
 def _output_rank(states: Float[Tensor, "texts length width"], weight: Tensor) -> float:
-    places = torch.linspace(0, states.shape[1] - 1, SHOWN).long().unique()
-    logits = (states[:SHOWN, places] @ weight.T).double().flatten(0, 1)
+    last = states.shape[1] - 1
+    places = torch.linspace(0, last, SHOWN).long().unique()
+    shown = states[:SHOWN, places].flatten(0, 1)
+    logits = (shown @ weight.T).double()
     logits -= logits.mean(1, keepdim=True)
-    return spectrum.effective_rank(spectrum.singular_values(logits))
+    values = spectrum.singular_values(logits)
+    return spectrum.effective_rank(values)
 
 
 def _logits(
     states: Tensor, weight: Tensor, targets: Tensor
 ) -> tuple[Float[Tensor, " tokens"], float, float]:
     """Losses, the mean logit, and the mean variance of the logits within a context."""
-    losses, variances = [], []
-    for some, following in zip(states.split(2048), targets.split(2048), strict=True):
+    losses = []
+    variances = []
+    parts = zip(states.split(BLOCK), targets.split(BLOCK), strict=True)
+    for some, following in parts:
         logits = some @ weight.T
         losses.append(nn.functional.cross_entropy(logits, following, reduction="none"))
         variances.append(logits.var(1, correction=0))
-    mean = float(states.mean(0) @ weight.mean(0))
-    return torch.cat(losses), mean, float(torch.cat(variances).mean())
+    mean = states.mean(0) @ weight.mean(0)
+    variance = torch.cat(variances).mean()
+    return torch.cat(losses), float(mean), float(variance)
 
 
 def run(
@@ -197,7 +204,8 @@ def _run(arm: str, recipe: Recipe, place: Path, table: Path, wanted: list[int]) 
         spent = seconds + time.process_time() - started
         with cache.replacing(kept) as temporary:
             torch.save({**measured, "seconds": spent}, temporary)
-        rows = _table(arm, recipe, {n: measured[n] for n in sorted(measured) if n <= step})
+        done = {n: measured[n] for n in sorted(measured) if n <= step}
+        rows = _table(arm, recipe, done)
         with cache.replacing(table) as temporary:
             rows.to_csv(temporary, index=False, float_format=f"%.{DIGITS}g")
         _describe(table.with_suffix(".json"), arm, recipe, text, step, spent)

@@ -239,9 +239,10 @@ def parted(effects: pd.DataFrame) -> tuple[list[str], int]:
     named = effects.assign(outcome=[outcome(row) for _, row in effects.iterrows()])
     outcomes = named.pivot(index="arm", columns="quantity", values="outcome")
     settled = outcomes[outcomes["loss_late"] != "open"]
-    moved = settled[["entropy_late", "entropy_centred_late"]].isin(["more", "less"]).any(axis=1)
-    apart = settled.index[moved & (settled["loss_late"] == "same")]
-    return list(apart), len(settled)
+    still = settled[settled["loss_late"] == "same"]
+    spectra = still[["entropy_late", "entropy_centred_late"]]
+    moved = spectra.isin(["more", "less"]).any(axis=1)
+    return list(still.index[moved]), len(settled)
 
 
 def judge(
@@ -263,8 +264,7 @@ def judge(
                 found = outcomes.get((arm, QUANTITIES[sign]), "open")
                 if word in ("appears", "absent"):
                     found = _presence(runs[sign])
-                settled = "open" not in (word, found)
-                held = word == found if settled else None
+                held = None if "open" in (word, found) else word == found
                 rows.append((arm, account, sign, word, found, held))
     return pd.DataFrame(rows, columns=["arm", "account", "sign", "predicted", "found", "held"])
 

@@ -41,8 +41,8 @@ class Recipe:
       the kept weights stay float32.
     - `centred`: the mean row is taken out of the head after each step.
     - `z_loss`: the factor of the mean (ln Z)² in the loss.
-    - `cut`: the head's rank is cut to d/2, in the pass `forward` or in the pass `backward` alone. The
-      cut is the projection on the d/2 leading right singular vectors of the head at that step.
+    - `cut`: the head's rank is cut to d/2, in the pass `forward` or in the pass `backward` alone.
+      The cut is the projection on the d/2 leading right singular vectors of the head at that step.
     - `tied`: one matrix for embedding and head. Pythia's are two.
     - `epochs`: passes over a part of the windows that is drawn to fit; None keeps all of them.
     - `checkpoints`: measured models after the first. `held_out_texts`: texts they are measured on.
@@ -204,7 +204,8 @@ class Trainer:
         return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
     def _cut(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        vectors = torch.linalg.eigh(weight.detach().T @ weight.detach()).eigenvectors
+        still = weight.detach()
+        vectors = torch.linalg.eigh(still.T @ still).eigenvectors
         kept = vectors[:, weight.shape[1] // 2 :]
         projection = kept @ kept.T
         if self.recipe.cut == "forward":

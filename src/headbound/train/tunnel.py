@@ -65,7 +65,8 @@ def corpus(
 
 @functools.lru_cache(maxsize=2)  # a process that trains many models reads and checks the text once
 def _corpus(source, vocab_size, context, held_out_texts, cache, changed):
-    train_texts, test_texts = prose.split(prose.load(source), HELD_OUT)
+    texts = prose.load(source)
+    train_texts, test_texts = prose.split(texts, HELD_OUT)
     tokenizer = prose.train_bpe(train_texts, vocab_size)
     stream = prose.encode(tokenizer, train_texts)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=prose.END_OF_TEXT)
@@ -92,16 +93,17 @@ def batch(
 
     With `kept`, an epoch has that many windows, drawn from the whole stream.
     """
-    size, context = recipe.batch_size, recipe.context
-    windows = (len(stream) - 1) // context
-    places = np.arange(step * size, (step + 1) * size)
-    epochs, places = np.divmod(places, kept or windows)
-    chosen = [
-        _order(windows, kept, int(epoch), recipe.seed)[places[epochs == epoch]]
-        for epoch in np.unique(epochs)
-    ]
-    starts = np.concatenate(chosen) * context
-    return torch.from_numpy(stream[starts[:, None] + np.arange(context + 1)]).long()
+    windows = (len(stream) - 1) // recipe.context
+    first = step * recipe.batch_size
+    running = np.arange(first, first + recipe.batch_size)
+    epochs, places = np.divmod(running, kept or windows)
+    chosen = []
+    for epoch in np.unique(epochs):
+        order = _order(windows, kept, int(epoch), recipe.seed)
+        chosen.append(order[places[epochs == epoch]])
+    starts = np.concatenate(chosen) * recipe.context
+    inside = np.arange(recipe.context + 1)
+    return torch.from_numpy(stream[starts[:, None] + inside]).long()
 
 
 @functools.lru_cache(maxsize=4)
@@ -162,7 +164,7 @@ def train(
     first = recipes[0]
     if (build is GPTNeoXForCausalLM) != (first.variant == "neox"):
         raise ValueError(
-            f"variant = {first.variant!r}: a model of another build, and only that, has a name of its own"
+            f"variant = {first.variant!r}: only a model of another build has a name of its own"
         )
     text = corpus(first.source, first.vocab_size, first.context, first.held_out_texts)
     kept_windows(first, text.stream)
@@ -236,7 +238,8 @@ def _settle(recipe: Recipe, text: Text, folder: Path | str | None) -> Path:
     settings = root / f"{recipe.variant}.json"
     if settings.exists() and settings.read_text() != record:
         raise ValueError(
-            f"folder = {str(root)!r}: {settings.name} there has other arguments; choose another folder"
+            f"folder = {str(root)!r}: {settings.name} there has other arguments; "
+            "choose another folder"
         )
     with cache.replacing(settings) as temporary:
         temporary.write_text(record)

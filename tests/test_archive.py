@@ -73,6 +73,7 @@ def test_numbers_are_what_they_say(source):
     reference = checkpoint.measure(model, text.held_out)
     assert numbers["loss"] == pytest.approx(reference["loss"], rel=1e-5)
     assert texts == pytest.approx(checkpoint.text_losses(model, text.held_out), rel=1e-5)
+    assert numbers["output_rank"] == pytest.approx(reference["output_rank"], rel=1e-4)
     assert numbers["entropy"] == pytest.approx(reference["singular_entropy"], rel=1e-5)
     for where in ("before", "after"):
         expected = reference[f"anisotropy_{where}_norm"]

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from scipy.stats import ttest_rel
 from transformers import GPTNeoXForCausalLM
 
-from headbound.measure import checkpoint
 from headbound.train import changes, tunnel
 from headbound.train.changes import ARMS, Factored
 
@@ -56,7 +55,7 @@ def test_another_head_leaves_the_body_and_the_first_guess_alone(name):
     bodies = [model.gpt_neox.state_dict() for model in models]
     assert all(torch.equal(bodies[0][key], bodies[1][key]) for key in bodies[0])
     guess = torch.log_softmax(models[1](torch.arange(8)[None]).logits, -1)
-    assert guess.detach().numpy() == pytest.approx(-np.log(1024), abs=0.6)
+    assert guess.detach().numpy() == pytest.approx(-np.log(1024), abs=1)
 
 
 def test_arms_share_tokens_and_first_weights():
@@ -74,19 +73,6 @@ def test_arms_share_tokens_and_first_weights():
         assert model.num_parameters() == changes.parameters(d)
         seen = recipe.steps * recipe.tokens_a_step / model.num_parameters()
         assert seen == pytest.approx(changes.TOKENS_A_PARAMETER, rel=1e-4)
-
-
-def test_output_rank_is_what_the_definition_says(source):
-    torch.manual_seed(0)
-    config = changes.recipe("baseline", 8, 0, vocab_size=300).config(0)
-    model = GPTNeoXForCausalLM(config).eval()
-    _, _, rows = tunnel.corpus(source, 300, 16, 12)
-    logits = model(rows[:16, :-1]).logits.flatten(0, 1).double().detach()
-    values = torch.linalg.svdvals(logits - logits.mean(1, keepdim=True))
-    p = (values / values.sum())[:8]
-    assert checkpoint.output_rank(model, rows) == pytest.approx(
-        float(torch.exp(-(p * p.log()).sum())), rel=1e-5
-    )
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -141,13 +127,73 @@ def test_effects_are_paired_t_tests_corrected_together():
     assert (alone["n"] == 1).all()
 
 
-def test_a_late_rise_is_found_even_where_it_ends_on_the_peak():
-    steps = np.arange(11)
-    columns = dict.fromkeys(changes.COURSES, 1.0)
-    run = pd.DataFrame({"arm": "baseline", "hidden_size": 8, "seed": 0, "step": steps, **columns})
-    run["tokens"] = 100 * steps
-    run["mean_share"] = run["rise"] = run["rise_se"] = 0.0
-    run["entropy"] = [0.1, 0.9, 0.5, 0.4, 0.3, 0.3, 0.4, 0.8, 1.2, 1.6, 2.0]
-    found = changes.signs(run.sample(frac=1, random_state=0)).iloc[0]
-    assert found["entropy_late"] == pytest.approx(1.7)
-    assert found["loss_late"] == 0
+def run_of(**columns):
+    steps = np.arange(21)
+    usual = dict.fromkeys((*changes.COURSES, "mean_share"), 0.1)
+    keys = {"arm": "baseline", "hidden_size": 8, "seed": 0, "step": steps, "tokens": 100 * steps}
+    return pd.DataFrame({**keys, **usual, **columns})
+
+
+def appeared(**columns):
+    return changes.appeared(changes.signs(run_of(**columns))).iloc[0]
+
+
+def test_signs_appear_beyond_the_thresholds_and_beyond_noise():
+    rising = np.r_[np.full(16, 0.1), np.linspace(0.1, 0.5, 5)]
+    assert appeared(entropy=rising)["entropy"]
+    assert not appeared(entropy=rising)["centred"]
+    assert not appeared(entropy=0.5 * rising + 0.1)["entropy"]
+    assert appeared(cosine_after_norm=0.51)["cosine"]
+    noise = 0.01 * np.random.default_rng(0).normal(size=21)
+    assert appeared(loss=rising + noise)["loss"]
+    assert not appeared(loss=0.1 + noise)["loss"]
+    visible = changes.signs(run_of(loss=0.1 + noise))["visible"].iloc[0]
+    assert 0.02 < visible < 0.1
+
+
+def test_a_share_has_clopper_and_pearsons_interval():
+    found = changes.share([False] * 7)
+    assert (found.value, found.low, found.n) == (0, 0, 7)
+    assert found.high == pytest.approx(1 - 0.025 ** (1 / 7))
+
+
+def effect(arm, quantity, value, half, adjusted):
+    bounds = {"low": value - half, "high": value + half}
+    return {"arm": arm, "quantity": quantity, "value": value, "adjusted": adjusted, **bounds}
+
+
+def test_outcomes_and_judgements_of_planted_effects():
+    table = pd.DataFrame(
+        [
+            effect("a", "loss_late", 0.001, 0.002, 0.9),
+            effect("a", "cosine_after_norm", 0.2, 0.5, 0.4),
+            effect("a", "entropy_late", 0.5, 0.1, 0.001),
+            effect("a", "entropy_centred_late", -0.5, 0.1, 0.001),
+        ]
+    )
+    words = [changes.outcome(row) for _, row in table.iterrows()]
+    assert words == ["same", "open", "more", "less"]
+    assert changes.parted(table) == (["a"], 1)
+    runs = pd.DataFrame({"arm": ["a", "a"], "loss": [False, False], "entropy": [True, False]})
+    said = {
+        "a": {
+            "one": {"loss": "absent", "entropy": "more", "cosine": "same"},
+            "two": {"loss": "more", "entropy": "appears", "centred": "open"},
+        },
+        "never run": {"one": {"loss": "more"}},
+    }
+    judged = changes.judge(said, table, runs).set_index(["account", "sign"])["held"]
+    assert judged.to_dict() == {
+        ("one", "loss"): True,
+        ("one", "entropy"): True,
+        ("one", "cosine"): None,
+        ("two", "loss"): False,
+        ("two", "entropy"): None,
+        ("two", "centred"): None,
+    }
+
+
+def test_one_pair_settles_nothing():
+    alone = changes.effects(planted(20.0).query("seed == 0"), ["loss"])
+    row = alone.assign(quantity="loss_late").iloc[0]
+    assert changes.outcome(row) == "open"

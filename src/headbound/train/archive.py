@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headbound import cache, device
-from headbound.measure import checkpoint, spectrum
+from headbound.measure import spectrum
 from headbound.measure.anisotropy import mean_cosine
+from headbound.measure.checkpoint import SHOWN
 from headbound.train import changes, tunnel
 from headbound.train.step import Recipe, Trainer, last_matrix, last_states
 
+BLOCK = 2048  # tokens whose logits are held at once
 DIGITS = 5  # significant ones in a table
 TABLES = Path(__file__).parents[3] / "book" / "archive"
 
@@ -54,7 +56,7 @@ def measure(
     - `logit_mean`, `logit_sd`: the mean logit, and the deviation within a context.
     - `head_norm`, `state_norm`, `gain_norm`, `bias_norm`: Frobenius norm of the head, mean norm of
       the states that it reads, norms of the final norm's gain and bias.
-    - `output_rank`: `checkpoint.output_rank`.
+    - `output_rank`: that of `checkpoint.measure`.
     - `mean_alignment`: the cosine of the mean state with the mean row.
 
     A head of two layers is described by its last matrix and the states that this matrix reads.
@@ -83,23 +85,36 @@ def measure(
         "state_norm": states.norm(dim=1).mean(),
         "gain_norm": norm.weight.norm(),
         "bias_norm": norm.bias.norm(),
-        "output_rank": checkpoint.output_rank(model, rows),
+        "output_rank": _output_rank(inner.view(len(rows), rows.shape[1] - 1, -1), matrix),
         "mean_alignment": nn.functional.cosine_similarity(states.mean(0), mean_row, 0),
     }
     return {name: float(value) for name, value in numbers.items()}, texts
+
+
+def _output_rank(states: Float[Tensor, "texts length width"], weight: Tensor) -> float:
+    last = states.shape[1] - 1
+    places = torch.linspace(0, last, SHOWN).long().unique()
+    shown = states[:SHOWN, places].flatten(0, 1)
+    logits = (shown @ weight.T).double()
+    logits -= logits.mean(1, keepdim=True)
+    values = spectrum.singular_values(logits)
+    return spectrum.effective_rank(values)
 
 
 def _logits(
     states: Tensor, weight: Tensor, targets: Tensor
 ) -> tuple[Float[Tensor, " tokens"], float, float]:
     """Losses, the mean logit, and the mean variance of the logits within a context."""
-    losses, variances = [], []
-    for some, following in zip(states.split(2048), targets.split(2048), strict=True):
+    losses = []
+    variances = []
+    parts = zip(states.split(BLOCK), targets.split(BLOCK), strict=True)
+    for some, following in parts:
         logits = some @ weight.T
         losses.append(nn.functional.cross_entropy(logits, following, reduction="none"))
         variances.append(logits.var(1, correction=0))
-    mean = float(states.mean(0) @ weight.mean(0))
-    return torch.cat(losses), mean, float(torch.cat(variances).mean())
+    mean = states.mean(0) @ weight.mean(0)
+    variance = torch.cat(variances).mean()
+    return torch.cat(losses), float(mean), float(variance)
 
 
 def run(
@@ -159,7 +174,7 @@ def differences(found: pd.DataFrame, kept: pd.DataFrame) -> pd.Series:
 
     **Raises:** `ValueError` if they have no step in common.
     """
-    names = [name for name in kept.columns if name not in ("arm", "hidden_size", "seed", "step")]
+    names = [name for name in found.columns if name not in ("arm", "hidden_size", "seed", "step")]
     both = found.merge(kept, on="step", suffixes=("", "_kept"))
     if both.empty:
         raise ValueError("the tables have no step in common")
@@ -189,7 +204,8 @@ def _run(arm: str, recipe: Recipe, place: Path, table: Path, wanted: list[int]) 
         spent = seconds + time.process_time() - started
         with cache.replacing(kept) as temporary:
             torch.save({**measured, "seconds": spent}, temporary)
-        rows = _table(arm, recipe, {n: measured[n] for n in sorted(measured) if n <= step})
+        done = {n: measured[n] for n in sorted(measured) if n <= step}
+        rows = _table(arm, recipe, done)
         with cache.replacing(table) as temporary:
             rows.to_csv(temporary, index=False, float_format=f"%.{DIGITS}g")
         _describe(table.with_suffix(".json"), arm, recipe, text, step, spent)

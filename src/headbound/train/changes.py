@@ -15,17 +15,18 @@ from torch.nn.functional import gelu
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from headbound import stats
-from headbound.train.callback import COSINE, ENTROPY_RATIO, LOSS_RISE
+from headbound.measure.rules import APART
+from headbound.measure.saturation import SEEN, late_rise
+from headbound.train.callback import ENTROPY_RATIO, LOSS_RISE
 from headbound.train.step import Recipe
 from headbound.train.tunnel import Build
 
 TOKENS_A_PARAMETER = 4000  # Pythia-70M's
 VOCAB = 1024
-LATE = 0.1  # of the tokens: a course is late after that
 COURSES = ("loss", "cosine_before_norm", "cosine_after_norm", "entropy", "entropy_centred")
 # Within this of the baseline, with the whole interval, a sign is the same.
 SAME = {
-    "rise": LOSS_RISE,
+    "loss_late": LOSS_RISE,
     "cosine_after_norm": 0.05,
     "entropy_late": 0.1,
     "entropy_centred_late": 0.1,
@@ -142,39 +143,37 @@ def with_head(config: GPTNeoXConfig, head: Callable[[int, int], nn.Module]) -> G
 
 
 def signs(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a run: the last checkpoint of `archive.run`, and its late course.
+    """One row a run: the end of each course of `archive.run`, and how it came there.
 
-    A course is late after the first tenth of the tokens. `…_late` is the last value minus the
-    least late one, and `…_ratio` their ratio. Both `rise` columns compare the last loss with the
-    best of all checkpoints, text by text. `visible` is the rise that these texts would have shown
-    four times out of five: 2.8 of its standard errors, at the median late checkpoint.
+    `…_late` is `saturation.late_rise`'s rise, and `…_ratio` the last value over the least late one.
+    `seen` says whether the loss has risen late, and `visible` how far it must rise to be seen.
     """
     rows = []
     for key, run in table.groupby(["arm", "hidden_size", "seed"], sort=False):
-        run = run.sort_values("step")
-        late = run[run["tokens"] > LATE * run["tokens"].max()]
-        last = run.iloc[-1]
         row = dict(zip(["arm", "hidden_size", "seed"], key, strict=True))
-        row |= {name: last[name] for name in ("tokens", *COURSES, "mean_share", "rise", "rise_se")}
-        row |= {f"{name}_late": last[name] - late[name].min() for name in COURSES}
-        row |= {f"{name}_ratio": last[name] / late[name].min() for name in COURSES[3:]}
-        row["visible"] = 2.8 * late.loc[late["rise_se"] > 0, "rise_se"].median()
+        for name in COURSES:
+            course = late_rise(run["step"], run[name])
+            row[name] = course.final
+            row[f"{name}_late"] = course.rise
+            row[f"{name}_ratio"] = course.final / course.least
+        loss = late_rise(run["step"], run["loss"])
+        last = run.loc[run["step"].idxmax()]
+        row |= {"seen": loss.seen, "visible": SEEN * loss.noise, "mean_share": last["mean_share"]}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def appeared(signs: pd.DataFrame) -> pd.DataFrame:
-    """Which of the paper's signs each run ends with, by the thresholds of `callback`.
+    """Which of the paper's signs each run ends with.
 
-    - `loss`: the last loss is above the best by more than chance, and by more than `LOSS_RISE`.
-    - `cosine`: of the last states after the norm.
+    - `loss`: it has risen late, beyond its noise.
+    - `cosine`: that of the last states after the norm is above `rules.APART`.
     - `entropy`, `centred`: that of the head, raw and without its mean row, has risen late by the
-      factor `ENTROPY_RATIO`.
+      factor `callback.ENTROPY_RATIO`. (Tenfold is more than ln d allows at these widths.)
     """
-    sure = signs["rise"] - 1.96 * signs["rise_se"] > 0
     found = {
-        "loss": sure & (signs["rise"] > LOSS_RISE),
-        "cosine": signs["cosine_after_norm"] > COSINE,
+        "loss": signs["seen"],
+        "cosine": signs["cosine_after_norm"] > APART,
         "entropy": signs["entropy_ratio"] > ENTROPY_RATIO,
         "centred": signs["entropy_centred_ratio"] > ENTROPY_RATIO,
     }
@@ -235,12 +234,23 @@ def outcome(effect: pd.Series) -> str:
     return "same" if max(-effect["low"], effect["high"]) < margin else "open"
 
 
+def parted(effects: pd.DataFrame) -> tuple[list[str], int]:
+    """Arms that move a spectrum while the late loss stays, of how many whose loss is settled."""
+    named = effects.assign(outcome=[outcome(row) for _, row in effects.iterrows()])
+    outcomes = named.pivot(index="arm", columns="quantity", values="outcome")
+    settled = outcomes[outcomes["loss_late"] != "open"]
+    still = settled[settled["loss_late"] == "same"]
+    spectra = still[["entropy_late", "entropy_centred_late"]]
+    moved = spectra.isin(["more", "less"]).any(axis=1)
+    return list(still.index[moved]), len(settled)
+
+
 def judge(
     predictions: Mapping[str, Any], effects: pd.DataFrame, appeared: pd.DataFrame
 ) -> pd.DataFrame:
     """Each account's predictions beside what the arms did.
 
-    **Arguments:** `predictions`: of `book/archive/predictions.yaml`, arm to account to sign to word.
+    **Arguments:** `predictions`: as in `book/archive/predictions.yaml`, arm, account, sign, word.
 
     **Returns:** a row a prediction: arm, account, sign, predicted, found and `held`, which is None
     where the prediction or the finding is open. Arms that were not run are left out.
@@ -254,8 +264,7 @@ def judge(
                 found = outcomes.get((arm, QUANTITIES[sign]), "open")
                 if word in ("appears", "absent"):
                     found = _presence(runs[sign])
-                settled = "open" not in (word, found)
-                held = word == found if settled else None
+                held = None if "open" in (word, found) else word == found
                 rows.append((arm, account, sign, word, found, held))
     return pd.DataFrame(rows, columns=["arm", "account", "sign", "predicted", "found", "held"])
 

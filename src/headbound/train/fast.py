@@ -41,12 +41,17 @@ def states(
     cosines, sines = _angles(model, tokens)
     hidden = rounding(embedding(tokens, model.embed_in.weight))
     for layer in model.layers:
-        heads = hidden.shape[-1] // layer.attention.head_size
-        mixed = layer.attention.query_key_value(_norm(layer.input_layernorm, hidden))
-        attended = layer.attention.dense(Attention.apply(mixed, cosines, sines, heads))
-        wide = gelu(layer.mlp.dense_h_to_4h(_norm(layer.post_attention_layernorm, hidden)))
-        hidden = rounding(hidden + attended + layer.mlp.dense_4h_to_h(wide))
-    return hidden, rounding(_norm(model.final_layer_norm, hidden))
+        attention, mlp = layer.attention, layer.mlp
+        heads = hidden.shape[-1] // attention.head_size
+        normed = _norm(layer.input_layernorm, hidden)
+        mixed = attention.query_key_value(normed)
+        attended = Attention.apply(mixed, cosines, sines, heads)
+        normed = _norm(layer.post_attention_layernorm, hidden)
+        wide = gelu(mlp.dense_h_to_4h(normed))
+        hidden = hidden + attention.dense(attended) + mlp.dense_4h_to_h(wide)
+        hidden = rounding(hidden)
+    normed = _norm(model.final_layer_norm, hidden)
+    return hidden, rounding(normed)
 
 
 class Attention(torch.autograd.Function):
@@ -58,7 +63,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mixed, cosines, sines, heads):
-        """From the mixed projection (batch, length, heads · 3 · n) to (batch, length, heads · n)."""
+        """From the mixed projection, batch × length × 3 heads n, to batch × length × heads n."""
         batch, length, width = mixed.shape
         size = width // (3 * heads)
         parts = mixed.view(batch, length, heads, 3, size).permute(3, 0, 2, 1, 4)
@@ -68,7 +73,7 @@ class Attention(torch.autograd.Function):
         _rotate(parts[:2], cosines, sines)
         query, key, value = parts
         query *= size**-0.5
-        weights = torch.bmm(query, key.transpose(1, 2))
+        weights = torch.bmm(query, key.mT)
         if not _bound(query, key) < SAFE:
             _lower(_hide_later(weights))
         weights.exp_().tril_()
@@ -85,12 +90,14 @@ class Attention(torch.autograd.Function):
         size = query.shape[-1]
         heads = width // size
         gradient = gradient.view(batch, length, heads, size).transpose(1, 2)
-        gradient = gradient.reshape(batch * heads, length, size) / total
-        by_score = torch.bmm(gradient, value.transpose(1, 2))
-        by_score.sub_((gradient * out).sum(-1, keepdim=True)).mul_(weights)
+        gradient = gradient.reshape(batch * heads, length, size)
+        gradient = gradient / total
+        common = (gradient * out).sum(-1, keepdim=True)
+        by_score = torch.bmm(gradient, value.mT)
+        by_score.sub_(common).mul_(weights)
         by_query = torch.bmm(by_score, key) * size**-0.5
-        by_key = torch.bmm(by_score.transpose(1, 2), query)
-        by_value = torch.bmm(weights.transpose(1, 2), gradient)
+        by_key = torch.bmm(by_score.mT, query)
+        by_value = torch.bmm(weights.mT, gradient)
         by_parts = torch.stack((by_query, by_key, by_value))
         _rotate(by_parts[:2], cosines, -sines)
         by_parts = by_parts.view(3, batch, heads, length, size).permute(1, 3, 2, 0, 4)
@@ -147,13 +154,18 @@ class CrossEntropy(torch.autograd.Function):
             normaliser[here] = total.log() + shift
             # The z-loss multiplies the gradient of ln Z by 1 + 2 z ln Z.
             share = (1 + 2 * z_loss * normaliser[here]) / total
-            by_weight.addmm_((states * share).T, weights)
+            shared = states * share
+            by_weight.addmm_(shared.T, weights)
             sums *= share
         rows = weight[targets]
         by_weight = by_weight.T.index_add(0, targets, hidden, alpha=-1)
-        ctx.gradients = (expected[:, :d] - rows) / tokens, by_weight / tokens
-        loss = normaliser.mean() - (hidden * rows).sum() / tokens
-        return loss + z_loss * normaliser.square().mean() if z_loss else loss
+        by_hidden = expected[:, :d] - rows
+        ctx.gradients = by_hidden / tokens, by_weight / tokens
+        of_targets = (hidden * rows).sum()
+        loss = normaliser.mean() - of_targets / tokens
+        if z_loss:
+            loss += z_loss * normaliser.square().mean()
+        return loss
 
     @staticmethod
     def backward(ctx, gradient):
@@ -214,18 +226,20 @@ def _hide_later(scores: Tensor) -> Tensor:
 
 
 def _rotate(parts: Tensor, cosines: Tensor, sines: Tensor) -> None:
+    """Turn the two halves of the rotary dimensions against each other, in place."""
     half = cosines.shape[-1]
-    first = parts[..., :half].clone()
-    second = parts[..., half : 2 * half]
-    parts[..., :half] = first * cosines - second * sines
-    parts[..., half : 2 * half] = first * sines + second * cosines
+    first, second, _ = parts.tensor_split((half, 2 * half), -1)
+    turned = first * cosines - second * sines
+    second.copy_(first * sines + second * cosines)
+    first.copy_(turned)
 
 
 def _angles(model: GPTNeoXModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    places = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    cosines, sines = model.rotary_emb(model.embed_in.weight, places)
-    half = cosines.shape[-1] // 2
-    return cosines[0, :, :half], sines[0, :, :half]
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    both = model.rotary_emb(model.embed_in.weight, places[None])
+    # Each angle stands there twice, once for each half.
+    cosines, sines = (angles[0].chunk(2, -1)[0] for angles in both)
+    return cosines, sines
 
 
 def _norm(norm: torch.nn.LayerNorm, hidden: Tensor) -> Tensor:

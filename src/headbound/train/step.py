@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +12,12 @@ from transformers import GPTNeoXConfig, PreTrainedModel
 from headbound.train import fast
 
 FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+CHOICES = {
+    "schedule": ("cosine", "constant"),
+    "optimizer": ("adamw", "coupled", "sgd"),
+    "precision": ("float32", *FORMATS),
+    "cut": ("none", "forward", "backward"),
+}
 LOSS_SCALE = 2.0**12  # what a float16 recipe multiplies the loss by, Pythia's first scale
 
 
@@ -27,16 +32,17 @@ class Recipe:
     - `vocab_size`: tokens of the tokenizer. `unused`: the share of the model's rows beyond these,
       for tokens that never occur.
     - `layers`: blocks, with feed-forwards of 4 d.
-    - `peak`, `schedule`, `warmup`: of the learning rate; `warmup` is a share of `steps`.
-    - `optimizer`: AdamW with betas .9 and .95; Coupled Adam, whose second moment is one for all
-      rows of embedding and head; or gradient descent with momentum .9.
+    - `peak`, `schedule`, `warmup`: of the learning rate; see `learning_rate`.
+    - `optimizer`: `adamw` with betas .9 and .95; `coupled`, whose second moment is one for all rows
+      of embedding and head; or `sgd`, gradient descent with momentum .9.
     - `weight_decay`: of matrices, a share of the weight for each unit of learning rate.
-    - `precision`: weights, states, logits and their gradient are rounded to it. Sums, moments and
+    - `precision`: `float32`, `float16` or `bfloat16`, to which weights, states, logits and their
+      gradient are rounded. Sums, moments and
       the kept weights stay float32.
     - `centred`: the mean row is taken out of the head after each step.
     - `z_loss`: the factor of the mean (ln Z)² in the loss.
-    - `cut`: the head's rank is cut to d/2, in the forward pass or in the backward pass alone. The
-      cut is the projection on the d/2 leading right singular vectors of the head at that step.
+    - `cut`: the head's rank is cut to d/2, in the pass `forward` or in the pass `backward` alone.
+      The cut is the projection on the d/2 leading right singular vectors of the head at that step.
     - `tied`: one matrix for embedding and head. Pythia's are two.
     - `epochs`: passes over a part of the windows that is drawn to fit; None keeps all of them.
     - `checkpoints`: measured models after the first. `held_out_texts`: texts they are measured on.
@@ -54,14 +60,14 @@ class Recipe:
     context: int = 128
     batch_size: int = 16
     peak: float = 1e-2
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: str = "cosine"
     warmup: float = 0.01
-    optimizer: Literal["adamw", "coupled", "sgd"] = "adamw"
+    optimizer: str = "adamw"
     weight_decay: float = 0.1
-    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    precision: str = "float32"
     centred: bool = False
     z_loss: float = 0.0
-    cut: Literal["none", "forward", "backward"] = "none"
+    cut: str = "none"
     tied: bool = False
     unused: float = 0.0
     epochs: float | None = None
@@ -78,7 +84,9 @@ class Recipe:
             raise ValueError(
                 f"steps = {self.steps}, checkpoints = {self.checkpoints}: both must be 1 or more"
             )
-        self.learning_rate(0)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {choices}")
         if self.precision != "float32" and (self.centred or self.z_loss):
             raise ValueError("precision: a rounded recipe has neither z-loss nor centred rows")
 
@@ -157,7 +165,7 @@ class Trainer:
         return fast.cross_entropy(hidden, weight, targets, rounding=self.rounding, loss_scale=scale)
 
     def apply(self, loss: Float[Tensor, ""], rate: float) -> None:
-        """Move the weights against the gradient of a loss, clipped to norm 1, at a learning rate."""
+        """Move the weights against a loss's gradient, clipped to norm 1, at a learning rate."""
         loss.backward()
         nn.utils.clip_grad_norm_([flat.weights for flat in self.flat], 1.0)
         for group in self.optimizer.param_groups:
@@ -196,7 +204,8 @@ class Trainer:
         return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
     def _cut(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        vectors = torch.linalg.eigh(weight.detach().T @ weight.detach()).eigenvectors
+        still = weight.detach()
+        vectors = torch.linalg.eigh(still.T @ still).eigenvectors
         kept = vectors[:, weight.shape[1] // 2 :]
         projection = kept @ kept.T
         if self.recipe.cut == "forward":

@@ -1,4 +1,4 @@
-"""The wind tunnel: GPT-NeoX models that differ in hidden size only, trained here and measured on the way."""
+"""The wind tunnel: GPT-NeoX models that differ in hidden size only, trained and measured."""
 
 import functools
 import hashlib
@@ -29,7 +29,7 @@ from headbound.measure import checkpoint
 from headbound.train.step import Recipe, Trainer
 
 SAVE_EVERY = 20.0  # seconds between two saves of the training state: what a kill costs at most
-HELD_OUT = 0.1  # more than the book's two per cent, which are among it: the last-word task needs many texts
+HELD_OUT = 0.1  # more than the book's two per cent, which are among it: one task needs many
 Build = Callable[[GPTNeoXConfig], PreTrainedModel]
 
 
@@ -65,7 +65,8 @@ def corpus(
 
 @functools.lru_cache(maxsize=2)  # a process that trains many models reads and checks the text once
 def _corpus(source, vocab_size, context, held_out_texts, cache, changed):
-    train_texts, test_texts = prose.split(prose.load(source), HELD_OUT)
+    texts = prose.load(source)
+    train_texts, test_texts = prose.split(texts, HELD_OUT)
     tokenizer = prose.train_bpe(train_texts, vocab_size)
     stream = prose.encode(tokenizer, train_texts)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=prose.END_OF_TEXT)
@@ -92,16 +93,17 @@ def batch(
 
     With `kept`, an epoch has that many windows, drawn from the whole stream.
     """
-    size, context = recipe.batch_size, recipe.context
-    windows = (len(stream) - 1) // context
-    places = np.arange(step * size, (step + 1) * size)
-    epochs, places = np.divmod(places, kept or windows)
-    chosen = [
-        _order(windows, kept, int(epoch), recipe.seed)[places[epochs == epoch]]
-        for epoch in np.unique(epochs)
-    ]
-    starts = np.concatenate(chosen) * context
-    return torch.from_numpy(stream[starts[:, None] + np.arange(context + 1)]).long()
+    windows = (len(stream) - 1) // recipe.context
+    first = step * recipe.batch_size
+    running = np.arange(first, first + recipe.batch_size)
+    epochs, places = np.divmod(running, kept or windows)
+    chosen = []
+    for epoch in np.unique(epochs):
+        order = _order(windows, kept, int(epoch), recipe.seed)
+        chosen.append(order[places[epochs == epoch]])
+    starts = np.concatenate(chosen) * recipe.context
+    inside = np.arange(recipe.context + 1)
+    return torch.from_numpy(stream[starts[:, None] + inside]).long()
 
 
 @functools.lru_cache(maxsize=4)
@@ -136,7 +138,7 @@ def train(
     where: str = "auto",
     **options: Any,
 ) -> pd.DataFrame:
-    """Train the suite, or what is missing of it, and return its measurements; called again, it only reads.
+    """Train the suite, or what is missing of it; called again, it only reads.
 
     A killed run goes on from its last training state and ends as an unbroken one, bit for bit.
     Data order and random numbers follow from seed and step, and on a CPU a model has one thread.
@@ -149,7 +151,8 @@ def train(
     - `build`: from a configuration to a GPT-NeoX with any head, kept under the name `variant`.
     - `where`: the device.
 
-    **Returns:** a row a checkpoint: model, step, tokens, `checkpoint.measure`, `path` (in the Hub's layout).
+    **Returns:** a row a checkpoint: model, step, tokens, `checkpoint.measure`, and `path` to it in
+    the Hub's layout.
 
     **Raises:** `ValueError` for arguments that cannot be. `FloatingPointError` with the step when
     the loss is not finite; the checkpoints before it are kept.
@@ -161,7 +164,7 @@ def train(
     first = recipes[0]
     if (build is GPTNeoXForCausalLM) != (first.variant == "neox"):
         raise ValueError(
-            f"variant = {first.variant!r}: a model of another build, and only that, has a name of its own"
+            f"variant = {first.variant!r}: only a model of another build has a name of its own"
         )
     text = corpus(first.source, first.vocab_size, first.context, first.held_out_texts)
     kept_windows(first, text.stream)
@@ -235,7 +238,8 @@ def _settle(recipe: Recipe, text: Text, folder: Path | str | None) -> Path:
     settings = root / f"{recipe.variant}.json"
     if settings.exists() and settings.read_text() != record:
         raise ValueError(
-            f"folder = {str(root)!r}: {settings.name} there has other arguments; choose another folder"
+            f"folder = {str(root)!r}: {settings.name} there has other arguments; "
+            "choose another folder"
         )
     with cache.replacing(settings) as temporary:
         temporary.write_text(record)

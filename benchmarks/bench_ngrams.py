@@ -60,7 +60,12 @@ def peer(kind, tokens):
 
 def child(kind, path):
     """Run one contender."""
-    for module in ("scipy.sparse.linalg", "sklearn.utils.extmath", "torch", "headbound.measure.ngrams"):
+    for module in (
+        "scipy.sparse.linalg",
+        "sklearn.utils.extmath",
+        "torch",
+        "headbound.measure.ngrams",
+    ):
         importlib.import_module(module)  # before the memory is measured
     tokens = np.load(path, mmap_mode="r")
 

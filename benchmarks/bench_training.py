@@ -8,9 +8,10 @@ Both train the same model on the same windows; the own step's loss is checked ag
 import time
 
 import torch
-from headbound.train.step import Recipe, Trainer
 from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXForCausalLM
+
+from headbound.train.step import Recipe, Trainer
 
 STEPS = 40
 

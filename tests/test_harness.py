@@ -8,8 +8,8 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
-from hypothesis import strategies
 import torch
+from hypothesis import strategies
 from statsmodels.stats.proportion import proportion_confint
 
 from headbound import harness, models

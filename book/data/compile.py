@@ -39,7 +39,9 @@ def rows(path: Path, run: re.Match) -> list[list]:
         measured = content["results"][task]
         for metric in METRICS:
             if metric in measured:
-                found.append([*origin, task, metric, measured[metric], measured[f"{metric}_stderr"]])
+                found.append(
+                    [*origin, task, metric, measured[metric], measured[f"{metric}_stderr"]]
+                )
     return found
 
 

@@ -97,12 +97,16 @@ def audit() -> pd.DataFrame:
 def _size(model: str) -> str:
     found = re.search(r"(?:pythia-|^)([\d.]+[mb])\b", model.lower())
     if not found or found[1] not in PYTHIA:
-        raise ValueError(f"model = {model!r}: its size is unknown; Pythia's are {', '.join(PYTHIA)}")
+        raise ValueError(
+            f"model = {model!r}: its size is unknown; Pythia's are {', '.join(PYTHIA)}"
+        )
     return found[1]
 
 
 def _read(name: str, **types: type) -> pd.DataFrame:
     path = DATA / name
     if not path.exists():
-        raise FileNotFoundError(f"{path}: the cited figures lie in the book's repository; run in a checkout of it")
+        raise FileNotFoundError(
+            f"{path}: the cited figures lie in the book's repository; run in a checkout of it"
+        )
     return pd.read_csv(path, dtype=types, keep_default_na=False)

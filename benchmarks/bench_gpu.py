@@ -1,6 +1,8 @@
-"""The paper's sizes on a GPU: seconds beside torch's plain way and beside what the machine's copies and products take.
+"""The paper's sizes on a GPU: seconds beside torch's plain way and beside what the machine's copies
+and products take.
 
-Without a CUDA device the same code runs on the CPU at a fraction of the sizes: that it runs is all that this shows.
+Without a CUDA device the same code runs on the CPU at a fraction of the sizes: that it runs is all
+that this shows.
 """
 
 import sys

@@ -1,6 +1,8 @@
-"""Mean cosine and head singular values: seconds, extra memory and error, contenders side by side in one run.
+"""Mean cosine and head singular values: seconds, extra memory and error, contenders side by side in
+one run.
 
-Each contender runs alone in a fresh process with two threads and at most 8 GB; best of several repeats.
+Each contender runs alone in a fresh process with two threads and at most 8 GB; best of several
+repeats.
 """
 
 import json

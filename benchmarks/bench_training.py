@@ -1,4 +1,5 @@
-"""Tokens a second of a training step in the wind tunnel, beside transformers' own step, on one thread.
+"""Tokens a second of a training step in the wind tunnel, beside transformers' own step, on one
+thread.
 
     python benchmarks/bench_training.py
 

@@ -19,7 +19,8 @@ THREADS = 2
 def contend(
     *arguments: Any, gigabytes: float | None = None, seconds: float = 900
 ) -> dict[str, Any] | str:
-    """Run the calling script as `script child arguments…`; what it printed last as JSON, or why there is nothing.
+    """Run the calling script as `script child arguments…`; what it printed last as JSON, or why
+    there is nothing.
 
     `gigabytes` limits the contender's address space: by default 70 % of the free memory.
     """
@@ -43,9 +44,11 @@ def contend(
 
 
 def measured(function: Callable[[], Any], repeats: int = 0) -> dict[str, Any]:
-    """Seconds, CPU seconds, peak of the process's own memory beyond what it had (MB), and the result.
+    """Seconds, CPU seconds, peak of the process's own memory beyond what it had (MB), and the
+    result.
 
-    Mapped files are not counted. With `repeats`, `s` is the least of as many further runs without the watcher.
+    Mapped files are not counted. With `repeats`, `s` is the least of as many further runs without
+    the watcher.
     """
 
     def own() -> int:

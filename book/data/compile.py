@@ -12,7 +12,8 @@ from pathlib import Path
 
 COLUMNS = ["model", "batch", "step", "tokens", "shots", "task", "metric", "value", "stderr"]
 SIZES = ["70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b"]
-# Those that the chapters use: LAMBADA and the multiple-choice tasks, without MMLU's 57 and CrowS-Pairs' 22.
+# Those that the chapters use: LAMBADA and the multiple-choice tasks, without MMLU's 57 and
+# CrowS-Pairs' 22.
 TASKS = [
     "lambada_openai",
     "sciq",

@@ -23,7 +23,8 @@ DATA = Path(__file__).parents[2] / "book" / "data"
 
 
 def parameters(model: str, embeddings: bool = True) -> int:
-    """Parameters of a Pythia model, from its architecture of l layers, hidden size d and vocabulary V.
+    """Parameters of a Pythia model, from its architecture of l layers, hidden size d and vocabulary
+    V.
 
         l (12 d² + 13 d) + 2 d,  and 2 V d of embeddings
 
@@ -37,7 +38,8 @@ def parameters(model: str, embeddings: bool = True) -> int:
 
 
 def nominal(model: str) -> float:
-    """The number in a model's name: 70e6 for `pythia-70m` or `70M`. The axis of the paper's Figure 1b fits it.
+    """The number in a model's name: 70e6 for `pythia-70m` or `70M`. The axis of the paper's Figure
+    1b fits it.
 
     **Raises:** `ValueError` for a model whose name has no size of Pythia's.
     """
@@ -53,9 +55,11 @@ def figures(figure: str, **chosen: str) -> pd.DataFrame:
     - `figure`: 1a, 1b, 2, 3, 5, 6b, 7 or 8.
     - `chosen`: keeps the rows that have this value in this column, as `curve="160M"`.
 
-    **Returns:** columns figure, series, curve, x_name, x, y_name, y, error (of reading, ±, in y's unit) and how.
+    **Returns:** columns figure, series, curve, x_name, x, y_name, y, error (of reading, ±, in y's
+    unit) and how.
 
-    **Raises:** `ValueError` where nothing is left; `FileNotFoundError` outside a checkout of the book.
+    **Raises:** `ValueError` where nothing is left; `FileNotFoundError` outside a checkout of the
+    book.
 
     **Source:** Godey et al. 2024; `book/data/README.md` says how each figure was read.
     """
@@ -74,14 +78,17 @@ def evaluations(**chosen: str | int) -> pd.DataFrame:
 
     **Arguments:**
 
-    - `chosen`: keeps the rows that have this value in this column, as `model="pythia-160m", shots=0`.
+    - `chosen`: keeps the rows that have this value in this column, as `model="pythia-160m",
+      shots=0`.
 
-    **Returns:** columns model, batch (tokens a step), step, tokens (seen in training), shots, task, metric (acc,
+    **Returns:** columns model, batch (tokens a step), step, tokens (seen in training), shots, task,
+    metric (acc,
     acc_norm, ppl), value and stderr.
 
     **Raises:** `FileNotFoundError` outside a checkout of the book.
 
-    **Source:** EleutherAI/pythia, `evals/pythia-v1`, at the commit that `book/data/README.md` names.
+    **Source:** EleutherAI/pythia, `evals/pythia-v1`, at the commit that `book/data/README.md`
+    names.
     """
     table = _read("pythia-evals.csv")
     for column, value in chosen.items():

@@ -1,4 +1,4 @@
-"""Pythia's sizes, and the cited figures that the book carries in `book/data`: the paper's and EleutherAI's."""
+"""Pythia's sizes, and the cited figures of the paper and of EleutherAI in `book/data`."""
 
 import re
 from pathlib import Path

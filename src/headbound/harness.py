@@ -30,11 +30,8 @@ _SENTENCE = re.compile(
 # How trainers name a checkpoint: step1000, global_step1000, checkpoint-500, iter_0001000.
 _STEP = re.compile(r"(?i)(?:(?<![a-z])|(?<=global))(?:step|checkpoint|ckpt|iter)s?[_-]?(\d+)")
 _STAGE = re.compile(r"(?i)(?<![a-z])stage[_-]?\d+")
-# Folders that say nothing of the model, as in step1000/hf.
-_NAMELESS = re.compile(
-    r"(?i)(global|hf|huggingface|exported|checkpoints?|ckpts?|models?|weights|evals?|results"
-    r"|\w+-shot)?"
-)
+# Folders that say nothing of the model, as in mine/checkpoints/step1000.
+_NAMELESS = re.compile(r"(?i)(global|hf|checkpoints?|ckpts?|evals?|results|[\w]+-shot)?")
 
 
 def passages(texts: list[str]) -> list[dict[str, str]]:
@@ -330,11 +327,13 @@ def _origin(content: dict[str, Any], path: Path) -> Origin:
 
 
 def _parts(path: Sequence[str]) -> tuple[str, ...]:
-    """A model's path without its step, and without folders at its end that say nothing of it."""
+    """A model's path up to its step, without folders at its end that say nothing of it."""
     parts = []
     for part in path:
         named = _STAGE.sub("", _STEP.split(part)[0]).removesuffix("global")
         parts.append(named.strip("-_. ").replace("-v1.1", ""))
+        if _STEP.search(part):
+            break
     while parts and _NAMELESS.fullmatch(parts[-1]):
         parts.pop()
     return tuple(part for part in parts if part and part != "/")

@@ -167,4 +167,4 @@ def test_the_first_text_is_what_the_first_steps_read():
         # Real text has no long runs of token 0, which stands for what was not kept.
         assert (windows == 0).float().mean() < 0.05
     later = tunnel.batch(text.stream, 20_000, changes.recipe("baseline", 8, 0))
-    assert (later == 0).float().mean() > 0.9
+    assert (later == 0).float().mean() > 0.5

@@ -12,6 +12,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ import pandas as pd
 import torch
 from filelock import FileLock
 from jaxtyping import Float, Int
+from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from headbound import cache, device
+from headbound.corpus import END_OF_TEXT
 from headbound.measure import spectrum
 from headbound.measure.anisotropy import mean_cosine
 from headbound.measure.checkpoint import SHOWN
@@ -124,6 +127,7 @@ def run(
     folder: Path,
     state: Path,
     until: int | None = None,
+    text: tunnel.Text | None = None,
     **options: Any,
 ) -> pd.DataFrame:
     """Train one arm, or what is missing of it, and keep its table in `folder`.
@@ -133,6 +137,7 @@ def run(
     - `arm`, `d`, `seed`, `options`: see `changes.recipe`.
     - `state`: a folder for what a stopped run goes on from; it is the caller's to delete.
     - `until`: the run stops at its last checkpoint up to this step; None ends it.
+    - `text`: what it trains on, such as `first_text`; None makes the recipe's own.
 
     **Returns:** a row a checkpoint: run, step, tokens, rate, `measure`, and `rise` with
     `rise_se`: the loss over the least one so far, and its standard error paired over texts.
@@ -146,7 +151,7 @@ def run(
     wanted = [step for step in steps if until is None or step <= until]
     with FileLock(place / ".lock"), tunnel.one_thread(device.pick("cpu")):
         if not (place / "done").exists():
-            _run(arm, recipe, place, table, wanted)
+            _run(arm, recipe, text or _text(recipe), place, table, wanted)
         if wanted[-1] == recipe.steps:
             (place / "done").touch()
     return pd.read_csv(table)
@@ -165,6 +170,41 @@ def load(folder: Path = TABLES) -> pd.DataFrame:
     if not tables:
         raise FileNotFoundError(f"no archived run in {folder}; work in a checkout of the book")
     return pd.concat(tables, ignore_index=True)
+
+
+def first_text(folder: Path = TABLES) -> tunnel.Text:
+    """The archived runs' text as far as the first steps of seed 0 read it; the rest is zeros.
+
+    The text is made of installed packages' docstrings, so another version of one of them changes
+    it. What is kept lets the beginnings of the runs be made again whatever is installed.
+    """
+    with np.load(folder / "first-text.npz") as kept:
+        stream = np.zeros(int(kept["length"]), np.int32)
+        stream[kept["places"]] = kept["tokens"]
+        backend = Tokenizer.from_str(str(kept["tokenizer"]))
+        held_out = torch.from_numpy(kept["held_out"].astype(np.int64))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
+    return tunnel.Text(tokenizer, stream, held_out)
+
+
+def keep_first_text(arms: Mapping[str, int], folder: Path = TABLES) -> None:
+    """Keep what `first_text` reads: of some arms the windows of so many first steps, at seed 0."""
+    text = _text(changes.recipe("baseline", 8, 0))
+    places = np.arange(len(text.stream))
+    read = np.zeros(len(text.stream), bool)
+    for arm, steps in arms.items():
+        recipe = changes.recipe(arm, 8, 0)
+        kept = tunnel.kept_windows(recipe, text.stream)
+        for step in range(steps):
+            read[tunnel.batch(places, step, recipe, kept).numpy()] = True
+    np.savez_compressed(
+        folder / "first-text.npz",
+        length=len(text.stream),
+        places=places[read].astype(np.int32),
+        tokens=np.asarray(text.stream)[read].astype(np.uint16),
+        held_out=text.held_out.numpy().astype(np.uint16),
+        tokenizer=text.tokenizer.backend_tokenizer.to_str(),
+    )
 
 
 def differences(found: pd.DataFrame, kept: pd.DataFrame) -> pd.Series:
@@ -190,8 +230,13 @@ def run_name(arm: str, d: int, seed: int) -> str:
     return f"{re.sub(r'[^a-z0-9.]+', '-', arm.lower())}-d{d}-s{seed}"
 
 
-def _run(arm: str, recipe: Recipe, place: Path, table: Path, wanted: list[int]) -> None:
-    text = tunnel.corpus(recipe.source, recipe.vocab_size, recipe.context, recipe.held_out_texts)
+def _text(recipe: Recipe) -> tunnel.Text:
+    return tunnel.corpus(recipe.source, recipe.vocab_size, recipe.context, recipe.held_out_texts)
+
+
+def _run(
+    arm: str, recipe: Recipe, text: tunnel.Text, place: Path, table: Path, wanted: list[int]
+) -> None:
     torch.manual_seed(recipe.seed)
     trainer = Trainer(changes.build(arm)(recipe.config(text.tokenizer.eos_token_id)), recipe)
     kept = place / "measured.pt"

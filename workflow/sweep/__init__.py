@@ -10,7 +10,6 @@ from jsonschema import Draft202012Validator
 import headbound
 from headbound import cache
 
-
 COUNT = {"type": "integer", "minimum": 1}
 TEXT = {"type": "string", "minLength": 1}
 # Of a sweep's file.

@@ -201,7 +201,8 @@ def _sockets() -> Iterator[Config]:
 
 def report_failure(notebook: Path, work: Callable[[], None]) -> int:
     """Do the work of a command: its exit status, and one clear line for a failure."""
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    for name in ("papermill", "traitlets"):  # what they would say of a dead kernel is said here
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         work()
     except PapermillExecutionError as error:

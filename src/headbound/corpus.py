@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import parso
-from jaxtyping import Int32
 from huggingface_hub.utils import logging
+from jaxtyping import Int32
 from joblib import delayed
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as bpe_models

@@ -67,7 +67,7 @@ def to_json(frame: pd.DataFrame) -> str:
     return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
 
 
-def head(weight: Float[Tensor, "vocab d"]) -> dict[str, float]:
+def head(weight: Float[Tensor, "vocab d"]) -> dict[str, Any]:
     """What is said of a head alone."""
     weight = weight.detach().float().to(device.pick())
     mean_row = weight.mean(0)
@@ -106,7 +106,7 @@ def _whole(model: str, revision: str, held_out: Sequence[str], texts: int, lengt
     if length > limit:
         raise ValueError(f"length = {length}: {model} reads {limit} tokens at most; choose fewer")
 
-    def work() -> dict[str, float]:
+    def work() -> dict[str, Any]:
         watched = callback.measure(network, rows[:FEW].to(network.device))
         few = {name: watched[name] for name in ("logit_mean", "logit_norm", "gradient_kept")}
         return {**checkpoint.measure(network, rows, tokenizer), **few, **head(weight)}
@@ -115,7 +115,7 @@ def _whole(model: str, revision: str, held_out: Sequence[str], texts: int, lengt
     return _kept(key, work)
 
 
-def _kept(key: Sequence[object], work: Callable[[], dict[str, float]]) -> dict[str, Any]:
+def _kept(key: Sequence[object], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     name = cache.key(headbound.__version__, *key, libraries=["torch", "transformers"])
     path = cache.cache_dir() / "measured" / f"{name}.json"
     if not path.exists():

@@ -311,9 +311,11 @@ def _alt(frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | None
     curves = (~cited).sum()
     if kind == "line" and curves:
         curves = len(_parts(frame[~cited], by))
-    alt = f"{curves} {shape}{'' if curves == 1 else 's'} of {y} against {x}"
+    grey = len(_parts(frame[cited], by)) if cited.any() else 0
+    shown = curves or grey
+    alt = f"{shown} {shape}{'' if shown == 1 else 's'} of {y} against {x}"
     if panels:
         alt += f" in {frame[panels].nunique()} panels"
-    if cited.any():
-        alt += f", beside {len(_parts(frame[cited], by))} cited in grey"
+    if grey:
+        alt += f", beside {grey} cited in grey" if curves else ", cited, in grey"
     return f"{alt}."

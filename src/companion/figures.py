@@ -15,6 +15,7 @@ from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from companion.words import visible
 
@@ -118,6 +119,7 @@ def draw(
         ax.set_title(str(title))
         if ax is not axes[-1, 0]:
             ax.set_xlabel("")
+    _legend(fig)
     return fig
 
 
@@ -219,7 +221,10 @@ def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None, look: L
         ax.set(**{f"{axis}scale": "log"})
         chosen = ax.xaxis if axis == "x" else ax.yaxis
         chosen.set_major_formatter(power)
-        chosen.set_minor_formatter("")
+        low, high = ax.get_xlim() if axis == "x" else ax.get_ylim()
+        narrow = low > 1e-3 and high < min(1e4, 100 * low)
+        chosen.set_minor_locator(LogLocator(subs=[2, 5] if narrow else "auto"))
+        chosen.set_minor_formatter(power if narrow else "")
     flat = ax.axvline if kind == "dot" else ax.axhline
     for label, value in look.get("marks", {}).items():
         flat(value, color=CITED, lw=1, ls=":", label=label)
@@ -227,8 +232,23 @@ def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None, look: L
         ax.axvline(value, color=CITED, lw=1, ls=":", label=label)
     if "limits" in look:
         ax.set_ylim(*look["limits"])
-    if ax.get_legend_handles_labels()[1]:
-        ax.legend(title=None)
+    if ax.get_legend():
+        ax.get_legend().remove()
+
+
+def _legend(fig: Figure) -> None:
+    """One legend above all panels, where it covers no curve."""
+    entries = {}
+    for ax in fig.axes:
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    if not entries:
+        return
+    columns = max(1, 80 // (8 + max(map(len, entries))))
+    above = {"loc": "outside upper center", "ncols": min(columns, len(entries))}
+    fig.legend(entries.values(), entries.keys(), **above)
+    rows = math.ceil(len(entries) / columns)
+    fig.set_figheight(fig.get_figheight() + 0.25 * rows)
 
 
 def _lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
@@ -257,6 +277,8 @@ def _lines_cited(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) 
 
 
 def _dots(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
+    if not pd.api.types.is_numeric_dtype(frame[x]):
+        raise ValueError(f"x = {x!r}: the numbers of a dot figure lie along x, its names along y")
     parts = list(_parts(frame, by).values())
     count = len(parts)
     width = 0.4 if count > 1 else 0.0

@@ -81,10 +81,9 @@ def test_what_is_cited_is_grey_and_said_so(shown):
     assert lines["theirs (cited)"] == figures.CITED
 
 
-@pytest.mark.parametrize("kind", ["line", "bar"])
-def test_names_from_elsewhere_are_shown_as_they_are(shown, kind):
+def test_names_from_elsewhere_are_shown_as_they_are(shown):
     told = pd.concat([frame(model=name) for name in FOREIGN[:6]])
-    figures.plot(told, "fig-x", "layer", "mean cosine", by="model", see="It rises", kind=kind)
+    figures.plot(told, "fig-x", "layer", "mean cosine", by="model", see="It rises")
     figures.plot(
         told.assign(model=FOREIGN[-1]), "fig-y", "layer", "mean cosine", by="model", see="x"
     )

@@ -31,7 +31,7 @@ LABEL = 40  # characters of a name in a figure; its table has the whole
 class Look(TypedDict, total=False):
     """How a figure looks, where it is not the usual.
 
-    - `kind`: `line` (the usual), `dot` (a point and its interval a row), `bar` or `heat`.
+    - `kind`: `line` (the usual) or `dot` (a point and its interval a row).
     - `log`: the axes that are logarithmic: `x`, `y` or `xy`.
     - `marks`: lines across the figure, label to value on the y axis (on the x axis for `dot`).
     - `upright`: the same on the x axis.
@@ -207,13 +207,9 @@ def _cited(frame: pd.DataFrame) -> "pd.Series[bool]":
 
 def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None, look: Look) -> None:
     kind = look.get("kind", "line")
-    if kind == "heat":
-        table = frame.pivot(index=by, columns=x, values=y)
-        sns.heatmap(table, ax=ax, annot=True, fmt=".2g", cmap="Blues")
-        return
     cited = _cited(frame)
     if not cited.all():
-        drawing = {"line": _lines, "dot": _dots, "bar": _bars}[kind]
+        drawing = {"line": _lines, "dot": _dots}[kind]
         drawing(ax, frame[~cited], x, y, by)
     if cited.any():
         _lines_cited(ax, frame[cited], x, y, by)
@@ -240,15 +236,11 @@ def _legend(fig: Figure) -> None:
     """One legend above all panels, where it covers no curve."""
     entries = {}
     for ax in fig.axes:
-        handles, labels = ax.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
-    if not entries:
-        return
-    columns = max(1, 80 // (8 + max(map(len, entries))))
-    above = {"loc": "outside upper center", "ncols": min(columns, len(entries))}
-    fig.legend(entries.values(), entries.keys(), **above)
-    rows = math.ceil(len(entries) / columns)
-    fig.set_figheight(fig.get_figheight() + 0.25 * rows)
+        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    columns = max(1, 80 // (8 + max(map(len, entries), default=0)))
+    if entries:
+        fig.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
+        fig.set_figheight(fig.get_figheight() + 0.25 * math.ceil(len(entries) / columns))
 
 
 def _lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
@@ -296,10 +288,6 @@ def _dots(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None
         ax.hlines(places, part["low"], part["high"], color=color, lw=2)
 
 
-def _bars(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
-    sns.barplot(frame, x=x, y=y, hue=by, ax=ax, errorbar=None)
-
-
 def _parts(frame: pd.DataFrame, by: str | None) -> dict[Any, pd.DataFrame]:
     return dict(list(frame.groupby(by, sort=False))) if by else {None: frame}
 
@@ -329,7 +317,7 @@ def _caption(frame: pd.DataFrame, x: str, y: str, by: str | None, kind: str) -> 
 def _alt(frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | None, kind: str) -> str:
     """The shape of what is drawn, in one sentence."""
     cited = _cited(frame)
-    shape = {"line": "line", "dot": "point", "bar": "bar", "heat": "cell"}[kind]
+    shape = {"line": "line", "dot": "point"}[kind]
     curves = (~cited).sum()
     if kind == "line" and curves:
         curves = len(_parts(frame[~cited], by))

@@ -209,8 +209,7 @@ def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None, look: L
     kind = look.get("kind", "line")
     cited = _cited(frame)
     if not cited.all():
-        drawing = {"line": _lines, "dot": _dots}[kind]
-        drawing(ax, frame[~cited], x, y, by)
+        {"line": _lines, "dot": _dots}[kind](ax, frame[~cited], x, y, by)
     if cited.any():
         _lines_cited(ax, frame[cited], x, y, by)
     for axis in look.get("log", ""):

@@ -91,12 +91,11 @@ def plot(
     **Raises:** `ValueError` for a column that is not there, more than six curves, or no row.
     """
     kind = look.get("kind", "line")
-    caption = _caption(frame, x, y, by, kind)
-    alt = _alt(frame, x, y, by, panels, kind)
     fig = draw(frame, x, y, by=by, panels=panels, **look)
-    caption = f"{caption} {see}."
-    alt = f"{alt} {see}."
-    show(fig, name, caption, alt)
+    what = ", ".join(map(str, frame[panels].unique())) if panels and y == "value" else y
+    caption = _caption(frame, x, what, by, kind)
+    alt = _alt(frame, x, what, by, panels, kind)
+    show(fig, name, f"{caption} {see}.", f"{alt} {see}.")
 
 
 def draw(

@@ -211,6 +211,7 @@ def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None, look: L
         {"line": _lines, "dot": _dots}[kind](ax, frame[~cited], x, y, by)
     if cited.any():
         _lines_cited(ax, frame[cited], x, y, by)
+        ax.set(xlabel=x, ylabel=y)
     for axis in look.get("log", ""):
         ax.set(**{f"{axis}scale": "log"})
         chosen = ax.xaxis if axis == "x" else ax.yaxis

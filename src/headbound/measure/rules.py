@@ -17,6 +17,7 @@ TENFOLD = 10.0  # an order of magnitude, which is what the paper's spectra rise 
 APART = 0.5  # mean cosine between "nearly isotropic" and "highly anisotropic"
 NOTICEABLE = 0.05  # of perplexity
 STEEPER = 3.0  # a curve's slope beyond a bend, over its slope before it
+SLOW = 0.25  # nats, the most that a loss may have grown up to there
 
 Curve = tuple[ArrayLike, ArrayLike]
 
@@ -78,7 +79,8 @@ def rank_costs(ranks: ArrayLike, losses: ArrayLike, up_to: int = 512) -> Ruling:
 def bends_at(errors: ArrayLike, losses: ArrayLike, bend: float = 0.6) -> Ruling:
     """Figure 8: the loss grows slowly with the head's W-error, and faster once that exceeds 0.6.
 
-    The mean slope beyond the bend must be three times the slope before it.
+    The mean slope beyond the bend must be three times the slope before it, and the growth up to
+    the bend a quarter of a nat at most.
     """
     order = np.argsort(errors)
     error = np.asarray(errors, float)[order]
@@ -88,11 +90,15 @@ def bends_at(errors: ArrayLike, losses: ArrayLike, bend: float = 0.6) -> Ruling:
             None, f"W-errors from {error[0]:.2f} to {error[-1]:.2f} do not enclose {bend}"
         )
     there = np.interp(bend, error, loss)
-    before = (there - loss[0]) / (bend - error[0])
+    grown = there - loss[0]
+    before = grown / (bend - error[0])
     beyond = (loss[-1] - there) / (error[-1] - bend)
     steeper = beyond / before if before > 0 else np.inf
-    comment = f"slope beyond {bend} over slope before: {steeper:.1f}; asked: {STEEPER:.0f}"
-    return Ruling(bool(steeper >= STEEPER and beyond > 0), comment)
+    comment = (
+        f"slope beyond {bend} over slope before: {steeper:.1f}; asked: {STEEPER:.0f}. Loss grown "
+    )
+    comment += f"up to there: {grown:.2f} nats; called slow up to {SLOW} (the paper's: 0.09)"
+    return Ruling(bool(steeper >= STEEPER and beyond > 0 and grown <= SLOW), comment)
 
 
 def width_alone(differences: Mapping[str, Estimate]) -> Ruling:

@@ -110,7 +110,11 @@ def parameters(d: int, vocab: int = VOCAB, layers: int = 2) -> int:
 
 
 def recipe(
-    arm: str, d: int, seed: int, tokens_a_parameter: int = TOKENS_A_PARAMETER, **options: Any
+    arm: str,
+    d: int,
+    seed: int,
+    tokens_a_parameter: float | int = TOKENS_A_PARAMETER,
+    **options: Any,
 ) -> Recipe:
     """An arm's recipe at a width; `options` change fields of the baseline.
 

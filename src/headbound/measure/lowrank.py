@@ -306,16 +306,20 @@ def knee(
     return _of_excess(losses, texts, crossing)
 
 
-def knee_at_claim(knee: stats.Estimate, width: int, moved: float = 0.0) -> Ruling:
+def if_settled(ruling: Ruling, moved: float) -> Ruling:
+    """What a rule says of a curve. None if half the text `moved` its perplexity by 5 % or more."""
+    if abs(moved) < NOTICEABLE:
+        return ruling
+    return Ruling(None, f"half the training text moves perplexity by {moved:+.0%}: more is needed")
+
+
+def knee_at_claim(knee: stats.Estimate, width: int) -> Ruling:
     """Section 5.1: perplexity is noticeably worse below rank 1,000.
 
-    The knee must lie within a factor of 2 of 1,000. None for a model that is not wider than that,
-    and where half the training text has `moved` perplexity by 5 % or more.
+    The knee must lie within a factor of 2 of 1,000. None for a model that is not wider than that.
     """
     if width <= CLAIMED:
         return Ruling(None, f"d = {width}: a knee at 1,000 is out of reach")
-    if moved >= NOTICEABLE:
-        return Ruling(None, f"half the training text moves the curve by {moved:.0%}")
     factor = max(knee.value / CLAIMED, CLAIMED / knee.value)
     return Ruling(factor <= 2, f"a factor of {factor:.2f} from 1,000; up to 2 is called the same")
 

@@ -174,7 +174,7 @@ def test_outcomes_and_judgements_of_planted_effects():
     words = [changes.outcome(row) for _, row in table.iterrows()]
     assert words == ["same", "open", "more", "less"]
     assert changes.parted(table) == (["a"], 1)
-    runs = pd.DataFrame({"arm": ["a", "a"], "loss": [False, False], "entropy": [True, False]})
+    runs = pd.DataFrame({"arm": ["a"] * 3, "loss": [False] * 3, "entropy": [True, False, True]})
     said = {
         "a": {
             "one": {"loss": "absent", "entropy": "more", "cosine": "same"},
@@ -191,6 +191,8 @@ def test_outcomes_and_judgements_of_planted_effects():
         ("two", "entropy"): None,
         ("two", "centred"): None,
     }
+    two_runs = changes.judge(said, table, runs[:2]).set_index(["account", "sign"])["held"]
+    assert two_runs["one", "loss"] is None
 
 
 def test_one_pair_settles_nothing():

@@ -263,3 +263,4 @@ def test_the_rule_on_the_papers_own_curves():
     assert ngrams.meets(crossing(identity, 0.5), 1000.0, 2000.0) is False
     assert ngrams.meets(crossing(identity, 0.05), 10_000.0, 15_000.0) is False
     assert ngrams.meets(Estimate(1500, 700, 2200, 4), 1000.0, 2000.0) is None
+    assert ngrams.meets(Estimate(1500, 1400, 1600, 4), 1000.0, 2000.0, reach=12.3) is None

@@ -126,6 +126,14 @@ def test_nothing_to_judge_is_no_verdict():
     assert rules.bends_at([0.7, 0.9], [2, 3]).agrees is None
 
 
+def test_a_missing_sign_refutes_only_after_enough_seeds_and_steps():
+    refuted = rules.Ruling(False, "never above 0.5")
+    assert rules.absent(refuted, 3, 67_000) == refuted
+    assert rules.absent(refuted, 2, 67_000).agrees is None
+    assert rules.absent(refuted, 3, 35_438).agrees is None
+    assert rules.absent(rules.Ruling(True, "seen"), 1, 10).agrees is True
+
+
 def test_thresholds_say_how_far_they_could_move():
     ruling = rules.spectrum_saturates(spectra, UP_TO_160M)
     assert "the threshold 10 could lie anywhere from 1.31 to 15" in ruling.comment

@@ -67,7 +67,7 @@ def tunnel(
     values: Set = None,
     parameters: Annotated[str, typer.Option(help="Parameters as a JSON object.")] = "{}",
 ) -> None:
-    """Train what is missing of the wind tunnel's suite, with chapter 1b's parameters."""
+    """Train what is missing of the wind tunnel's suite, with its chapter's parameters."""
 
     def work() -> None:
         import json

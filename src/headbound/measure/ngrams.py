@@ -256,9 +256,14 @@ def carried(
     return stats.Estimate(value, low, high, len(sizes))
 
 
-def meets(found: stats.Estimate, low: float, high: float, factor: float = 3.0) -> bool | None:
-    """Whether an interval meets a range; None if it spans `factor` or more, which is no test."""
-    if not found.high < factor * found.low:
+def meets(
+    found: stats.Estimate, low: float, high: float, factor: float = 3.0, reach: float = 1.0
+) -> bool | None:
+    """Whether an interval meets a range; None if it spans `factor` or more, which is no test.
+
+    None also where it was carried to more than twice the largest V measured (`reach`, a factor).
+    """
+    if not found.high < factor * found.low or reach > 2:
         return None
     return found.low <= high and found.high >= low
 

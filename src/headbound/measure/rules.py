@@ -16,6 +16,8 @@ from headbound.stats import Estimate
 TENFOLD = 10.0  # an order of magnitude, which is what the paper's spectra rise by
 APART = 0.5  # mean cosine between "nearly isotropic" and "highly anisotropic"
 NOTICEABLE = 0.05  # of perplexity
+SEEDS = 3  # runs of a width; with fewer, a missing sign refutes nothing
+TURN = 67_000  # steps: the latest turn of Figure 5's entropies, Pythia-70M's
 STEEPER = 3.0  # a curve's slope beyond a bend, over its slope before it
 SLOW = 0.25  # nats, the most that a loss may have grown up to there
 
@@ -57,6 +59,17 @@ def last_layers_part(cosines: Mapping[str, float], small: Collection[str]) -> Ru
     High is a mean cosine above 0.5.
     """
     return _just_the_small(cosines, APART, small, "mean cosine")
+
+
+def absent(ruling: Ruling, seeds: int, steps: int) -> Ruling:
+    """A sign that is missing refutes the paper only after runs enough and long enough.
+
+    Each width needs three seeds, and as many steps as Pythia's turn took.
+    """
+    if ruling.agrees is not False or (seeds >= SEEDS and steps >= TURN):
+        return ruling
+    told = f"open: {seeds} of {SEEDS} seeds a width, {steps:,} of {TURN:,} steps"
+    return Ruling(None, f"{told}; {ruling.comment}")
 
 
 def rank_costs(ranks: ArrayLike, losses: ArrayLike, up_to: int = 512) -> Ruling:

@@ -130,10 +130,12 @@ def frequency_link(
 def fits_size(parameters: float, entropy: stats.Estimate, cut: float = 1.6) -> bool | None:
     """Whether a trained head's singular entropy is above `cut` below 410M parameters only.
 
-    So Pythia's heads end in the paper's figure 5, with any cut from 0.57 to 4.67 nats.
+    So Pythia's heads end in the paper's figure 5, with any cut from 0.57 to 4.67 nats. A small
+    head that is flat leaves it open: the paper says that not every small model need saturate.
     """
+    small = parameters < 410e6
     high = stats.above(entropy, cut)
-    return None if high is None else high == (parameters < 410e6)
+    return None if high is None or (small and not high) else high == small
 
 
 def _gram(weight: Tensor, scale: float = 1.0) -> Tensor:

@@ -286,7 +286,7 @@ def _describe(
     """Write beside a table where it comes from."""
     before = json.loads(path.read_text()) if path.exists() else {}
     today = datetime.date.today().isoformat()
-    command = f"headbound tunnel {arm!r} {recipe.hidden_size} {recipe.seed}"
+    command = f"python -m headbound.train.archive {arm!r} {recipe.hidden_size} {recipe.seed}"
     record = {
         "command": command,
         "commit": before.get("commit") or _commit(),

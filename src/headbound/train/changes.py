@@ -15,7 +15,7 @@ from torch.nn.functional import gelu
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from headbound import stats
-from headbound.measure.rules import APART
+from headbound.measure.rules import APART, SEEDS
 from headbound.measure.saturation import SEEN, late_rise
 from headbound.train.callback import ENTROPY_RATIO, LOSS_RISE
 from headbound.train.step import Recipe
@@ -257,7 +257,8 @@ def judge(
     **Arguments:** `predictions`: as in `book/archive/predictions.yaml`, arm, account, sign, word.
 
     **Returns:** a row a prediction: arm, account, sign, predicted, found and `held`, which is None
-    where the prediction or the finding is open. Arms that were not run are left out.
+    where the prediction or the finding is open. Arms that were not run are left out. Fewer than
+    three runs of an arm leave open whether a sign appears.
     """
     outcomes = {(row["arm"], row["quantity"]): outcome(row) for _, row in effects.iterrows()}
     rows = []
@@ -274,6 +275,8 @@ def judge(
 
 
 def _presence(found: "pd.Series[bool]") -> str:
+    if len(found) < SEEDS:
+        return "open"
     if found.all():
         return "appears"
     return "open" if found.any() else "absent"

@@ -73,8 +73,10 @@ def measure(name: str) -> pd.DataFrame:
     """A reference's rows, from its report."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "report.ipynb"
-        execute(NOTEBOOK, output, "laptop", {"model": model(name), **PARAMETERS[name]})
-        return told(name, diagnosis.facts(nbformat.read(output, as_version=4)))
+        parameters = {"model": model(name), **PARAMETERS[name]}
+        execute(NOTEBOOK, output, "laptop", parameters)
+        report = nbformat.read(output, as_version=4)
+        return told(name, diagnosis.facts(report))
 
 
 def told(name: str, found: dict[str, Any]) -> pd.DataFrame:
@@ -119,7 +121,8 @@ def cited() -> pd.DataFrame:
         ordered = curve.sort_values("x")
         at_half = np.interp(ordered["x"].max() / 2, ordered["x"], ordered["y"])
         lost = at_half - ordered["y"].iloc[-1]
-        error = float(np.hypot(*[ordered["error"].iloc[-1]] * 2))
+        reading = ordered["error"].iloc[-1]
+        error = float(np.hypot(reading, reading))
         rows.append((name, "nats lost, head cut to half", lost, error, "6b"))
     table = pd.DataFrame(rows, columns=["reference", "quantity", "value", "error", "figure"])
     table["low"] = table["value"] - table["error"]
@@ -137,8 +140,8 @@ def main() -> None:
     for name in names:
         rows = measure(name)
         known = pd.read_csv(TABLE)
-        kept = known[~known["reference"].isin([name]) & (known["verdict"] != CITED)]
-        table = pd.concat([kept, rows, cited()])
+        replaced = known["reference"].eq(name) | known["verdict"].eq(CITED)
+        table = pd.concat([known[~replaced], rows, cited()])
         order = {reference: place for place, reference in enumerate(PARAMETERS)}
         places = table["reference"].map(order).fillna(len(order))
         table = table.iloc[np.argsort(places, kind="stable")]

@@ -151,7 +151,8 @@ def _interval(
     metric: str, value: float, error: Any, n: int, logs: list[float]
 ) -> tuple[float, float]:
     if metric == "acc":
-        return tuple(binomtest(round(value * n), n).proportion_ci(method="wilson"))
+        test = binomtest(round(value * n), n)
+        return tuple(test.proportion_ci(method="wilson"))
     if metric == "perplexity" and logs:
         mean = stats.mean(np.array(logs))
         return math.exp(-mean.high), math.exp(-mean.low)
@@ -251,8 +252,11 @@ def gaps(table: pd.DataFrame) -> pd.DataFrame:
     for task, metric in sorted({key[1:] for key in found}):
         for model in everyone:
             missing = steps - found.get((model, task, metric), set())
-            words = "all" if missing == steps else ", ".join(map(str, sorted(missing)))
-            rows += [(model, task, metric, words)] if missing else []
+            words = ", ".join(map(str, sorted(missing)))
+            if missing == steps:
+                words = "all"
+            if missing:
+                rows.append((model, task, metric, words))
     return pd.DataFrame(rows, columns=["model", "task", "metric", "missing steps"])
 
 
@@ -294,9 +298,12 @@ def _measured(metrics: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
         metric, _, kind = name.partition(",")
         if "_stderr" in name or not _is_number(value) or (new and not kind):
             continue
-        stderr = metrics.get(f"{metric}_stderr,{kind}" if new else f"{name}_stderr")
+        error = f"{metric}_stderr,{kind}" if new else f"{name}_stderr"
+        stderr = metrics.get(error)
+        if not _is_number(stderr):
+            stderr = math.nan
         shown = metric if kind in ("", "none") else name
-        yield shown, float(value), float(stderr) if _is_number(stderr) else math.nan
+        yield shown, float(value), float(stderr)
 
 
 def _origin(content: dict[str, Any], path: Path) -> Origin:
@@ -353,6 +360,8 @@ def _names(models: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
 def _batch(model: tuple[str, ...]) -> float:
     """Tokens a step of EleutherAI's own runs: 2 Mi, or what the name says. NaN for any other."""
     name = re.fullmatch(r"pythia-[\d.]+[mb](-bf16|-([\d.]+)MtokBS)?(-deduped)?", model[-1])
-    if name is None or model[-2:-1] != ("EleutherAI",):
+    theirs = model[-2:-1] == ("EleutherAI",)
+    if name is None or not theirs:
         return math.nan
-    return float(name[2] or 2) * 2**20
+    millions = float(name[2] or 2)
+    return millions * 2**20

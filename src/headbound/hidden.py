@@ -188,8 +188,9 @@ def _extend(folder: Path, model: nn.Module, rows: dict[bytes, Tensor], place: in
     with FileLock(folder / "lock"):
         index = _index(folder)
         missing = [name for name in rows if name not in index.places]
-        length = len(next(iter(rows.values())))
-        some = missing[: max(1, CHUNK // length)]
+        (length,) = {len(row) for row in rows.values()}
+        count = max(1, CHUNK // length)
+        some = missing[:count]
         if some:
             batch = torch.stack([rows[name] for name in some])
             _reserve(folder, len(missing) * length * index.width * 4)

@@ -183,34 +183,42 @@ def readout(
     **Raises:** `ValueError` for a model without a head, or with logits that no scale, bias and cap
     explain.
     """
-    texts = input_ids[:4, : max(9, READ // len(head_weight(model)) // 4)]
+    length = READ // len(head_weight(model)) // 4
+    texts = input_ids[:4, : max(9, length)]
     states, own = _head_in_and_out(model, texts)
-    head = model.get_output_embeddings()
     weight = head_weight(model, tokenizer)
-    bias = getattr(head, "bias", None)
-    bias = None if bias is None else bias.detach()[: len(weight)]
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        bias = bias.detach()[: len(weight)]
     kept = own[:, : len(weight)]
-    plain = torch.cat([states @ rows.to(states).T for rows in weight.split(8192)], 1)
-    tolerance = max(1e-5, 8 * torch.finfo(model.dtype).eps)
-    scale, bias_scale, cap = _fit(plain, bias, kept, tolerance)
-    bias = None if bias is None else bias * bias_scale
+    products = [states @ rows.to(states).T for rows in weight.split(8192)]
+    precision = torch.finfo(model.dtype).eps
+    tolerance = max(1e-5, 8 * precision)
+    scale, bias_scale, cap = _fit(torch.cat(products, 1), bias, kept, tolerance)
+    if bias is not None:
+        bias = bias * bias_scale
     found = Readout(weight, bias, scale, cap, math.nan, math.nan, math.nan)
-    linear = found._replace(cap=None).logits(states)
     logits = found.logits(states)
     targets = texts[:, 1:].flatten().to(states.device)
     losses = [cross_entropy(z, targets).item() for z in (logits, kept, own)]
-    error = float((logits - kept).norm() / kept.norm().clamp(min=1e-300))
     gap = losses[0] - losses[1]
+    error = _share(logits - kept, kept)
     # Half precision rounds logits of 20 by 0.1: the bound is then what its rounding allows.
-    allowed = max(GAP, torch.finfo(model.dtype).eps * float(kept.abs().max()))
+    highest = float(kept.abs().max())
+    allowed = max(GAP, precision * highest)
     if error > 10 * tolerance or abs(gap) > allowed:
         raise ValueError(
             f"{type(model).__name__}: scale, bias and cap leave {error:.1%} of its logits "
             f"unexplained ({gap:+.4f} nats a token); no chapter can read its head"
         )
-    deviation, rest = _centred(kept), _centred(kept) - _centred(linear)
-    missed = float(rest.norm() / deviation.norm().clamp(min=1e-300))
+    linear = found._replace(cap=None).logits(states)
+    deviation = _centred(kept)
+    missed = _share(deviation - _centred(linear), deviation)
     return found._replace(missed=missed, gap=gap, padding=losses[2] - losses[1])
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    return float(part.norm() / whole.norm().clamp(min=1e-300))
 
 
 def _head_in_and_out(model: nn.Module, texts: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,10 +233,9 @@ def _head_in_and_out(model: nn.Module, texts: Tensor) -> tuple[Tensor, Tensor]:
     if len(entered) != 1 or entered[0].shape[:2] != logits.shape[:2]:
         raise ValueError(f"{type(model).__name__}: its head is not applied once to every token")
     where = devices.precise(model.device)
-    states, logits = (
-        every[:, :-1].flatten(0, 1).to(where, torch.float64) for every in (entered[0], logits)
-    )
-    return states, logits
+    states = entered[0][:, :-1].flatten(0, 1)
+    logits = logits[:, :-1].flatten(0, 1)
+    return states.to(where, torch.float64), logits.to(where, torch.float64)
 
 
 def _fit(
@@ -245,7 +252,8 @@ def _fit(
     z = logits.flatten()[drawn].cpu().numpy()
     norms = np.linalg.norm(x, axis=0)
     norms[norms == 0] = 1
-    factors = np.linalg.lstsq(x / norms, z)[0] / norms
+    scaled = np.linalg.lstsq(x / norms, z)[0]
+    factors = scaled / norms
     rest = np.linalg.norm(x @ factors - z)
     if rest <= tolerance * np.linalg.norm(z):
         return _whole(factors[0]), _whole(factors[-1]), None
@@ -258,7 +266,8 @@ def _fit_cap(argument: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
     # The smallest arguments are hardly bent: they give the scale to start from.
     count = max(16, len(logits) // 100)
     small = np.abs(argument).argsort()[:count]
-    slope = np.linalg.lstsq(argument[small, None], logits[small])[0]
+    column = argument[small, None]
+    slope = np.linalg.lstsq(column, logits[small])[0]
 
     def missed(found: np.ndarray) -> np.ndarray:
         scale, cap = found
@@ -266,7 +275,8 @@ def _fit_cap(argument: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
 
     peak = np.abs(logits).max()
     start = [slope[0], 1.05 * peak]
-    scale, cap = least_squares(missed, start, x_scale="jac", xtol=1e-15).x
+    found = least_squares(missed, start, x_scale="jac", xtol=1e-15)
+    scale, cap = found.x
     return float(scale), float(cap)
 
 
@@ -288,7 +298,8 @@ def fingerprint(model: nn.Module) -> str:
     """A short hash of the bytes of all weights and buffers: 0.1 s for 135M parameters."""
     digest = xxhash.xxh3_128()
     for name, weight in model.state_dict().items():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
+        said = f"{name} {tuple(weight.shape)} {weight.dtype} "
+        digest.update(said.encode())
         values = weight.detach().cpu().contiguous()
         digest.update(values.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

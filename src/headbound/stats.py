@@ -27,7 +27,8 @@ class Estimate(NamedTuple):
         scale = max(abs(self.value), width, 1e-12)
         digits = 3
         if math.isfinite(scale):
-            digits = max(0, 2 - math.floor(math.log10(scale)))
+            power = math.floor(math.log10(scale))
+            digits = max(0, 2 - power)
         value, low, high = (f"{number:.{digits}f}" for number in self[:3])
         return f"{value} [{low}, {high}] (n = {self.n:,})"
 

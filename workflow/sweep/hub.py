@@ -139,7 +139,8 @@ def local(model: str, revision: str = "main", keep: bool = False) -> Iterator[tu
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING_NAMES:
         why = "it needs code of its own, which is never run; choose another model"
         raise ValueError(f"model = {model!r}: {why}")
-    texts = [p for p in listed.files if "/" not in p and p.endswith((".json", ".txt", ".model"))]
+    kinds = (".json", ".txt", ".model")
+    texts = [path for path in listed.files if "/" not in path and path.endswith(kinds)]
     weights = next(iter(listed.weights().values()), {})
     with _files(listed, [*texts, *weights], keep) as folder:
         yield folder, listed

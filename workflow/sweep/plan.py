@@ -52,7 +52,9 @@ def table(work: dict[str, list[str]], settings: Settings, rates: Rates) -> pd.Da
     """
     shapes = [shape(model, names[-1]) for model, names in work.items()]
     frame = pd.DataFrame(shapes, index=list(work))
-    layers, width, rows = frame["layers"], frame["width"], frame["rows"]
+    layers = frame["layers"]
+    width = frame["width"]
+    rows = frame["rows"]
     frame["jobs"] = [len(names) for names in work.values()]
     frame["head"] = 2 * rows * width
     frame["each"] = frame["size"] if settings.whole else frame["head"]
@@ -60,12 +62,15 @@ def table(work: dict[str, list[str]], settings: Settings, rates: Rates) -> pd.Da
 
     body = 24 * layers * width**2
     attention = 4 * layers * width * settings.length
+    logits = 2 * rows * width
     tokens = settings.texts * settings.length * settings.whole
-    forward = tokens * (body + attention + 2 * rows * width)
-    spectrum = rows * width**2 + 4 / 3 * width**3
+    forward = tokens * (body + attention + logits)
+    gram = rows * width**2
+    spectrum = gram + 4 / 3 * width**3
     seconds = forward / (1e12 * rates.tflops)
     seconds += spectrum / (1e12 * rates.tflops64)
-    frame["GPU hours"] = frame["jobs"] * seconds / 3600
+    busy = frame["jobs"] * seconds
+    frame["GPU hours"] = busy / 3600
     return frame
 
 
@@ -76,7 +81,8 @@ def words(work: dict[str, list[str]], settings: Settings, rates: Rates) -> str:
     done = jobs - len(measure.left(work, settings))
     fetched = frame["fetched"].sum()
     hours = frame["GPU hours"].sum()
-    wait = fetched / (1e6 * rates.megabytes) / 3600
+    rate = 1e6 * rates.megabytes
+    wait = fetched / rate / 3600
     heads = frame["jobs"] @ frame["head"]
     peak = rates.jobs * frame["each"].max()
     sizes = ["each", "head", "fetched"]

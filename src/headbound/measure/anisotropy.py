@@ -172,7 +172,8 @@ def _over_texts(parts: list[tuple[np.ndarray, int]], resamples: int, seed: int) 
         # Pairs of two texts count by the product of their weights, those inside one by its own.
         own = weights - weights**2
         single = weights @ tokens
-        between = ((weights @ units) ** 2).sum(1)
+        sum_of_all = weights @ units
+        between = (sum_of_all**2).sum(1)
         sums = between + own @ squares - single
         pairs = single**2 + own @ tokens**2 - single
         nothing = np.full(len(pairs), math.nan)

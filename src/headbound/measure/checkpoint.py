@@ -51,7 +51,8 @@ def measure(
         for some in _batches(model, rows):
             found, logits = hidden.with_logits(model, some[:, :-1], [-2, -1])
             losses.append(_losses(logits, some))
-            if len(losses) == 1 or len(shown) * len(losses[0]) < SHOWN:
+            texts = sum(map(len, shown))
+            if texts < SHOWN:
                 some_places = logits[:, places.to(logits.device)]
                 shown.append(some_places.double().cpu())
             yield found
@@ -61,7 +62,9 @@ def measure(
     values = {}
     estimates = {"loss": loss, "anisotropy_before_norm": before, "anisotropy_after_norm": after}
     for name, estimate in estimates.items():
-        values |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        values[name] = estimate.value
+        values[f"{name}_low"] = estimate.low
+        values[f"{name}_high"] = estimate.high
     logits = torch.cat(shown)[:SHOWN].flatten(0, 1)
     logits = logits - logits.mean(1, keepdim=True)
     values["output_rank"] = spectrum.effective_rank(spectrum.singular_values(logits))

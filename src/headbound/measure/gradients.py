@@ -180,7 +180,8 @@ def _gram(weight: Tensor, basis: Tensor | None = None) -> Tensor:
 def _check(data: Examples, weight: Tensor, block: int) -> None:
     count, width = data.hidden_states.shape
     fits = count == len(data.targets) > 0 and width == weight.shape[1] and block > 0
-    if not fits or data.targets.min() < 0 or data.targets.max() >= len(weight):
+    known = fits and data.targets.min() >= 0 and data.targets.max() < len(weight)
+    if not known:
         raise ValueError(
             f"block = {block}, {len(data.targets)} targets, states {(count, width)}, head "
             f"{tuple(weight.shape)}: they do not fit; take all of them from one model"

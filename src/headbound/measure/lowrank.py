@@ -278,7 +278,8 @@ def above_full(ranks: Sequence[int], losses: Losses, texts: Texts) -> pd.DataFra
     rows = []
     for rank, row in zip(ranks, losses, strict=True):
         above = stats.mean(row - losses[-1], texts)
-        rows.append((rank, rank / ranks[-1], above.value, above.low, above.high))
+        share = rank / ranks[-1]
+        rows.append((rank, share, *above[:3]))
     names = ["rank r", "share r/d", "loss above the full head (nats)", "low", "high"]
     return pd.DataFrame(rows, columns=names)
 

@@ -181,7 +181,8 @@ def first_text(folder: Path = TABLES) -> tunnel.Text:
     with np.load(folder / "first-text.npz") as kept:
         stream = np.zeros(int(kept["length"]), np.int32)
         stream[kept["places"]] = kept["tokens"]
-        backend = Tokenizer.from_str(str(kept["tokenizer"]))
+        said = str(kept["tokenizer"])
+        backend = Tokenizer.from_str(said)
         held_out = torch.from_numpy(kept["held_out"].astype(np.int64))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
     return tunnel.Text(tokenizer, stream, held_out)
@@ -249,7 +250,8 @@ def _run(
         spent = seconds + time.process_time() - started
         with cache.replacing(kept) as temporary:
             torch.save({**measured, "seconds": spent}, temporary)
-        done = {n: measured[n] for n in sorted(measured) if n <= step}
+        past = sorted(known for known in measured if known <= step)
+        done = {known: measured[known] for known in past}
         rows = _table(arm, recipe, done)
         with cache.replacing(table) as temporary:
             rows.to_csv(temporary, index=False, float_format=f"%.{DIGITS}g")

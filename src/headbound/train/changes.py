@@ -236,7 +236,8 @@ def outcome(effect: pd.Series) -> str:
 
 def parted(effects: pd.DataFrame) -> tuple[list[str], int]:
     """Arms that move a spectrum while the late loss stays, of how many whose loss is settled."""
-    named = effects.assign(outcome=[outcome(row) for _, row in effects.iterrows()])
+    words = [outcome(row) for _, row in effects.iterrows()]
+    named = effects.assign(outcome=words)
     outcomes = named.pivot(index="arm", columns="quantity", values="outcome")
     settled = outcomes[outcomes["loss_late"] != "open"]
     still = settled[settled["loss_late"] == "same"]
@@ -255,7 +256,9 @@ def judge(
     **Returns:** a row a prediction: arm, account, sign, predicted, found and `held`, which is None
     where the prediction or the finding is open. Arms that were not run are left out.
     """
-    outcomes = {(row["arm"], row["quantity"]): outcome(row) for _, row in effects.iterrows()}
+    outcomes = {}
+    for _, row in effects.iterrows():
+        outcomes[row["arm"], row["quantity"]] = outcome(row)
     rows = []
     for arm, of_arm in predictions.items():
         runs = appeared[appeared["arm"] == arm]

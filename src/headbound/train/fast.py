@@ -230,15 +230,17 @@ def _rotate(parts: Tensor, cosines: Tensor, sines: Tensor) -> None:
     half = cosines.shape[-1]
     first, second, _ = parts.tensor_split((half, 2 * half), -1)
     turned = first * cosines - second * sines
-    second.copy_(first * sines + second * cosines)
+    other = first * sines + second * cosines
+    second.copy_(other)
     first.copy_(turned)
 
 
 def _angles(model: GPTNeoXModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
     places = torch.arange(tokens.shape[1], device=tokens.device)
-    both = model.rotary_emb(model.embed_in.weight, places[None])
+    both = torch.stack(model.rotary_emb(model.embed_in.weight, places[None]))
     # Each angle stands there twice, once for each half.
-    cosines, sines = (angles[0].chunk(2, -1)[0] for angles in both)
+    once, _ = both.chunk(2, -1)
+    cosines, sines = once[:, 0]
     return cosines, sines
 
 

@@ -150,8 +150,10 @@ class Trainer:
 
     def loss(self, rows: Int[Tensor, "size length"]) -> Float[Tensor, ""]:
         """The mean loss of the windows, nats a token, with the recipe's additions."""
-        inputs, targets = rows[:, :-1], rows[:, 1:].flatten()
-        hidden = last_states(self.model, inputs, self.rounding)[1].flatten(0, 1)
+        inputs = rows[:, :-1]
+        targets = rows[:, 1:].flatten()
+        _, states = last_states(self.model, inputs, self.rounding)
+        hidden = states.flatten(0, 1)
         head = self.model.get_output_embeddings()
         parts = last_matrix(head, hidden)
         if parts is None:
@@ -259,7 +261,8 @@ class CoupledAdamW(torch.optim.Optimizer):
             (weights,) = group["params"]
             state = self.state[weights] or self._start(weights)
             state["step"] += 1
-            mean, square = state["exp_avg"], state["exp_avg_sq"]
+            mean = state["exp_avg"]
+            square = state["exp_avg_sq"]
             first, second = group["betas"]
             mean.lerp_(weights.grad, 1 - first)
             square.lerp_(weights.grad.square(), 1 - second)

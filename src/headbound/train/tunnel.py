@@ -70,8 +70,10 @@ def _corpus(source, vocab_size, context, held_out_texts, cache, changed):
     tokenizer = prose.train_bpe(train_texts, vocab_size)
     stream = prose.encode(tokenizer, train_texts)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=prose.END_OF_TEXT)
-    drawn = [test_texts[i] for i in np.random.default_rng(0).permutation(len(test_texts))]
-    return Text(wrapped, stream, hidden.sequences(wrapped, drawn, held_out_texts, context + 1))
+    order = np.random.default_rng(0).permutation(len(test_texts))
+    drawn = [test_texts[place] for place in order]
+    rows = hidden.sequences(wrapped, drawn, held_out_texts, context + 1)
+    return Text(wrapped, stream, rows)
 
 
 def checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
@@ -83,7 +85,8 @@ def checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
         raise ValueError(f"steps = {steps}, checkpoints = {checkpoints}: both must be 1 or more")
     # From the end, which one alone is.
     spaced = np.geomspace(steps, max(1, steps / 200), checkpoints)
-    return [0, *np.unique(spaced.round().astype(int)).tolist()]
+    whole = spaced.round().astype(int)
+    return [0, *np.unique(whole).tolist()]
 
 
 def batch(
@@ -103,7 +106,8 @@ def batch(
         chosen.append(order[places[epochs == epoch]])
     starts = np.concatenate(chosen) * recipe.context
     inside = np.arange(recipe.context + 1)
-    return torch.from_numpy(stream[starts[:, None] + inside]).long()
+    tokens = stream[starts[:, None] + inside]
+    return torch.from_numpy(tokens).long()
 
 
 @functools.lru_cache(maxsize=4)

@@ -34,7 +34,7 @@ _STAGE = re.compile(r"(?i)(?<![a-z])stage[_-]?\d+")
 _NAMELESS = re.compile(r"(?i)(global|hf|checkpoints?|ckpts?|evals?|results|[\w]+-shot)?")
 
 
-def passages(texts: list[str]) -> list[dict[str, str]]:
+def _passages(texts: list[str]) -> list[dict[str, str]]:
     """At most one passage a text: two sentences or more, 20 to 90 words, the last word said before.
 
     Only runs of plain prose sentences count: no code, no cross-reference, no list, no heading. A
@@ -88,7 +88,7 @@ def last_words(source: str = "docstrings", **_: object) -> dict[str, Dataset]:
     if not path.exists():
         train_texts, test_texts = corpus.split(texts, tunnel.HELD_OUT)
         seen = " ".join("\0".join(train_texts).replace("`", "").split())
-        unique = {f"{p['context']} {p['word']}": p for p in passages(test_texts)}
+        unique = {f"{p['context']} {p['word']}": p for p in _passages(test_texts)}
         kept = [passage for whole, passage in unique.items() if whole not in seen]
         with cache.replacing(path) as temporary:
             temporary.write_text(json.dumps(kept), encoding="utf-8")
@@ -188,7 +188,7 @@ def _run(model, tokenizer, task, metadata, batch_size, options):
     return found["results"][task], found["n-samples"][task]["effective"], logs
 
 
-class Origin(NamedTuple):
+class _Origin(NamedTuple):
     """What a result file is of: a model, as the parts of its path, a step, and training stages."""
 
     model: tuple[str, ...]
@@ -241,25 +241,6 @@ def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS).sort_values(COLUMNS[:5], ignore_index=True)
 
 
-def gaps(table: pd.DataFrame) -> pd.DataFrame:
-    """What a table of results lacks: for each model, task and metric the steps that others have."""
-    steps = set(table["step"])
-    everyone = sorted(set(table["model"]))
-    there = table[table["value"].notna()]
-    curves = there.groupby(["model", "task", "metric"])
-    found = curves["step"].agg(set).to_dict()
-    rows = []
-    for task, metric in sorted({key[1:] for key in found}):
-        for model in everyone:
-            missing = steps - found.get((model, task, metric), set())
-            words = ", ".join(map(str, sorted(missing)))
-            if missing == steps:
-                words = "all"
-            if missing:
-                rows.append((model, task, metric, words))
-    return pd.DataFrame(rows, columns=["model", "task", "metric", "missing steps"])
-
-
 def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -306,7 +287,7 @@ def _measured(metrics: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
         yield shown, float(value), float(stderr)
 
 
-def _origin(content: dict[str, Any], path: Path) -> Origin:
+def _origin(content: dict[str, Any], path: Path) -> _Origin:
     """Model and step: from the model's arguments, else the file's name, else its folders."""
     config = _dict(content, "config")
     arguments = config.get("model_args") or {}
@@ -330,7 +311,7 @@ def _origin(content: dict[str, Any], path: Path) -> Origin:
             f"{path}: no model in its name and model_args; put it in a folder of its name"
         )
     stages = tuple(sorted({s.lower() for s in _STAGE.findall(f"{revision} {source} {path}")}))
-    return Origin(model, steps.pop(), stages)
+    return _Origin(model, steps.pop(), stages)
 
 
 def _parts(path: Sequence[str]) -> tuple[str, ...]:

@@ -165,14 +165,14 @@ def _name(row: Int[Tensor, " length"]) -> bytes:
     return blake2b(row.cpu().long().numpy().tobytes(), digest_size=NAME).digest()
 
 
-class Index(NamedTuple):
+class _Index(NamedTuple):
     """What a store holds: the states' width, and the place of each passage by its hash."""
 
     width: int
     places: dict[bytes, int]
 
 
-def _index(folder: Path) -> Index:
+def _index(folder: Path) -> _Index:
     file = folder / "index"
     said = file.read_bytes() if file.exists() else b""
     places = {}
@@ -180,7 +180,7 @@ def _index(folder: Path) -> Index:
     for start in range(NAME, len(said) - NAME + 1, NAME):
         name = said[start : start + NAME]
         places[name] = len(places)
-    return Index(int.from_bytes(said[:NAME], "big"), places)
+    return _Index(int.from_bytes(said[:NAME], "big"), places)
 
 
 def _extend(folder: Path, model: nn.Module, rows: dict[bytes, Tensor], place: int) -> int:

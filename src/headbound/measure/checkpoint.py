@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,18 +14,6 @@ from headbound.measure import anisotropy, spectrum
 
 LOGITS = 1 << 25  # held at once: what bounds the memory
 SHOWN = 16  # texts, and places in each, whose logits the output rank is of
-
-
-@torch.inference_mode()
-def text_losses(
-    model: PreTrainedModel, rows: Int[Tensor, "texts length"]
-) -> Float[np.ndarray, " texts"]:
-    """The mean loss of each text, nats a token: what a comparison of two models needs."""
-    losses = []
-    for some in _batches(model, rows):
-        logits = model(some[:, :-1].to(model.device), use_cache=False).logits
-        losses.append(_losses(logits, some))
-    return torch.cat(losses).double().cpu().numpy()
 
 
 @torch.inference_mode()

@@ -48,7 +48,7 @@ def share_kept(
 ) -> Squares:
     """How much of each token's logit gradient passes through the head W, exactly, in float64.
 
-    It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's (see `orthonormal`).
+    It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's (see `_orthonormal`).
     Beside the arguments nothing is larger than `block` × V.
 
     **Arguments:** `weight`: W, best without its mean row, which the softmax ignores. `logits`: from
@@ -59,7 +59,7 @@ def share_kept(
     **Source:** Godey & Artzi 2026, arXiv 2603.10145; the definition of what is kept is ours.
     """
     _check(data, weight, block)
-    basis = orthonormal(weight)
+    basis = _orthonormal(weight)
     squares = []
     for here in progress.bar(_blocks(data, block), "gradients"):
         g = _gradient(data, here, weight, logits)
@@ -72,7 +72,7 @@ def share_kept(
     return Squares(gradient, kept, data.texts)
 
 
-def orthonormal(weight: Float[Tensor, "vocab d"]) -> Float64[Tensor, "d rank"]:
+def _orthonormal(weight: Float[Tensor, "vocab d"]) -> Float64[Tensor, "d rank"]:
     """The matrix B for which the columns of W·B are an orthonormal basis of W's column space.
 
     From WᵀW = Q Λ Qᵀ follows B = Q Λ^(−½), but squaring W costs half of the digits. A second round

@@ -34,7 +34,7 @@ SAME = {
 QUANTITIES = dict(zip(("loss", "cosine", "entropy", "centred"), SAME, strict=True))
 
 
-class Factored(nn.Module):
+class _Factored(nn.Module):
     """W = A·B, inner width k = `ratio` · d: of rank min(d, k) at most.
 
     With an `activation` in between, the logits have rank k at most.
@@ -96,8 +96,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},
     "rank cut, forward": {"cut": "forward"},
     "rank cut, backward": {"cut": "backward"},
-    "lifted head, two layers": {"head": partial(Factored, ratio=4.0, activation=gelu)},
-    "lifted head, linear": {"head": partial(Factored, ratio=4.0)},
+    "lifted head, two layers": {"head": partial(_Factored, ratio=4.0, activation=gelu)},
+    "lifted head, linear": {"head": partial(_Factored, ratio=4.0)},
     "10 epochs": {"epochs": 10.0},
     "100 epochs": {"epochs": 100.0},
     "unused tokens": {"unused": 0.2},
@@ -132,10 +132,10 @@ def recipe(
 def build(arm: str) -> Build:
     """How an arm's model is built."""
     head = ARMS[arm].get("head")
-    return partial(with_head, head=head) if head else GPTNeoXForCausalLM
+    return partial(_with_head, head=head) if head else GPTNeoXForCausalLM
 
 
-def with_head(config: GPTNeoXConfig, head: Callable[[int, int], nn.Module]) -> GPTNeoXForCausalLM:
+def _with_head(config: GPTNeoXConfig, head: Callable[[int, int], nn.Module]) -> GPTNeoXForCausalLM:
     """A GPT-NeoX with another head; its other weights start as those of the usual model."""
     model = GPTNeoXForCausalLM(config)
     model.set_output_embeddings(head(config.hidden_size, config.vocab_size))

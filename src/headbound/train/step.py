@@ -142,10 +142,10 @@ class Trainer:
     def __init__(self, model: PreTrainedModel, recipe: Recipe):
         self.model = model
         self.recipe = recipe
-        self.rounding = rounding(recipe.precision)
+        self.rounding = _rounding(recipe.precision)
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim < 2]
-        self.flat = [Flat(part, self.rounding) for part in (matrices, vectors)]
+        self.flat = [_Flat(part, self.rounding) for part in (matrices, vectors)]
         self.optimizer = self._optimizer(matrices)
 
     def loss(self, rows: Int[Tensor, "size length"]) -> Float[Tensor, ""]:
@@ -202,7 +202,7 @@ class Trainer:
             return torch.optim.SGD(groups, lr=self.recipe.peak, momentum=0.9)
         if self.recipe.optimizer == "coupled":
             tables = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-            return CoupledAdamW(groups, places(matrices, [table.weight for table in tables]))
+            return _CoupledAdamW(groups, _places(matrices, [table.weight for table in tables]))
         return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
     def _cut(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,13 +212,13 @@ class Trainer:
         projection = kept @ kept.T
         if self.recipe.cut == "forward":
             return hidden @ projection, weight
-        return BackwardCut.apply(hidden, projection), BackwardCut.apply(weight, projection)
+        return _BackwardCut.apply(hidden, projection), _BackwardCut.apply(weight, projection)
 
 
-class Flat:
+class _Flat:
     """Many parameters as one vector; they become views of it, and so do their gradients.
 
-    With a `rounding` they are views of a second vector, which `show` makes the rounded first.
+    With a rounding they are views of a second vector, which `show` makes the rounded first.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], rounding: fast.Rounding):
@@ -241,7 +241,7 @@ class Flat:
             self.shown.copy_(self.rounding(self.weights.detach()))
 
 
-class CoupledAdamW(torch.optim.Optimizer):
+class _CoupledAdamW(torch.optim.Optimizer):
     """AdamW with one second moment for all rows of a table of tokens.
 
     **Arguments:** `groups`: each of one flat vector. `tables`: where tables lie in the first of
@@ -284,7 +284,7 @@ class CoupledAdamW(torch.optim.Optimizer):
         return self.state[weights]
 
 
-class BackwardCut(torch.autograd.Function):
+class _BackwardCut(torch.autograd.Function):
     """The numbers as they are; their gradient projected."""
 
     @staticmethod
@@ -299,7 +299,7 @@ class BackwardCut(torch.autograd.Function):
         return gradient @ ctx.projection, None
 
 
-class Rounded(torch.autograd.Function):
+class _Rounded(torch.autograd.Function):
     """The nearest numbers of another format, in float32; the gradient passes as it is."""
 
     @staticmethod
@@ -313,13 +313,13 @@ class Rounded(torch.autograd.Function):
         return gradient, None
 
 
-def rounding(precision: str) -> fast.Rounding:
+def _rounding(precision: str) -> fast.Rounding:
     """The function that rounds float32 to a format of `Recipe.precision`."""
     if precision == "float32":
         return fast.exact
 
     def to_format(numbers: Tensor) -> Tensor:
-        return Rounded.apply(numbers, precision)
+        return _Rounded.apply(numbers, precision)
 
     return to_format
 
@@ -344,7 +344,7 @@ def last_matrix(
     return head.factors(hidden) if hasattr(head, "factors") else None
 
 
-def places(
+def _places(
     parameters: Sequence[nn.Parameter], tables: Sequence[nn.Parameter]
 ) -> list[tuple[slice, int]]:
     """Where tables lie in a vector of all parameters, and their widths."""

@@ -76,7 +76,7 @@ def _corpus(source, vocab_size, context, held_out_texts, cache, changed):
     return Text(wrapped, stream, rows)
 
 
-def checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
+def _checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
     """Step 0 and `checkpoints` log-spaced steps from steps/200 to `steps`, rounded, each once.
 
     **Raises:** `ValueError` if one of the two is below 1.
@@ -252,7 +252,7 @@ def _settle(recipe: Recipe, text: Text, folder: Path | str | None) -> Path:
 
 def _one(root: Path, recipe: Recipe, text: Text, build: Build, on: torch.device) -> list[dict]:
     folder = root / f"{recipe.variant}-d{recipe.hidden_size}"
-    steps = checkpoint_steps(recipe.steps, recipe.checkpoints)
+    steps = _checkpoint_steps(recipe.steps, recipe.checkpoints)
     wanted = {step: folder / f"step{step}" for step in steps}
     folder.mkdir(exist_ok=True)
     # The lock ends with its process: of two chapters that ask for a suite at once, one trains it.

@@ -18,6 +18,7 @@ from companion import diagnosis
 from companion.execute import execute
 from headbound import cache, pythia
 from headbound.train import tunnel
+from headbound.train.step import Recipe
 
 NOTEBOOK = Path("notebooks/09_diagnose.ipynb")
 TABLE = Path("book/data/references.csv")
@@ -53,16 +54,7 @@ def untrained() -> str:
     """A model of the wind tunnel as it was drawn, with its tokenizer."""
     folder = cache.cache_dir() / "references" / "tunnel-untrained"
     if not folder.exists():
-        config = transformers.GPTNeoXConfig(
-            hidden_size=64,
-            intermediate_size=256,
-            num_attention_heads=4,
-            num_hidden_layers=2,
-            vocab_size=2048,
-            max_position_embeddings=128,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
+        config = Recipe(hidden_size=64, steps=1).config(end_of_text=0)
         transformers.set_seed(0)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         tunnel.corpus()[0].save_pretrained(folder)

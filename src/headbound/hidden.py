@@ -107,7 +107,8 @@ def stream(
     blocks = _blocks(model, input_ids) if inside else []
 
     def forward(batch: Tensor) -> Tensor:
-        return _stacked(*_caught(model, blocks, batch.to(model.device), places))
+        states, _ = _caught(model, blocks, batch.to(model.device), places)
+        return _stacked(states)
 
     while len(input_ids):
         states = _fitting(forward, input_ids, batch_size)
@@ -125,7 +126,7 @@ def with_logits(
     blocks = _blocks(model, input_ids)
     batch = input_ids.to(model.device)
     states, logits = _caught(model, blocks, batch, places, stop=False)
-    return _stacked(states, logits), logits
+    return _stacked(states), logits
 
 
 def store(
@@ -306,7 +307,7 @@ def _caught(
     return [found[place] for place in places], output
 
 
-def _stacked(found: list[Tensor], _output: Tensor | None) -> Float[Tensor, "layers texts length d"]:
+def _stacked(found: list[Tensor]) -> Float[Tensor, "layers texts length d"]:
     widths = [states.shape[-1] for states in found]
     if len(set(widths)) > 1:
         raise ValueError(

@@ -90,11 +90,8 @@ def _sharers(files: pd.DataFrame, whole: bool) -> pd.Series:
     order = files["revision"].drop_duplicates().tolist()
     places = pairs["revision_other"].map(order.index)
     pairs = pairs.loc[places.sort_values(kind="stable").index]
-    return pairs.groupby("revision")["revision_other"].agg(_joined)
-
-
-def _joined(names: pd.Series) -> str:
-    return ", ".join(names.unique())
+    once = pairs.drop_duplicates(["revision", "revision_other"])
+    return once.groupby("revision")["revision_other"].agg(", ".join)
 
 
 def _mark(table: pd.DataFrame, status: str, detail: pd.Series) -> None:

@@ -26,11 +26,10 @@ def mean_cosine(
 
         A = (‖Σ uᵢ‖² − N) / (N (N − 1))
 
-    **Arguments:**
-
-    - `hidden_states`: one block, or one a text. Texts are the units of the bootstrap: a token never
-      meets its own copy. One block, or a resample without a pair, has no interval (NaN).
-    - `sink_ratio`: leaves out states longer than this many times the median norm of their block.
+    **Arguments:** `hidden_states`: one block, or one a text. Texts are the units of the bootstrap:
+    a token never meets its own copy. One block, or a resample without a pair, has no interval
+    (NaN). `sink_ratio`: leaves out states longer than this many times the median norm of their
+    block.
 
     **Raises:** `ValueError` for NaN, Inf, a zero state, or fewer than two states.
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from headbound import device, progress, stats
-from headbound.measure.lowrank import Examples
+from headbound.measure.lowrank import Examples, blocks
 from headbound.measure.spectrum import ROWS
 
 LARGE = 100_000  # symbols from which the repetition is said to be unlearnable
@@ -61,7 +61,7 @@ def share_kept(
     _check(data, weight, block)
     basis = _orthonormal(weight)
     squares = []
-    for here in progress.bar(_blocks(data, block), "gradients"):
+    for here in progress.bar(blocks(len(data.targets), block), "gradients"):
         g = _gradient(data, here, weight, logits)
         parts = zip(g.split(ROWS, 1), _rows(weight), strict=True)
         received = sum(part @ rows for part, rows in parts)
@@ -79,7 +79,7 @@ def _orthonormal(weight: Float[Tensor, "vocab d"]) -> Float64[Tensor, "d rank"]:
     on W·B, whose columns are orthonormal but for that, wins them back.
 
     >>> parallel = torch.tensor([[3.0, 3.0], [4.0, 4.0]], dtype=torch.float64)
-    >>> (parallel @ orthonormal(parallel)).abs().round(decimals=3).tolist()
+    >>> (parallel @ _orthonormal(parallel)).abs().round(decimals=3).tolist()
     [[0.6], [0.8]]
 
     **Source:** Stathopoulos & Wu 2002 (SVQB), twice.
@@ -105,10 +105,11 @@ def singular_values(
     **Arguments**, **Raises:** as `share_kept`.
     """
     _check(data, weight, block)
-    products = np.empty((len(data.targets), len(data.targets)))
-    for here in _blocks(data, block):
+    tokens = len(data.targets)
+    products = np.empty((tokens, tokens))
+    for here in blocks(tokens, block):
         g = _gradient(data, here, weight, logits)
-        for there in _blocks(data, block):
+        for there in blocks(tokens, block):
             if there.start > here.start:
                 break
             others = g if there == here else _gradient(data, there, weight, logits)
@@ -161,10 +162,6 @@ def _gradient(data: Examples, here: slice, weight: Tensor, logits: Logits) -> Te
     others = torch.softmax(scores, 1).scatter(1, targets, 0)
     # Minus the sum of the others, not p − 1: that cancels where the model is sure.
     return others.scatter(1, targets, -others.sum(1, keepdim=True))
-
-
-def _blocks(data: Examples, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, len(data.targets), size)]
 
 
 def _rows(weight: Tensor) -> Iterator[Tensor]:

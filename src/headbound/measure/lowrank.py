@@ -72,7 +72,7 @@ def token_losses(
 ) -> Float[np.ndarray, "heads tokens"]:
     """Nats a token of each head over its whole vocabulary, `block` tokens at a time."""
     _check(data, heads)
-    places = _blocks(len(data.targets), block)
+    places = blocks(len(data.targets), block)
     parts = device.feed(data[:2], places, heads[0].A.device)
     losses = []
     for states, targets in progress.bar(parts, "measuring heads", len(places)):
@@ -92,7 +92,7 @@ def covariance(
     """
     count, d = hidden_states.shape
     total = torch.zeros(d, d, dtype=torch.float64)
-    for here in _blocks(count, block):
+    for here in blocks(count, block):
         states = torch.from_numpy(np.array(hidden_states[here]))
         precise = states.double()
         total.addmm_(precise.T, precise)
@@ -329,10 +329,8 @@ def rank_or_share(
     The distance to other models' curves at equal r/d, less that at equal r: root mean squares over
     the ranks below d, of the loss above the full head, in nats. Above 0 the rank itself decides.
 
-    **Arguments:**
-
-    - `ranks`, `losses`, `texts`: as of `knee`; the last rank is d.
-    - `others`: columns `curve`, `x` (ranks, the largest is that model's d) and `y` (nats).
+    **Arguments:** `ranks`, `losses`, `texts`: as of `knee`; the last rank is d. `others`: columns
+    `curve`, `x` (ranks, the largest is that model's d) and `y` (nats).
     """
     places = []
     theirs = []
@@ -419,7 +417,8 @@ def _roots(
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
-def _blocks(count: int, size: int) -> list[slice]:
+def blocks(count: int, size: int) -> list[slice]:
+    """The places of `count` rows, `size` at a time."""
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
@@ -428,7 +427,7 @@ def _batches(states: int, batch: int, epochs: int, seed: int) -> Iterator[np.nda
     for epoch in range(epochs):
         generator = np.random.default_rng([seed, epoch])
         order = generator.permutation(states)
-        for here in _blocks(states // batch * batch, batch):
+        for here in blocks(states // batch * batch, batch):
             yield np.sort(order[here])
 
 

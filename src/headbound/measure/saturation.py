@@ -52,9 +52,8 @@ def late_rise(steps: ArrayLike, values: ArrayLike) -> LateRise:
 
     The first tenth of the training is left out, by steps: a curve climbs to its first peak there.
 
-    **Arguments:**
-
-    - `steps`, `values`: the curve (steps,), in any order, each step once; less is better.
+    **Arguments:** `steps`, `values`: the curve (steps,), in any order, each step once; less is
+    better.
 
     **Raises:** `ValueError` for fewer than three checkpoints past the first tenth, a repeated step,
     a value that is not finite.
@@ -95,9 +94,7 @@ def late_change(*curves: tuple[ArrayLike, ArrayLike]) -> Estimate:
     Whole thirds are compared, since one last checkpoint is noisy. The interval is Welch's, over
     checkpoints. Of two curves it gives the first one's change minus the second one's.
 
-    **Arguments:**
-
-    - `curves`: one or two pairs of tokens (or steps) and values.
+    **Arguments:** `curves`: one or two pairs of tokens (or steps) and values.
     """
     thirds = []
     for tokens, values in curves:

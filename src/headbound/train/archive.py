@@ -139,7 +139,7 @@ def run(
     - `until`: the run stops at its last checkpoint up to this step; None ends it.
     - `text`: what it trains on, such as `first_text`; None makes the recipe's own.
 
-    **Returns:** a row a checkpoint: run, step, tokens, rate, `_measure`, and `rise` with
+    **Returns:** a row a checkpoint: run, step, tokens, rate, what is measured, and `rise` with
     `rise_se`: the loss over the least one so far, and its standard error paired over texts.
     """
     recipe = changes.recipe(arm, d, seed, **options)

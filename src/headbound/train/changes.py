@@ -187,10 +187,8 @@ def share(found: Sequence[bool]) -> stats.Estimate:
     return stats.Estimate(test.statistic, interval.low, interval.high, len(found))
 
 
-def effects(
-    signs: pd.DataFrame, quantities: Sequence[str], against: str = "baseline"
-) -> pd.DataFrame:
-    """What each arm changes: differences to the run `against` of the same width and seed.
+def effects(signs: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
+    """What each arm changes: differences to the baseline of the same width and seed.
 
     **Returns:** a row an arm and quantity: value, low and high of a t interval over pairs, n (the
     pairs), p, and `adjusted`, p after Holm's correction for all tests of the table. One pair has
@@ -201,9 +199,9 @@ def effects(
     runs = signs.set_index(["arm", "hidden_size", "seed"])[list(quantities)]
     rows = []
     for arm in dict.fromkeys(signs["arm"]):
-        if arm == against:
+        if arm == "baseline":
             continue
-        pairs = (runs.loc[arm] - runs.loc[against]).dropna(how="all")
+        pairs = (runs.loc[arm] - runs.loc["baseline"]).dropna(how="all")
         rows += [{"arm": arm, "quantity": name, **_paired(pairs[name])} for name in quantities]
     table = pd.DataFrame(rows)
     known = table["p"].notna()

@@ -118,11 +118,7 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: flo
     """The rate of a step: linear in the warm-up, a share of `steps`, then by the schedule.
 
     `cosine` falls to a tenth of the peak, as Pythia's does; `constant` stays.
-
-    **Raises:** `ValueError` for another schedule.
     """
-    if schedule not in ("cosine", "constant"):
-        raise ValueError(f"schedule = {schedule!r}: must be 'cosine' or 'constant'")
     ramp = warmup * steps
     if step < ramp:
         return peak * (step + 1) / (ramp + 1)
@@ -348,7 +344,8 @@ def _places(
     parameters: Sequence[nn.Parameter], tables: Sequence[nn.Parameter]
 ) -> list[tuple[slice, int]]:
     """Where tables lie in a vector of all parameters, and their widths."""
-    found, start = [], 0
+    found = []
+    start = 0
     for parameter in parameters:
         end = start + parameter.numel()
         if any(parameter is table for table in tables):

@@ -9,9 +9,6 @@ import pandas as pd
 
 from sweep.hub import Listing, listing
 
-COLUMNS = ["model", "revision", "status", "detail", "commit"]
-NO_REVISION = "no such revision"
-FILE = ["revision", "kind", "path", "size", "content"]
 UNUSUAL = 0.01  # a file's size off the usual one, as a share
 
 
@@ -45,13 +42,13 @@ def audit(model: str, names: Sequence[str]) -> pd.DataFrame:
     same = _sharers(files, whole=True).drop(believed, errors="ignore")
     gone = table.index.difference(files["revision"])
     there = table.loc[gone, "commit"].ne("")
-    lacking = there.map({True: "no weights in it", False: NO_REVISION})
+    lacking = there.map({True: "no weights in it", False: "no such revision"})
     # Each mark is a detail by revision; the later one wins.
     _mark(table, "suspicious", "unusual size: " + _odd(files))
     _mark(table, "suspicious", "shares files with " + partly)
     _mark(table, "identical", same)
     _mark(table, "missing", lacking)
-    return table.reset_index()[COLUMNS]
+    return table.reset_index()[["model", "revision", "status", "detail", "commit"]]
 
 
 def _odd(files: pd.DataFrame) -> pd.Series:
@@ -73,7 +70,7 @@ def _weights(name: str, listed: Listing | None) -> pd.DataFrame:
     rows = [
         (name, kind, path, *file) for kind, files in kinds.items() for path, file in files.items()
     ]
-    return pd.DataFrame(rows, columns=FILE)
+    return pd.DataFrame(rows, columns=["revision", "kind", "path", "size", "content"])
 
 
 def _sharers(files: pd.DataFrame, whole: bool) -> pd.Series:

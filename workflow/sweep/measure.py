@@ -16,10 +16,8 @@ from numpy.linalg import norm
 from headbound import cache, corpus, device, hidden, models
 from headbound.measure import checkpoint, spectrum
 from headbound.progress import bar
-from sweep import Settings, hub, read
+from sweep import Settings, hub
 from sweep.audit import audit
-
-__all__ = ["Settings", "audited", "left", "measure", "read", "result", "run"]
 
 SAMPLE = 64  # entries of the head kept with each result, evenly spread
 DETOUR = 3  # times the direct way between two heads: over one out of place it is longer
@@ -160,9 +158,8 @@ def _whole(model: str, revision: str, settings: Settings, keep: bool):
         rows = hidden.sequences(tokenizer, held_out, settings.texts, settings.length)
         numbers = checkpoint.measure(network, rows, tokenizer)
         weight = models.head_weight(network, tokenizer)
-    numbers |= _described(weight, numbers["singular_entropy"])
-    numbers["checked"] = "whole files"
-    return listed, numbers
+    described = _described(weight, numbers["singular_entropy"])
+    return listed, {**numbers, **described, "checked": "whole files"}
 
 
 def _described(weight: torch.Tensor, entropy: float | None = None) -> dict[str, Any]:

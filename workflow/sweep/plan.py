@@ -62,9 +62,8 @@ def table(work: dict[str, list[str]], settings: Settings, rates: Rates) -> pd.Da
 
     body = 24 * layers * width**2
     attention = 4 * layers * width * settings.length
-    logits = 2 * rows * width
     tokens = settings.texts * settings.length * settings.whole
-    forward = tokens * (body + attention + logits)
+    forward = tokens * (body + attention + frame["head"])
     gram = rows * width**2
     spectrum = gram + 4 / 3 * width**3
     seconds = forward / (1e12 * rates.tflops)
@@ -81,12 +80,10 @@ def words(work: dict[str, list[str]], settings: Settings, rates: Rates) -> str:
     done = jobs - len(measure.left(work, settings))
     fetched = frame["fetched"].sum()
     hours = frame["GPU hours"].sum()
-    rate = 1e6 * rates.megabytes
-    wait = fetched / rate / 3600
+    wait = fetched / (1e6 * rates.megabytes) / 3600
     heads = frame["jobs"] @ frame["head"]
     peak = rates.jobs * frame["each"].max()
-    sizes = ["each", "head", "fetched"]
-    gigabytes = frame[sizes].map(lambda count: f"{count / 1e9:,.3f} GB")
+    gigabytes = frame[["each", "head", "fetched"]].map(lambda count: f"{count / 1e9:,.3f} GB")
     shown = pd.concat([frame["jobs"], gigabytes, frame[["GPU hours", "bytes"]]], axis=1)
     return f"""{shown.to_string(float_format="{:.2f}".format)}
 jobs: {jobs}, {done} of them done

@@ -37,8 +37,7 @@ class Recipe:
       of embedding and head; or `sgd`, gradient descent with momentum .9.
     - `weight_decay`: of matrices, a share of the weight for each unit of learning rate.
     - `precision`: `float32`, `float16` or `bfloat16`, to which weights, states, logits and their
-      gradient are rounded. Sums, moments and
-      the kept weights stay float32.
+      gradient are rounded. Sums, moments and the kept weights stay float32.
     - `centred`: the mean row is taken out of the head after each step.
     - `z_loss`: the factor of the mean (ln Z)² in the loss.
     - `cut`: the head's rank is cut to d/2, in the pass `forward` or in the pass `backward` alone.

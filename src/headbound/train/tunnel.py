@@ -139,7 +139,6 @@ def train(
     folder: Path | str | None = None,
     *,
     build: Build = GPTNeoXForCausalLM,
-    where: str = "auto",
     **options: Any,
 ) -> pd.DataFrame:
     """Train the suite, or what is missing of it; called again, it only reads.
@@ -153,7 +152,6 @@ def train(
     - `hidden_sizes`, `steps`, `options`: see `Recipe`.
     - `folder`: by default in the cache, under a hash of the recipe without its hidden size.
     - `build`: from a configuration to a GPT-NeoX with any head, kept under the name `variant`.
-    - `where`: the device.
 
     **Returns:** a row a checkpoint: model, step, tokens, `checkpoint.measure`, and `path` to it in
     the Hub's layout.
@@ -173,7 +171,7 @@ def train(
     text = corpus(first.source, first.vocab_size, first.context, first.held_out_texts)
     kept_windows(first, text.stream)
     root = _settle(first, text, folder)
-    on = device.pick(where)
+    on = device.pick()
     jobs = [delayed(_one)(root, recipe, text, build, on) for recipe in recipes]
     workers = min(len(jobs), os.cpu_count() or 1) if on.type == "cpu" else 1
     return pd.DataFrame([row for rows in progress.parallel(jobs, workers)[::-1] for row in rows])
@@ -260,11 +258,7 @@ def _one(root: Path, recipe: Recipe, text: Text, build: Build, on: torch.device)
         if not all(path.exists() for path in wanted.values()):
             with one_thread(on):
                 _train_one(folder, wanted, recipe, text, build, on)
-    name = {
-        "variant": recipe.variant,
-        "hidden_size": recipe.hidden_size,
-        "seed": recipe.seed,
-    }
+    name = {"variant": recipe.variant, "hidden_size": recipe.hidden_size, "seed": recipe.seed}
     rows = []
     for step, path in wanted.items():
         numbers = json.loads((path / "measurements.json").read_text())

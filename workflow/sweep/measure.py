@@ -158,8 +158,8 @@ def _whole(model: str, revision: str, settings: Settings, keep: bool):
         rows = hidden.sequences(tokenizer, held_out, settings.texts, settings.length)
         numbers = checkpoint.measure(network, rows, tokenizer)
         weight = models.head_weight(network, tokenizer)
-    described = _described(weight, numbers["singular_entropy"])
-    return listed, {**numbers, **described, "checked": "whole files"}
+    numbers |= _described(weight, numbers["singular_entropy"])
+    return listed, {**numbers, "checked": "whole files"}
 
 
 def _described(weight: torch.Tensor, entropy: float | None = None) -> dict[str, Any]:

@@ -159,7 +159,8 @@ def _whole(model: str, revision: str, settings: Settings, keep: bool):
         numbers = checkpoint.measure(network, rows, tokenizer)
         weight = models.head_weight(network, tokenizer)
     numbers |= _described(weight, numbers["singular_entropy"])
-    return listed, {**numbers, "checked": "whole files"}
+    numbers["checked"] = "whole files"
+    return listed, numbers
 
 
 def _described(weight: torch.Tensor, entropy: float | None = None) -> dict[str, Any]:

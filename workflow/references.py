@@ -1,7 +1,4 @@
-"""Measure the models that chapter 9 compares with, and cite the paper's: book/data/references.csv.
-
-python workflow/references.py [NAME…]
-"""
+"""`python workflow/references.py [NAME…]` makes book/data/references.csv, read in chapter 9."""
 
 import sys
 import tempfile

@@ -181,9 +181,10 @@ def _ranged_head(listed: Listing, path: str) -> tuple[str, Tensor]:
     header = _asked(listed.model, listed.revision, told).tensors
     name = _head_name(listed, header)
     info = header[name]
-    length = info.data_offsets[1] - info.data_offsets[0]
+    begin, end = info.data_offsets
+    length = end - begin
     last = max(each.data_offsets[1] for each in header.values())  # where the file ends
-    start = listed.files[path].size - last + info.data_offsets[0]
+    start = listed.files[path].size - last + begin
 
     def read() -> bytes:
         with system.open(f"{listed.model}/{path}", cache_type="none", **where) as file:

@@ -35,7 +35,7 @@ class _Wheel(NamedTuple):
     """A model in an installed package. `models.lock` pins the package and its hash."""
 
     package: str
-    _folder: str
+    folder: str
     gguf: str | None = None
 
 

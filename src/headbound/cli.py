@@ -96,9 +96,9 @@ def sweep(
     """What is left of a sweep over checkpoints, or one job of it; Snakemake runs them all."""
 
     def work() -> None:
-        from sweep import measure
+        from sweep import measure, read
 
-        table, settings = measure.read(file)
+        table, settings = read(file)
         if task == "left":
             todo = measure.left(table, settings)
             total = sum(len(revisions) for revisions in table.values())
@@ -129,11 +129,11 @@ def plan(
     """What a sweep costs before it starts: jobs, bytes, GPU hours, disk."""
 
     def work() -> None:
-        from sweep import hub, measure, plan
+        from sweep import hub, plan, read
 
         hub.TRIES = 2
         rates = plan.Rates(tflops, tflops64, megabytes, jobs)
-        print(plan.words(*measure.read(file), rates))
+        print(plan.words(*read(file), rates))
 
     raise typer.Exit(done(work))
 

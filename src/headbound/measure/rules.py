@@ -99,19 +99,17 @@ def bends_at(errors: ArrayLike, losses: ArrayLike, bend: float = 0.6) -> Ruling:
     error = np.asarray(errors, float)[order]
     loss = np.asarray(losses, float)[order]
     if not error[0] < bend < error[-1]:
-        return Ruling(
-            None, f"W-errors from {error[0]:.2f} to {error[-1]:.2f} do not enclose {bend}"
-        )
+        comment = f"W-errors from {error[0]:.2f} to {error[-1]:.2f} do not enclose {bend}"
+        return Ruling(None, comment)
     there = np.interp(bend, error, loss)
     grown = there - loss[0]
     before = grown / (bend - error[0])
     beyond = (loss[-1] - there) / (error[-1] - bend)
     steeper = beyond / before if before > 0 else np.inf
-    comment = (
-        f"slope beyond {bend} over slope before: {steeper:.1f}; asked: {STEEPER:.0f}. Loss grown "
-    )
-    comment += f"up to there: {grown:.2f} nats; called slow up to {SLOW} (the paper's: 0.09)"
-    return Ruling(bool(steeper >= STEEPER and beyond > 0 and grown <= SLOW), comment)
+    agrees = bool(steeper >= STEEPER and beyond > 0 and grown <= SLOW)
+    comment = f"slope beyond {bend} over slope before: {steeper:.1f}; asked: {STEEPER:.0f}. "
+    comment += f"Loss grown up to there: {grown:.2f} nats; called slow up to {SLOW} (the paper: 0.09)"
+    return Ruling(agrees, comment)
 
 
 def width_alone(differences: Mapping[str, Estimate]) -> Ruling:
@@ -136,7 +134,8 @@ def who_drops(
     """
     missing = [name for name in claimed if name not in found]
     unseen = [name for name in missing if drops[name].high > size]
-    if set(found) - set(claimed) or (missing and not unseen):
+    others = set(found) - set(claimed)
+    if others or (missing and not unseen):
         return Ruling(False, f"claimed: {', '.join(claimed)}")
     if unseen:
         return Ruling(None, f"a drop of {size:g} could be missed in {', '.join(unseen)}")
@@ -186,5 +185,6 @@ def _just_the_small(
     if below:
         room += f" from {max(below):.3g}"
     if reached:
-        room += f" to {min(values[name] for name in reached):.3g}"
+        least = min(values[name] for name in reached)
+        room += f" to {least:.3g}"
     return Ruling(reached == asked, f"{what}: {listed}; {room}")

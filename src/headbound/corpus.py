@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import parso
+from huggingface_hub.utils import logging
 from jaxtyping import Int32
 from joblib import delayed
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
@@ -208,6 +209,7 @@ def _dataset(source: str) -> list[str]:
     name, _, part = source.removeprefix("hf:").partition(":")
     owner, *rest = name.split("/")
     repository, config = ("/".join([owner, *rest[:1]]), rest[1] if len(rest) > 1 else None)
+    logging.set_verbosity_error()  # its retries are no news to a reader
     try:
         data = load_dataset(repository, config, split=part or "train")
     except Exception as error:

@@ -108,7 +108,7 @@ def bends_at(errors: ArrayLike, losses: ArrayLike, bend: float = 0.6) -> Ruling:
     steeper = beyond / before if before > 0 else np.inf
     agrees = bool(steeper >= STEEPER and beyond > 0 and grown <= SLOW)
     comment = f"slope beyond {bend} over slope before: {steeper:.1f}; asked: {STEEPER:.0f}. "
-    comment += f"Loss grown up to there: {grown:.2f} nats; called slow up to {SLOW} (the paper: 0.09)"
+    comment += f"Loss grown up to there: {grown:.2f} nats; slow up to {SLOW} (the paper: 0.09)"
     return Ruling(agrees, comment)
 
 

@@ -54,7 +54,7 @@ check: book  ## refuse a book whose verdicts differ from the signed ones
 sign: $(STAMP)  ## accept the verdicts that PRESET's chapters now give; the diff of book/verdicts.yaml shows them
 	@$(RUN) sign --preset $(PRESET)
 
-pdf: book  ## the book as _build/head-bound.pdf, printed by Chromium
+pdf: book  ## the book as _build/book.pdf, printed by Chromium
 	@$(RUN) pdf
 
 linkcheck: book  ## do the links to other hosts still answer? needs the network

@@ -67,6 +67,7 @@ COUNTER = {
     "OPT-125M, the paper's exception": rules.last_layers_part(last_layers("OPT"), ["125M"]),
     "a head whose rank costs nothing": rules.rank_costs(*flat),
     "a straight line": rules.bends_at(*straight),
+    "a bend after much is lost": rules.bends_at([0, 0.3, 0.5, 0.6, 0.7], [0, 0.2, 0.9, 1.5, 4]),
 }
 
 

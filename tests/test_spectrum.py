@@ -11,11 +11,11 @@ from scipy import stats
 from headbound import pythia
 from headbound.measure import spectrum
 from headbound.measure.spectrum import (
+    _probabilities,
     effective_rank,
     fits_size,
     frequency_link,
     participation_ratio,
-    probabilities,
     singular_entropy,
     singular_values,
     stable_rank,
@@ -23,7 +23,7 @@ from headbound.measure.spectrum import (
 )
 from headbound.stats import Estimate
 
-MEASURES = [singular_entropy, effective_rank, stable_rank, participation_ratio, probabilities]
+MEASURES = [singular_entropy, effective_rank, stable_rank, participation_ratio, _probabilities]
 SPECTRA = arrays(float, st.integers(1, 20), elements=st.floats(0, 1e6)).filter(
     lambda s: s.max() > 1e-3
 )

@@ -19,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+UsageError = typer.BadParameter.__base__  # of the click that typer brings along
 Preset = Annotated[
     str, typer.Option(help="The scale: a file of presets/, such as smoke or laptop.")
 ]
@@ -40,8 +41,9 @@ def book(
         list[str] | None,
         typer.Option(help="This chapter alone, by its beginning, such as 02; a page of its own."),
     ] = None,
-    cores: Annotated[int, typer.Option(help="Chapters executed side by side.")] = os.cpu_count()
-    or 1,
+    cores: Annotated[
+        int, typer.Option(min=1, help="Chapters executed side by side.")
+    ] = os.cpu_count() or 1,
 ) -> None:
     """Execute every chapter that is new or changed, and render the book into _build/html.
 
@@ -62,8 +64,7 @@ def chapter(
     from companion import execute
 
     def work() -> None:
-        given = json.loads(parameters) | assigned(values)
-        execute.execute(notebook, output, preset, given)
+        execute.execute(notebook, output, preset, given(parameters, values))
 
     if not notebook.exists() and notebook.suffix != ".ipynb":
         notebook = Path("notebooks") / f"{notebook}.ipynb"
@@ -93,7 +94,7 @@ def check(preset: Preset = "laptop") -> None:
 
 @app.command()
 def pdf() -> None:
-    """Print the built book as _build/head-bound.pdf; needs a Chromium."""
+    """Print the built book as _build/book.pdf; needs a Chromium."""
     from companion import pdf
 
     raise typer.Exit(done(pdf.print_book))
@@ -121,6 +122,20 @@ def assigned(values: list[str] | None) -> dict[str, Any]:
     return found
 
 
+def given(parameters: str, values: list[str] | None) -> dict[str, Any]:
+    """Parameters from a JSON object, and over them those of `--set`.
+
+    **Raises:** `ValueError` for what is no JSON object; as `assigned`.
+    """
+    try:
+        found = json.loads(parameters)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"--parameters {parameters}: must be a JSON object, such as {{}}")
+    return found | assigned(values)
+
+
 def done(work: Callable[[], int | None], name: str = "book") -> int:
     """Do the work of a command: its exit status, and one clear line for a failure."""
     from companion.execute import report_failure
@@ -131,11 +146,15 @@ def done(work: Callable[[], int | None], name: str = "book") -> int:
 
 
 def main() -> None:
-    """Run the command, in UTF-8 whatever the locale says."""
+    """Run the command, in UTF-8 whatever the locale says; wrong usage is told in one line."""
     plain = locale.getencoding().lower() in ("utf-8", "utf8")
     if plain or sys.flags.utf8_mode:
-        app()
-        return
+        try:
+            sys.exit(app(standalone_mode=not sys.argv[1:]))
+        except UsageError as error:
+            told = " ".join(error.format_message().split())
+            print(f"headbound: {told} (--help lists what there is)", file=sys.stderr)
+            sys.exit(error.exit_code)
     arguments = sys.orig_argv[1:]
     environment = os.environ | {"PYTHONUTF8": "1"}
     os.execve(sys.executable, [sys.executable, "-X", "utf8", *arguments], environment)

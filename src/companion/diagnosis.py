@@ -53,14 +53,16 @@ def report(
     executed = output.with_suffix(".ipynb")
     if output == executed:
         raise ValueError(f"output = {output}: the executed notebook goes there; end it with .html")
+    if data is not None and data.resolve() in (output.resolve(), executed.resolve()):
+        raise ValueError(f"output = {output}, json = {data}: one place for both; name another")
     for place in (output, executed, data):
         if place is not None:
-            _check(place)
+            check_place(place)
     execute.execute(notebook, executed, "laptop", parameters)
     made = nbformat.read(executed, as_version=4)
-    _write(output, page(made))
+    write_whole(output, page(made))
     if data is not None:
-        _write(data, json.dumps(facts(made), indent=1, ensure_ascii=False) + "\n")
+        write_whole(data, json.dumps(facts(made), indent=1, ensure_ascii=False) + "\n")
 
 
 def page(notebook: NotebookNode) -> str:
@@ -160,7 +162,8 @@ def _tags(cell: NotebookNode) -> set[str]:
     return set(cell.metadata.get("tags", []))
 
 
-def _check(place: Path) -> None:
+def check_place(place: Path) -> None:
+    """Find out before long work that a result can be written there; else a `ValueError`."""
     if place.is_dir():
         raise ValueError(f"output = {place}: it is a folder; name a file")
     try:
@@ -171,7 +174,8 @@ def _check(place: Path) -> None:
         raise ValueError(f"output = {place}: {error.strerror}; name another file") from error
 
 
-def _write(place: Path, content: str) -> None:
+def write_whole(place: Path, content: str) -> None:
+    """Write a file that appears only when it is whole."""
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".writing-") as scratch:
         written = Path(scratch) / place.name
         written.write_text(content, encoding="utf-8")

@@ -41,9 +41,18 @@ def defaults(notebook: Path) -> dict[str, Any]:
     """
     if not notebook.is_file():
         raise ValueError(f"notebook = {notebook}: no such file")
-    for cell in nbformat.read(notebook, as_version=4).cells:
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+    except Exception as error:  # nbformat has a kind for each way of being none
+        why = type(error).__name__
+        raise ValueError(f"notebook = {notebook}: not a notebook ({why})") from error
+    for cell in cells:
         if "parameters" in cell.metadata.get("tags", []):
-            return literals(cell.source)
+            try:
+                return literals(cell.source)
+            except (ValueError, SyntaxError, AttributeError) as error:
+                why = "the cell tagged `parameters` must set names to plain values"
+                raise ValueError(f"notebook = {notebook}: {why}") from error
     raise ValueError(f"notebook = {notebook}: no cell of it is tagged `parameters`")
 
 
@@ -124,6 +133,9 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
     `PapermillExecutionError` for a cell that failed; `DeadKernelError` if the kernel was killed.
     """
     parameters = check_parameters(notebook, parameters)
+    presets = [path.stem for path in notebook.resolve().parent.parent.glob("presets/*.yaml")]
+    if presets and preset not in presets:
+        raise ValueError(f"PRESET = {preset}: must be one of {', '.join(sorted(presets))}")
     if preset != "laptop":  # laptop is what the notebooks say themselves
         parameters = {"preset": preset, **parameters}
     if output.is_dir() or output.resolve() == notebook.resolve():
@@ -189,7 +201,8 @@ def _sockets() -> Iterator[Config]:
 
 def report_failure(notebook: Path, work: Callable[[], None]) -> int:
     """Do the work of a command: its exit status, and one clear line for a failure."""
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    for name in ("papermill", "traitlets"):  # what they would say of a dead kernel is said here
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         work()
     except PapermillExecutionError as error:
@@ -201,6 +214,11 @@ def report_failure(notebook: Path, work: Callable[[], None]) -> int:
         return _told(f"{error.filename}: {error.strerror}" if plain else str(error), 2)
     except ValueError as error:
         return _told(str(error), 2)
+    except Exception as error:
+        if os.environ.get("HEADBOUND_DEBUG"):
+            raise
+        where = "not foreseen; HEADBOUND_DEBUG=1 shows where"
+        return _told(f"{notebook.stem}: {type(error).__name__}: {error} ({where})", 1)
     return 0
 
 

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from companion.site import STAGING, sphinx
+from companion.site import SITE, STAGING, sphinx
 
 OUTPUT = Path("_build/book.pdf")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -21,7 +21,12 @@ UNFOLDED = """async () => {
 
 
 def print_book() -> int:
-    """Print the staged book; without a Chromium say so and leave it. Returns the exit status."""
+    """Print the staged book; without a Chromium say so and leave it. Returns the exit status.
+
+    **Raises:** `ValueError` where no book was built.
+    """
+    if not SITE.exists():
+        raise ValueError(f"{SITE}: no built book here; run `headbound book` first")
     chromium = next(filter(None, map(shutil.which, NAMES)), None)
     if not chromium:
         print(f"headbound: no Chromium on this machine ({', '.join(NAMES)}), so no PDF is made")

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
-import yaml
 
 from companion import gates, pages, results
+from companion.build import names
 from companion.results import Change
 from companion.words import markdown
 
@@ -18,16 +18,18 @@ STAGING, SITE = Path("_build/staging"), Path("_build/html")
 
 
 def executed(preset: str) -> list[Path]:
-    """The executed notebooks of a preset, in the order of the contents."""
+    """The executed notebooks of a preset, in the order of the contents.
+
+    **Raises:** `ValueError` for a preset that is not there.
+    """
+    chosen = names(preset)
     contents = Path("_toc.yml").read_text("utf-8")
-    chosen = Path(f"presets/{preset}.yaml").read_text("utf-8")
     folder = Path("_build/executed") / preset
 
     def place(name: str) -> int:
         return contents.find(f"/{name}")
 
-    names = sorted(yaml.safe_load(chosen), key=place)
-    return [folder / f"{name}.ipynb" for name in names]
+    return [folder / f"{name}.ipynb" for name in sorted(chosen, key=place)]
 
 
 def publish(preset: str, builder: str = "html") -> int:
@@ -62,7 +64,11 @@ def linkcheck(preset: str) -> int:
 
 def check(preset: str) -> list[str]:
     """What `make check` refuses, a line each."""
-    return results.faults(preset, [results.read(path) for path in executed(preset)])
+    paths = executed(preset)
+    missing = [path.stem for path in paths if not path.exists()]
+    if missing:
+        raise ValueError(f"PRESET={preset}: chapters are not executed yet ({', '.join(missing)})")
+    return results.faults(preset, [results.read(path) for path in paths])
 
 
 def sign(preset: str) -> int:

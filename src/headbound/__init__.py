@@ -11,8 +11,7 @@ Chapter → module: what it holds.
 - Rank-constrained heads → `measure.lowrank`: the best head of a rank, by closed form or trained
 - Head bound → `measure.bounds`: upper and lower bounds on the loss that a rank costs
 - Pythia's checkpoints → `pythia`: cited curves; `measure.checkpoint`: one checkpoint's numbers
-- The gradient bottleneck → `measure.gradients`: the share that passes; `train.repeats`: trivial
-  text
+- The gradient bottleneck → `measure.gradients`: what passes; `train.repeats`: a trivial text
 - Cause or company → `train.changes`: one change of the training at a time, and its effects
 - Diagnose → `measure.bottleneck`: is the head of this model too narrow for this text?
 - every verdict → `measure.rules`: what the paper says, as functions of curves

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from companion.cli import Set, app, assigned, done, main
+from companion.cli import Set, app, assigned, done, given, main
 
 ROOT = Path(__file__).resolve().parents[2]
 DIAGNOSIS = ROOT / "notebooks" / "09_diagnose.ipynb"
@@ -32,8 +32,8 @@ def diagnose(
     from companion import diagnosis
 
     def work() -> None:
-        given = {"model": model, "text": text, "revision": revision, **assigned(values)}
-        diagnosis.report(DIAGNOSIS, output, given, data)
+        asked = {"model": model, "text": text, "revision": revision, **assigned(values)}
+        diagnosis.report(DIAGNOSIS, output, asked, data)
         print(f"The report is ready: open {output}")
 
     raise typer.Exit(done(work, DIAGNOSIS.stem))
@@ -41,25 +41,34 @@ def diagnose(
 
 @app.command()
 def measure(
-    model: Model,
+    model: Annotated[list[str], typer.Argument(help="Each: a folder, a .gguf file, a Hub id.")],
+    revisions: Annotated[str, typer.Option(help="Of each Hub id, such as step1,step512.")] = "",
     text: Text = "docstrings",
-    revision: Revision = "",
-    texts: Annotated[int, typer.Option(help="Held-out passages.")] = 64,
-    length: Annotated[int, typer.Option(help="Tokens of each.")] = 256,
+    texts: Annotated[int, typer.Option(min=1, help="Held-out passages.")] = 64,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 256,
+    head_only: Annotated[bool, typer.Option(help="The head alone: little to fetch.")] = False,
+    data: Annotated[Path | None, typer.Option("--json", help="The rows, and their schema.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="The rows as a table.")] = None,
 ) -> None:
-    """Print a model's held-out loss, last-layer anisotropy, head entropy and output rank."""
+    """Measure many checkpoints alike, a line each: loss, anisotropy, head, gradient.
+
+    What is measured is kept: the same command goes on where it was stopped.
+    """
 
     def work() -> None:
-        from headbound import corpus, hidden, models
-        from headbound.measure import checkpoint
+        from companion import diagnosis
+        from headbound.measure import many
 
-        network, tokenizer = models.load(model, revision or None)
-        held_out = corpus.split(corpus.load(text))[1]
-        rows = hidden.sequences(tokenizer, held_out, texts, length)
-        for name, value in checkpoint.measure(network, rows, tokenizer).items():
-            print(f"{name:<28}{value:.6g}")
+        for place in filter(None, (data, csv)):
+            diagnosis.check_place(place)
+        jobs = many.jobs(model, [name for name in revisions.split(",") if name])
+        frame = many.run(jobs, None if head_only else text, texts, length)
+        if data:
+            diagnosis.write_whole(data, many.to_json(frame))
+        if csv:
+            diagnosis.write_whole(csv, frame.to_csv(index=False))
 
-    raise typer.Exit(done(work))
+    raise typer.Exit(done(work, "measure"))
 
 
 @app.command()
@@ -70,14 +79,12 @@ def tunnel(
     """Train what is missing of the wind tunnel's suite, with its chapter's parameters."""
 
     def work() -> None:
-        import json
-
         from companion.execute import check_parameters, defaults
         from headbound.train import tunnel
 
         notebook = ROOT / "notebooks" / "01_wind_tunnel.ipynb"
-        given = check_parameters(notebook, json.loads(parameters) | assigned(values))
-        chosen = defaults(notebook) | given
+        fitting = check_parameters(notebook, given(parameters, values))
+        chosen = defaults(notebook) | fitting
         names = ("vocab_size", "checkpoints", "held_out_texts", "seed")
         options = {name: chosen[name] for name in names}
         tunnel.train(chosen["hidden_sizes"], chosen["steps"], source=chosen["text"], **options)
@@ -96,18 +103,19 @@ def sweep(
     """What is left of a sweep over checkpoints, or one job of it; Snakemake runs them all."""
 
     def work() -> None:
-        from sweep import measure
+        from sweep import measure, read
 
-        table, settings = measure.read(file)
+        table, settings = read(file)
         if task == "left":
             todo = measure.left(table, settings)
             total = sum(len(revisions) for revisions in table.values())
             print(f"{total - len(todo)} of {total} checkpoints measured")
             print(*(f"left: {model} {revision}" for model, revision in todo), sep="\n")
             return
-        if task not in ("audit", "measure") or model not in table:
+        known = model in table and (task == "audit" or revision in table[model])
+        if task not in ("audit", "measure") or not known:
             raise ValueError(
-                f"{task} {model}: give left, or audit or measure and a model of {file}"
+                f"{task} {model} {revision}: give left, or audit or measure, and what {file} has"
             )
         rows = measure.audited(model, table[model], settings)
         if task == "measure":
@@ -119,21 +127,21 @@ def sweep(
 @app.command()
 def plan(
     file: File = SWEEP,
-    tflops: Annotated[float, typer.Option(help="Sustained, in the sweep's dtype.")] = 20,
-    tflops64: Annotated[float, typer.Option(help="Sustained in float64.")] = 5,
+    tflops: Annotated[float, typer.Option(min=1e-3, help="Sustained, in the sweep's dtype.")] = 20,
+    tflops64: Annotated[float, typer.Option(min=1e-3, help="Sustained in float64.")] = 5,
     megabytes: Annotated[
-        float, typer.Option(help="A second from the Hub, all jobs together.")
+        float, typer.Option(min=1e-3, help="A second from the Hub, all jobs together.")
     ] = 200,
-    jobs: Annotated[int, typer.Option(help="At once.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="At once.")] = 2,
 ) -> None:
     """What a sweep costs before it starts: jobs, bytes, GPU hours, disk."""
 
     def work() -> None:
-        from sweep import hub, measure, plan
+        from sweep import hub, plan, read
 
         hub.TRIES = 2
         rates = plan.Rates(tflops, tflops64, megabytes, jobs)
-        print(plan.words(*measure.read(file), rates))
+        print(plan.words(*read(file), rates))
 
     raise typer.Exit(done(work))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import parso
+from huggingface_hub.utils import logging
 from jaxtyping import Int32
 from joblib import delayed
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
@@ -171,8 +172,10 @@ def _readmes() -> list[str]:
     texts = {}
     for package in distributions():
         # payload or header: both places are in use
-        content = package.metadata.get_payload() or package.metadata.get("Description") or ""
-        paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", content)]
+        said = package.metadata
+        content = said.get_payload() or said.get("Description") or ""
+        parts = re.split(r"\n\s*\n", content)
+        paragraphs = [" ".join(part.split()) for part in parts]
         texts[package.name.lower()] = "\n\n".join(filter(_is_prose, paragraphs))
     return [texts[name] for name in sorted(texts) if texts[name]]
 
@@ -206,6 +209,7 @@ def _dataset(source: str) -> list[str]:
     name, _, part = source.removeprefix("hf:").partition(":")
     owner, *rest = name.split("/")
     repository, config = ("/".join([owner, *rest[:1]]), rest[1] if len(rest) > 1 else None)
+    logging.set_verbosity_error()  # its retries are no news to a reader
     try:
         data = load_dataset(repository, config, split=part or "train")
     except Exception as error:

@@ -5,9 +5,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from jsonschema import Draft202012Validator
 
 import headbound
 from headbound import cache
+
+COUNT = {"type": "integer", "minimum": 1}
+TEXT = {"type": "string", "minLength": 1}
+# Of a sweep's file.
+SCHEMA = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "models": {"type": "array", "items": TEXT},
+        "steps": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+        "every": COUNT,
+        "last": COUNT,
+        "name": {**TEXT, "pattern": r"^\w[\w.-]*$"},
+        "whole": {"type": "boolean"},
+        "source": TEXT,
+        "texts": COUNT,
+        "length": {"type": "integer", "minimum": 2},
+        "dtype": {"enum": ["float32", "float16", "bfloat16", "float64"]},
+    },
+}
 
 
 class Settings(NamedTuple):
@@ -39,19 +60,22 @@ def read(path: str | Path) -> tuple[dict[str, list[str]], Settings]:
 
     `steps` lists single steps; `every` and `last` add regular ones.
 
-    **Raises:** `ValueError` for a key that is neither one of these, `models`, nor a setting.
+    **Raises:** `ValueError` for what is no such file, naming the key.
     """
     path = Path(os.environ.get("HEADBOUND_SWEEP") or path)
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML file in UTF-8 ({error})") from error
+    for error in Draft202012Validator(SCHEMA).iter_errors(given):
+        where = ".".join(map(str, error.path))
+        raise ValueError(f"{path}: {where}: {error.message}")
     steps = set(given.pop("steps", []))
     every = given.pop("every", None)
     last = given.pop("last", 0)
     if every:
         steps |= set(range(every, last + 1, every))
     models = given.pop("models", [])
-    unknown = sorted(set(given) - set(Settings._fields))
-    if unknown or not models or not steps:
-        fields = ", ".join(Settings._fields)
-        why = f"unknown {unknown}" if unknown else "no models or no steps"
-        raise ValueError(f"{path}: {why}; it has models, steps, every, last, {fields}")
+    if not models or not steps:
+        raise ValueError(f"{path}: no models or no steps; give models, and steps or every and last")
     return {model: [f"step{step}" for step in sorted(steps)] for model in models}, Settings(**given)

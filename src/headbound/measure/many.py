@@ -1,0 +1,134 @@
+"""Many checkpoints measured alike: a row each, kept in the cache, so that a stopped run goes on."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import xxhash
+from jaxtyping import Float
+from torch import Tensor
+
+import headbound
+from headbound import cache, corpus, device, hidden, models
+from headbound.measure import checkpoint, spectrum
+from headbound.train import callback
+
+SCHEMA = json.loads(files("headbound").joinpath("measurements.json").read_text("utf-8"))
+FORMAT = SCHEMA["properties"]["format"]["const"]
+COLUMNS = list(SCHEMA["properties"]["rows"]["items"]["properties"])
+FEW = 8  # passages for what needs all logits at once
+Job = tuple[str, str]  # model and revision
+
+
+def jobs(names: Sequence[str], revisions: Sequence[str]) -> list[Job]:
+    """Every model, a Hub id at each of the revisions; what is given twice is measured once."""
+    found = []
+    for name in names:
+        here = name in models.WHEELS or Path(name).expanduser().exists()
+        found += [(name, each) for each in ([""] if here or not revisions else revisions)]
+    return list(dict.fromkeys(found))
+
+
+def run(work: Sequence[Job], source: str | None, texts: int, length: int) -> pd.DataFrame:
+    """A row a checkpoint, with the columns and units of `measurements.json`; a line said of each.
+
+    **Arguments:** `source`: of the held-out passages, see `corpus.load`; None reads heads alone.
+
+    **Raises:** `ValueError` as `corpus.load`; or, after the last checkpoint, naming those that
+    could not be measured and why.
+    """
+    held_out = [] if source is None else corpus.split(corpus.load(source))[1]
+    rows, lost = [], []
+    for model, revision in work:
+        try:
+            if source is None:
+                row = _head(model, revision)
+            else:
+                row = _whole(model, revision, held_out, texts, length)
+        except (ValueError, OSError, MemoryError) as error:
+            lost.append(str(error))
+            continue
+        rows.append({"model": model, "revision": revision, **row})
+        print(_line(rows[-1]), flush=True)
+    if lost:
+        raise ValueError(f"{len(lost)} of {len(work)} not measured: {'; '.join(lost)}")
+    return pd.DataFrame(rows).reindex(columns=COLUMNS)
+
+
+def to_json(frame: pd.DataFrame) -> str:
+    """The rows beside their schema; what is not known is null."""
+    rows = json.loads(frame.to_json(orient="records", double_precision=15))
+    said = {"format": FORMAT, "schema": SCHEMA, "rows": rows}
+    return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
+
+
+def head(weight: Float[Tensor, "vocab d"]) -> dict[str, Any]:
+    """What is said of a head alone."""
+    weight = weight.detach().float().to(device.pick())
+    mean_row = weight.mean(0)
+    entropy = spectrum.singular_entropy(spectrum.singular_values(weight))
+    centred = spectrum.singular_entropy(spectrum.singular_values(weight - mean_row))
+    share = len(weight) * mean_row.square().sum() / weight.square().sum()
+    return {
+        "vocabulary": weight.shape[0],
+        "d": weight.shape[1],
+        "singular_entropy": entropy,
+        "singular_entropy_centred": centred,
+        "effective_rank": min(weight.shape) * math.exp(-entropy),
+        "mean_row_share": share.item(),
+    }
+
+
+def _head(model: str, revision: str) -> dict[str, Any]:
+    from sweep import hub  # reads a head's own bytes
+
+    ((_, there),) = jobs([model], [revision or "main"])
+    if there:
+        found = hub.head(model, there)
+        weight = found.weight[: hub.tokenizer(found.listed).get_vocab_size()]
+    else:
+        weight = models.head_weight(*models.load(model))
+    content = weight.detach().float().cpu().contiguous().numpy().tobytes()
+    key = [xxhash.xxh3_128_hexdigest(content), list(weight.shape)]
+    return _kept(key, lambda: head(weight))
+
+
+def _whole(model: str, revision: str, held_out: Sequence[str], texts: int, length: int):
+    network, tokenizer = models.load(model, revision or None)
+    weight = models.head_weight(network, tokenizer)
+    rows = hidden.sequences(tokenizer, held_out, texts, length)
+    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None) or length
+    if length > limit:
+        raise ValueError(f"length = {length}: {model} reads {limit} tokens at most; choose fewer")
+
+    def work() -> dict[str, Any]:
+        watched = callback.measure(network, rows[:FEW].to(network.device))
+        few = {name: watched[name] for name in ("logit_mean", "logit_norm", "gradient_kept")}
+        return {**checkpoint.measure(network, rows, tokenizer), **few, **head(weight)}
+
+    key = [models.key(network, tokenizer), xxhash.xxh3_128_hexdigest(rows.numpy().tobytes())]
+    return _kept(key, work)
+
+
+def _kept(key: Sequence[object], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    name = cache.key(headbound.__version__, *key, libraries=["torch", "transformers"])
+    path = cache.cache_dir() / "measured" / f"{name}.json"
+    if not path.exists():
+        with torch.inference_mode():
+            found = work()
+        with cache.replacing(path) as temporary:
+            temporary.write_text(json.dumps(found), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _line(row: dict[str, Any]) -> str:
+    told = f"head entropy {row['singular_entropy']:.4f} nats"
+    if "loss" in row:
+        cosine = f"last-layer cosine {row['anisotropy_after_norm']:.3f}"
+        told = f"loss {row['loss']:.4f} nats a token, {cosine}, {told}"
+    return f"{row['model']} {row['revision']}".strip() + f": {told}"

@@ -1,0 +1,108 @@
+"""`headbound measure`: checkpoints from folders, a file and a hub in one table, resumable."""
+
+import json
+
+import jsonschema
+import pandas as pd
+import pytest
+import tiny
+import torch
+from torch.nn.functional import cross_entropy
+from typer.testing import CliRunner
+
+from companion.cli import given
+from headbound import cli, corpus, hidden, models
+from headbound.measure import checkpoint, many, spectrum
+
+ASKED = ["--texts", "4", "--length", "32"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tiny.save(tmp_path / "llama")
+    tiny.save(tmp_path / "gpt2", "gpt2", tied=True)
+    tiny.save_gguf(tmp_path / "one.gguf")
+    texts = (f"{place} {tiny.TEXT * 30}" for place in range(400))
+    (tmp_path / "text.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def measure(*arguments: str):
+    return CliRunner().invoke(cli.app, ["measure", *arguments])
+
+
+def test_folders_and_a_file_give_the_chapters_numbers(folder):
+    names = ["llama", "gpt2", "one.gguf"]
+    places = ["--json", "out.json", "--csv", "out.csv"]
+    done = measure(*names, "--text", "text.txt", *ASKED, *places)
+    assert done.exit_code == 0, done.output
+    assert [line.split(":")[0] for line in done.output.splitlines()] == names
+    said = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(said["schema"])
+    jsonschema.validate(said, said["schema"])
+    table = pd.read_csv(folder / "out.csv")
+    assert list(table) == many.COLUMNS
+    held_out = corpus.split(corpus.load("text.txt"))[1]
+    for place, name in enumerate(names):
+        network, tokenizer = models.load(name, device="cpu")
+        rows = hidden.sequences(tokenizer, held_out, 4, 32)
+        row = said["rows"][place]
+        expected = checkpoint.measure(network, rows, tokenizer)
+        assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+        with torch.no_grad():
+            logits = network(rows[:, :-1]).logits
+        loss = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+        assert row["loss"] == pytest.approx(loss, abs=1e-5)
+        assert row["logit_mean"] == pytest.approx(logits.mean().item(), abs=1e-5)
+        assert table.loss[place] == pytest.approx(row["loss"])
+
+
+def test_a_second_run_measures_nothing_and_a_new_model_alone(folder, monkeypatch):
+    first = measure("llama", "--text", "text.txt", *ASKED)
+    asked = []
+    monkeypatch.setattr(many, "head", lambda weight: asked.append(len(weight)) or {})
+    again = measure("llama", "--text", "text.txt", *ASKED)
+    assert (again.output, asked) == (first.output, [])
+
+
+def test_what_fails_is_named_and_what_was_measured_is_kept(folder):
+    (folder / "out.csv").write_text("earlier")
+    done = measure("nothing", "llama", "--text", "text.txt", *ASKED, "--csv", "out.csv")
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
+    assert "1 of 2 not measured: model = 'nothing'" in done.stderr
+    assert (folder / "out.csv").read_text() == "earlier"
+    assert len(list((folder / "cache" / "measured").glob("*.json"))) == 1
+
+
+def test_heads_alone(folder):
+    done = measure("llama", "--head-only", "--json", "out.json")
+    assert done.exit_code == 0, done.output
+    said = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+    jsonschema.validate(said, said["schema"])
+    (row,) = said["rows"]
+    weight = models.head_weight(*models.load("llama", device="cpu"))
+    values = torch.linalg.svdvals(weight.double()).numpy()
+    assert row["singular_entropy"] == pytest.approx(spectrum.singular_entropy(values), abs=1e-6)
+    mean = weight.double().mean(0)
+    share = len(weight) * mean.square().sum() / weight.double().square().sum()
+    assert row["mean_row_share"] == pytest.approx(share.item(), rel=1e-5)
+    assert (row["vocabulary"], row["d"], row["loss"]) == (tiny.VOCAB, 16, None)
+
+
+def test_revisions_are_of_hub_ids(folder):
+    asked = ["a/b", "llama", "smollm2-135m", "llama"]
+    assert many.jobs(asked, ["step1", "step2"]) == [
+        ("a/b", "step1"),
+        ("a/b", "step2"),
+        ("llama", ""),
+        ("smollm2-135m", ""),
+    ]
+    assert many.jobs(["a/b"], []) == [("a/b", "")]
+
+
+def test_parameters_and_set_together():
+    assert given('{"a": 1, "b": 2}', ["b=3"]) == {"a": 1, "b": "3"}

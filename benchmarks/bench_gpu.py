@@ -135,7 +135,8 @@ def constrained_heads(tokens, rows, d, rate):
 def main():
     """One table, each contest beside its plain way and its floor."""
     states, head, vocab, tokens = SIZES["cuda" if WHERE.type == "cuda" else "cpu"]
-    print(f"{device.describe()}, torch {torch.__version__}: {' '.join(['python', *sys.argv])}")
+    name = torch.cuda.get_device_name() if WHERE.type == "cuda" else "cpu"
+    print(f"{name}, torch {torch.__version__}: {' '.join(['python', *sys.argv])}")
     if WHERE.type != "cuda":
         print("No CUDA device: the sizes are cut, and the ratios say nothing about a GPU.")
     size = 8192 if WHERE.type == "cuda" else 1024

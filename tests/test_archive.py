@@ -35,7 +35,7 @@ def test_every_arm_trains_and_is_measured(source, tmp_path, arm):
     assert np.isfinite(table.drop(columns="arm").to_numpy(float)).all()
     assert table["rise"].min() >= 0
     assert table["step"].is_monotonic_increasing
-    record = json.loads((tmp_path / "tables" / f"{archive.run_name(arm, 8, 0)}.json").read_text())
+    record = json.loads((tmp_path / "tables" / f"{archive._run_name(arm, 8, 0)}.json").read_text())
     assert record["finished"]
     assert record["steps_done"] == table["step"].iloc[-1] == record["recipe"]["steps"]
 
@@ -69,10 +69,11 @@ def test_numbers_are_what_they_say(source):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.5 * torch.randn_like(parameter)
-    numbers, texts = archive.measure(model, text.held_out)
+    numbers, texts = archive._measure(model, text.held_out)
     reference = checkpoint.measure(model, text.held_out)
     assert numbers["loss"] == pytest.approx(reference["loss"], rel=1e-5)
-    assert texts == pytest.approx(checkpoint.text_losses(model, text.held_out), rel=1e-5)
+    each = [checkpoint.measure(model, row[None])["loss"] for row in text.held_out]
+    assert texts == pytest.approx(each, rel=1e-5)
     assert numbers["output_rank"] == pytest.approx(reference["output_rank"], rel=1e-4)
     assert numbers["entropy"] == pytest.approx(reference["singular_entropy"], rel=1e-5)
     for where in ("before", "after"):
@@ -93,7 +94,7 @@ def test_numbers_are_what_they_say(source):
 
 
 def test_steps_are_dense_early_and_even_late():
-    steps = archive.mixed_steps(35439, 60)
+    steps = archive._mixed_steps(35439, 60)
     assert len(steps) in (60, 61)
     assert steps[0] == 0
     assert steps[-1] == 35439
@@ -125,7 +126,7 @@ def test_an_archived_table_is_whole(path):
     assert record["recipe"] == json.loads(json.dumps(asdict(recipe)))
     assert table["step"].iloc[-1] == record["steps_done"]
     assert record["finished"] == (record["steps_done"] == recipe.steps)
-    steps = archive.mixed_steps(recipe.steps, recipe.checkpoints)
+    steps = archive._mixed_steps(recipe.steps, recipe.checkpoints)
     assert list(table["step"]) == [step for step in steps if step <= record["steps_done"]]
     expected = [recipe.learning_rate(step) for step in table["step"]]
     assert table["rate"].to_numpy() == pytest.approx(expected, rel=1e-4)

@@ -64,7 +64,7 @@ def test_a_sound_run_is_logged_and_not_warned_of(rows, tmp_path, options):
 
 def test_the_numbers_follow_from_their_definitions(rows, tmp_path):
     model = trainer(rows, tmp_path, tied=False).model.eval().double()
-    found = callback.measure(model, rows[:8])
+    found = callback._measure(model, rows[:8])
     with torch.no_grad():
         logits = model(rows[:8, :-1]).logits
         states = model.transformer(rows[:8, :-1]).last_hidden_state.flatten(0, 1)
@@ -126,6 +126,6 @@ def test_the_thresholds_on_the_papers_own_curves(size, warned):
             strict=True,
         )
     ]
-    everywhere = [len(callback.signs(history[: place + 1])) == 3 for place in range(len(history))]
+    everywhere = [len(callback._signs(history[: place + 1])) == 3 for place in range(len(history))]
     assert everywhere[-1] == warned
     assert any(everywhere) == warned

@@ -11,7 +11,7 @@ from scipy.stats import ttest_rel
 from transformers import GPTNeoXForCausalLM
 
 from headbound.train import changes, tunnel
-from headbound.train.changes import ARMS, Factored
+from headbound.train.changes import ARMS, _Factored
 
 TINY = {
     "vocab_size": 300,
@@ -40,9 +40,9 @@ def test_only_a_bent_head_exceeds_the_rank_of_a_linear_one(d, seed):
 
     assert rank("lifted head, linear") == d
     assert rank("lifted head, two layers") > d
-    factored = Factored(d, 7, 0.5).double()
+    factored = _Factored(d, 7, 0.5).double()
     assert torch.allclose(factored(states), states @ factored.weight.T)
-    assert Factored(d, 7, 4.0, torch.nn.functional.gelu).weight is None
+    assert _Factored(d, 7, 4.0, torch.nn.functional.gelu).weight is None
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -77,7 +77,7 @@ def test_arms_share_tokens_and_first_weights():
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_broken_run_goes_on_bit_for_bit(source, tmp_path, monkeypatch, name):
-    build = partial(changes.with_head, head=ARMS[name]["head"])
+    build = partial(changes._with_head, head=ARMS[name]["head"])
     options = {"source": source, "batch_size": 4, "build": build, "variant": "other"} | TINY
     whole = tunnel.train([8], 20, tmp_path / "whole", **options)
     real = tunnel.batch
@@ -174,7 +174,7 @@ def test_outcomes_and_judgements_of_planted_effects():
     words = [changes.outcome(row) for _, row in table.iterrows()]
     assert words == ["same", "open", "more", "less"]
     assert changes.parted(table) == (["a"], 1)
-    runs = pd.DataFrame({"arm": ["a", "a"], "loss": [False, False], "entropy": [True, False]})
+    runs = pd.DataFrame({"arm": ["a"] * 3, "loss": [False] * 3, "entropy": [True, False, True]})
     said = {
         "a": {
             "one": {"loss": "absent", "entropy": "more", "cosine": "same"},
@@ -191,6 +191,8 @@ def test_outcomes_and_judgements_of_planted_effects():
         ("two", "entropy"): None,
         ("two", "centred"): None,
     }
+    two_runs = changes.judge(said, table, runs[:2]).set_index(["account", "sign"])["held"]
+    assert two_runs["one", "loss"] is None
 
 
 def test_one_pair_settles_nothing():

@@ -81,17 +81,16 @@ def test_what_is_cited_is_grey_and_said_so(shown):
     assert lines["theirs (cited)"] == figures.CITED
 
 
-@pytest.mark.parametrize("kind", ["line", "bar"])
-def test_names_from_elsewhere_are_shown_as_they_are(shown, kind):
+def test_names_from_elsewhere_are_shown_as_they_are(shown):
     told = pd.concat([frame(model=name) for name in FOREIGN[:6]])
-    figures.plot(told, "fig-x", "layer", "mean cosine", by="model", see="It rises", kind=kind)
+    figures.plot(told, "fig-x", "layer", "mean cosine", by="model", see="It rises")
     figures.plot(
         told.assign(model=FOREIGN[-1]), "fig-y", "layer", "mean cosine", by="model", see="x"
     )
     figures.plot(frame(model=FOREIGN[-3:]), "fig-z", "mean cosine", "model", see="x", kind="dot")
-    legends = [text.get_text() for text in shown[0][0].axes[0].get_legend().get_texts()]
+    legends = [text.get_text() for text in shown[0][0].legends[0].get_texts()]
     assert legends == ["<script>alert(1)</script>", "<!--", "a$b^{c$d", "`|`", " _final", "abc"]
-    (long,) = shown[1][0].axes[0].get_legend().get_texts()
+    (long,) = shown[1][0].legends[0].get_texts()
     assert len(long.get_text()) == figures.LABEL + 1
 
 
@@ -99,7 +98,7 @@ def test_equal_labels_stay_apart(shown):
     long = "x" * 50
     told = pd.concat([frame(model=long + "a" + long), frame(model=long + "b" + long)])
     figures.plot(told, "fig-x", "layer", "mean cosine", by="model", see="Two lines")
-    assert len(shown[0][0].axes[0].get_legend().get_texts()) == 2
+    assert len(shown[0][0].legends[0].get_texts()) == 2
 
 
 def test_dots_have_an_interval_each_whatever_the_groups(shown):

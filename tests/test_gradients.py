@@ -194,7 +194,7 @@ def test_a_soft_cap_changes_the_gradient_and_not_the_projection():
 @settings(max_examples=30)
 def test_the_basis_is_orthonormal_and_spans_the_columns(case):
     _, weight, _ = case
-    basis = weight @ gradients.orthonormal(weight)
+    basis = weight @ gradients._orthonormal(weight)
     identity = torch.eye(basis.shape[1], dtype=torch.float64)
     torch.testing.assert_close(basis.T @ basis, identity, atol=1e-12, rtol=0)
     left = weight - basis @ (basis.T @ weight)

@@ -3,6 +3,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from headbound import hidden
 
+HERE = Path(__file__).parent
 KINDS = ["gpt2", "neox", "llama", "opt"]
 NORMS = {
     "gpt2": "transformer.ln_f",
@@ -270,7 +272,6 @@ def test_a_killed_store_keeps_what_is_whole_and_nothing_else(cache, monkeypatch)
     monkeypatch.setattr(hidden, "CHUNK", 14)  # two passages at a time
     code = """
 import os, signal, sys, torch
-sys.path.insert(0, "tests")
 import tiny, test_hidden
 from headbound import hidden
 hidden.CHUNK = 14
@@ -287,7 +288,8 @@ hidden.store(tiny.network("llama"), test_hidden.token_ids(6))
     model, ids = tiny.network("llama"), token_ids(6)
     expected = gathered(model, ids, layers=[-1])[0].numpy()
     for place in ("4", "6"):  # in the states, in the index
-        done = subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True)
+        command = [sys.executable, "-c", code, place]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
         assert done.returncode == -9, done.stderr
         asked = counted(monkeypatch)
         np.testing.assert_allclose(hidden.store(model, ids), expected, atol=1e-6)
@@ -300,11 +302,11 @@ hidden.store(tiny.network("llama"), test_hidden.token_ids(6))
 
 def test_processes_share_one_store(cache):
     code = (
-        "import sys; sys.path.insert(0, 'tests'); import tiny, test_hidden\n"
+        "import tiny, test_hidden\n"
         "from headbound import hidden; hidden.CHUNK = 14\n"
         "hidden.store(tiny.network('llama'), test_hidden.token_ids(30))"
     )
-    both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     (index,) = (cache / "hidden").rglob("index")
     assert index.stat().st_size == 31 * hidden.NAME  # the width, and each passage once

@@ -245,6 +245,11 @@ def test_a_knee_elsewhere_or_out_of_reach_is_not_the_papers(width, knee, agrees)
     assert ruling.agrees is agrees
 
 
+@pytest.mark.parametrize(("moved", "agrees"), [(0.03, True), (-0.03, True), (0.14, None)])
+def test_a_curve_that_half_the_text_moves_is_not_judged(moved, agrees):
+    assert lowrank.if_settled(rules.Ruling(True, ""), moved).agrees is agrees
+
+
 def test_an_interval_around_zero_decides_nothing():
     assert lowrank.rank_decides(Estimate(0.01, -0.02, 0.04, 30)).agrees is None
 

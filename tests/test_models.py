@@ -244,35 +244,35 @@ def package(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(models.WHEELS, "tiny", models.Wheel("tiny-model", "tiny_model"))
+    monkeypatch.setitem(models.WHEELS, "tiny", models._Wheel("tiny-model", "tiny_model"))
     return site
 
 
 def test_a_model_of_an_installed_package(package):
     model, _ = models.load("tiny", device="cpu")
     assert torch.equal(model.lm_head.weight, tiny.network("llama").lm_head.weight)
-    assert models.folder("tiny") == package / "tiny_model"
+    assert models._folder("tiny") == package / "tiny_model"
 
 
 def test_a_gguf_of_a_package_is_dequantised_once(package, monkeypatch):
     saved = tiny.save_gguf(package / "tiny_model" / "x.gguf")
-    wheel = models.Wheel("tiny-model", "tiny_model", "x.gguf")
+    wheel = models._Wheel("tiny-model", "tiny_model", "x.gguf")
     monkeypatch.setitem(models.WHEELS, "tiny", wheel)
     model, _ = models.load("tiny", device="cpu")
     assert torch.equal(model.lm_head.weight, saved.lm_head.weight)
     monkeypatch.setattr(models, "_dequantise", lambda *_: pytest.fail("again"))
-    assert models.folder("tiny").name.startswith("tiny-")
+    assert models._folder("tiny").name.startswith("tiny-")
 
 
 def test_a_package_that_is_not_installed(monkeypatch):
-    monkeypatch.setitem(models.WHEELS, "absent", models.Wheel("absent-model", "x"))
+    monkeypatch.setitem(models.WHEELS, "absent", models._Wheel("absent-model", "x"))
     with pytest.raises(ValueError, match=r"absent-model is not installed; run `make install`, or"):
         models.load("absent")
 
 
 def test_an_unknown_wheel():
     with pytest.raises(ValueError, match="model = 'smol': not one of smollm2-135m, minilm-l6-v2"):
-        models.folder("smol")
+        models._folder("smol")
 
 
 def test_the_lock_pins_every_wheel():
@@ -389,7 +389,7 @@ def test_rows_are_kept_up_to_the_highest_id():
     made = Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     made.add_special_tokens(["</s>", "THE"])
     holes = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
-    assert len(holes) < models.vocabulary(holes) == 271
+    assert len(holes) < models._vocabulary(holes) == 271
     assert models.head_weight(tiny.network("llama"), holes).shape == (271, 16)
 
 

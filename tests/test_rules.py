@@ -67,6 +67,7 @@ COUNTER = {
     "OPT-125M, the paper's exception": rules.last_layers_part(last_layers("OPT"), ["125M"]),
     "a head whose rank costs nothing": rules.rank_costs(*flat),
     "a straight line": rules.bends_at(*straight),
+    "a bend after much is lost": rules.bends_at([0, 0.3, 0.5, 0.6, 0.7], [0, 0.2, 0.9, 1.5, 4]),
 }
 
 
@@ -122,7 +123,17 @@ def test_a_number_inside_its_interval():
 def test_nothing_to_judge_is_no_verdict():
     assert rules.loss_rises(falling, ["160M"]).agrees is None
     assert rules.rank_costs([600, 1024], [2.1, 2.0]).agrees is None
+    assert rules.rank_costs([256, 1024], [2.01, 2.0]).agrees is False
+    assert rules.rank_costs([256, 1024], [2.01, 2.0], most=0.2).agrees is None
     assert rules.bends_at([0.7, 0.9], [2, 3]).agrees is None
+
+
+def test_a_missing_sign_refutes_only_after_enough_seeds_and_steps():
+    refuted = rules.Ruling(False, "never above 0.5")
+    assert rules.absent(refuted, 3, 67_000) == refuted
+    assert rules.absent(refuted, 2, 67_000).agrees is None
+    assert rules.absent(refuted, 3, 35_438).agrees is None
+    assert rules.absent(rules.Ruling(True, "seen"), 1, 10).agrees is True
 
 
 def test_thresholds_say_how_far_they_could_move():

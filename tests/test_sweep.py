@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hub
 import pytest
+import sweep
 import torch
 from huggingface_hub import close_session, constants
 from sweep import hub as reader
@@ -21,7 +22,7 @@ import headbound
 
 ROOT = Path(__file__).parents[1]
 STEPS = hub.STEPS[:4]
-HEADS = measure.Settings(whole=False)
+HEADS = sweep.Settings(whole=False)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_a_head_sweep_costs_little_more_than_its_heads(served, table, monkeypatc
 
 
 def test_whole_checkpoints_give_loss_and_anisotropy_and_go_again(served, table, prose, tmp_path):
-    settings = measure.Settings(source=prose, texts=4, length=32)
+    settings = sweep.Settings(source=prose, texts=4, length=32)
     few = {model: names[:1] for model, names in table.items()}
     frame = measure.run(few, settings)
     assert frame.loss.between(7, 8.5).all()
@@ -215,8 +216,8 @@ def contents(cache):
 @pytest.mark.slow
 def test_killed_halfway_and_run_again_gives_the_same_files(served, tmp_path):
     path = sweep_file(tmp_path, steps=[0, 1])
-    program = f"from sweep import measure; measure.run(*measure.read({str(path)!r}))"
-    table, settings = measure.read(path)
+    program = f"from sweep import measure, read; measure.run(*read({str(path)!r}))"
+    table, settings = sweep.read(path)
     measure.run(table, settings)
     cache = tmp_path / "killed"
     process = subprocess.Popen(
@@ -259,13 +260,13 @@ def test_snakemake_runs_it_and_again_does_nothing(served, tmp_path):
     assert first.returncode == 0, first.stderr
     again = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert "Nothing to be done" in again.stdout + again.stderr
-    table, settings = measure.read(path)
+    table, settings = sweep.read(path)
     measure.run(table, settings)
     assert contents(folder / "flow") == contents(tmp_path / "cache")
 
 
 def planned(path, whole=True):
-    return plan.words(*measure.read(path), plan.Rates())
+    return plan.words(*sweep.read(path), plan.Rates())
 
 
 def test_the_plan_measures_bytes_or_says_that_it_computed_them(served, tmp_path, monkeypatch):
@@ -281,7 +282,7 @@ def test_the_plan_measures_bytes_or_says_that_it_computed_them(served, tmp_path,
 
 
 def test_the_plan_costs_what_its_formula_says(served, tmp_path):
-    table, settings = measure.read(
+    table, settings = sweep.read(
         sweep_file(tmp_path, whole=False, models=["EleutherAI/pythia-14m"])
     )
     costs = plan.table(table, settings, plan.Rates(tflops=1, tflops64=1))
@@ -307,4 +308,4 @@ def test_the_plan_reads_any_familys_names_of_the_sizes(served, tmp_path, family)
 
 def test_a_plan_with_an_unknown_setting_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'lenght' was unexpected"):
-        measure.read(sweep_file(tmp_path, lenght=3))
+        sweep.read(sweep_file(tmp_path, lenght=3))

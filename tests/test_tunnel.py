@@ -33,7 +33,7 @@ def test_table_and_hub_layout(source, tmp_path):
     assert list(table.hidden_size.unique()) == [8, 16]
     assert (
         list(table[table.hidden_size == 8].step)
-        == tunnel.checkpoint_steps(12, 4)
+        == tunnel._checkpoint_steps(12, 4)
         == [0, 1, 2, 5, 12]
     )
     assert (table.tokens == table.step * 64).all()
@@ -165,7 +165,7 @@ def test_a_folder_holds_one_suite(source, tmp_path):
 
 @given(steps=st.integers(1, 10**6), checkpoints=st.integers(1, 40))
 def test_checkpoint_steps(steps, checkpoints):
-    found = tunnel.checkpoint_steps(steps, checkpoints)
+    found = tunnel._checkpoint_steps(steps, checkpoints)
     assert found[0] == 0
     assert found == sorted(set(found))
     assert found[-1] == steps

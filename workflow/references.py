@@ -1,7 +1,4 @@
-"""Measure the models that chapter 9 compares with, and cite the paper's: book/data/references.csv.
-
-python workflow/references.py [NAME…]
-"""
+"""`python workflow/references.py [NAME…]` makes book/data/references.csv, read in chapter 9."""
 
 import sys
 import tempfile
@@ -18,6 +15,7 @@ from companion import diagnosis
 from companion.execute import execute
 from headbound import cache, pythia
 from headbound.train import tunnel
+from headbound.train.step import Recipe
 
 NOTEBOOK = Path("notebooks/09_diagnose.ipynb")
 TABLE = Path("book/data/references.csv")
@@ -53,16 +51,7 @@ def untrained() -> str:
     """A model of the wind tunnel as it was drawn, with its tokenizer."""
     folder = cache.cache_dir() / "references" / "tunnel-untrained"
     if not folder.exists():
-        config = transformers.GPTNeoXConfig(
-            hidden_size=64,
-            intermediate_size=256,
-            num_attention_heads=4,
-            num_hidden_layers=2,
-            vocab_size=2048,
-            max_position_embeddings=128,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
+        config = Recipe(hidden_size=64, steps=1).config(end_of_text=0)
         transformers.set_seed(0)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         tunnel.corpus()[0].save_pretrained(folder)
@@ -73,8 +62,10 @@ def measure(name: str) -> pd.DataFrame:
     """A reference's rows, from its report."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "report.ipynb"
-        execute(NOTEBOOK, output, "laptop", {"model": model(name), **PARAMETERS[name]})
-        return told(name, diagnosis.facts(nbformat.read(output, as_version=4)))
+        parameters = {"model": model(name), **PARAMETERS[name]}
+        execute(NOTEBOOK, output, "laptop", parameters)
+        report = nbformat.read(output, as_version=4)
+        return told(name, diagnosis.facts(report))
 
 
 def told(name: str, found: dict[str, Any]) -> pd.DataFrame:
@@ -119,7 +110,8 @@ def cited() -> pd.DataFrame:
         ordered = curve.sort_values("x")
         at_half = np.interp(ordered["x"].max() / 2, ordered["x"], ordered["y"])
         lost = at_half - ordered["y"].iloc[-1]
-        error = float(np.hypot(*[ordered["error"].iloc[-1]] * 2))
+        reading = ordered["error"].iloc[-1]
+        error = float(np.hypot(reading, reading))
         rows.append((name, "nats lost, head cut to half", lost, error, "6b"))
     table = pd.DataFrame(rows, columns=["reference", "quantity", "value", "error", "figure"])
     table["low"] = table["value"] - table["error"]
@@ -137,8 +129,8 @@ def main() -> None:
     for name in names:
         rows = measure(name)
         known = pd.read_csv(TABLE)
-        kept = known[~known["reference"].isin([name]) & (known["verdict"] != CITED)]
-        table = pd.concat([kept, rows, cited()])
+        replaced = known["reference"].eq(name) | known["verdict"].eq(CITED)
+        table = pd.concat([known[~replaced], rows, cited()])
         order = {reference: place for place, reference in enumerate(PARAMETERS)}
         places = table["reference"].map(order).fillna(len(order))
         table = table.iloc[np.argsort(places, kind="stable")]

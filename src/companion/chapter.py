@@ -71,10 +71,8 @@ def begin(namespace: Mapping[str, Any]) -> Run:
     The parameters are the names that the cells before this one set to plain values.
     A name that a start-up file of the reader's has set is no parameter.
 
-    **Arguments:**
-
-    - `namespace`: the notebook's `globals()`, right after its parameters cell and its imports.
-      It must hold `seed` and `preset`.
+    **Arguments:** `namespace`: the notebook's `globals()`, right after its parameters cell and its
+    imports. It must hold `seed` and `preset`.
 
     **Raises:** `ValueError` if `seed` or `preset` is missing or of the wrong type.
     """

@@ -15,6 +15,7 @@ from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from companion.words import visible
 
@@ -30,7 +31,7 @@ LABEL = 40  # characters of a name in a figure; its table has the whole
 class Look(TypedDict, total=False):
     """How a figure looks, where it is not the usual.
 
-    - `kind`: `line` (the usual), `dot` (a point and its interval a row), `bar` or `heat`.
+    - `kind`: `line` (the usual) or `dot` (a point and its interval a row).
     - `log`: the axes that are logarithmic: `x`, `y` or `xy`.
     - `marks`: lines across the figure, label to value on the y axis (on the x axis for `dot`).
     - `upright`: the same on the x axis.
@@ -90,12 +91,11 @@ def plot(
     **Raises:** `ValueError` for a column that is not there, more than six curves, or no row.
     """
     kind = look.get("kind", "line")
-    caption = _caption(frame, x, y, by, kind)
-    alt = _alt(frame, x, y, by, panels, kind)
     fig = draw(frame, x, y, by=by, panels=panels, **look)
-    caption = f"{caption} {see}."
-    alt = f"{alt} {see}."
-    show(fig, name, caption, alt)
+    what = ", ".join(map(str, frame[panels].unique())) if panels and y == "value" else y
+    caption = _caption(frame, x, what, by, kind)
+    alt = _alt(frame, x, what, by, panels, kind)
+    show(fig, name, f"{caption} {see}.", f"{alt} {see}.")
 
 
 def draw(
@@ -118,6 +118,7 @@ def draw(
         ax.set_title(str(title))
         if ax is not axes[-1, 0]:
             ax.set_xlabel("")
+    _legend(fig)
     return fig
 
 
@@ -205,21 +206,20 @@ def _cited(frame: pd.DataFrame) -> "pd.Series[bool]":
 
 def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None, look: Look) -> None:
     kind = look.get("kind", "line")
-    if kind == "heat":
-        table = frame.pivot(index=by, columns=x, values=y)
-        sns.heatmap(table, ax=ax, annot=True, fmt=".2g", cmap="Blues")
-        return
     cited = _cited(frame)
     if not cited.all():
-        drawing = {"line": _lines, "dot": _dots, "bar": _bars}[kind]
-        drawing(ax, frame[~cited], x, y, by)
+        {"line": _lines, "dot": _dots}[kind](ax, frame[~cited], x, y, by)
     if cited.any():
         _lines_cited(ax, frame[cited], x, y, by)
+        ax.set(xlabel=x, ylabel=y)
     for axis in look.get("log", ""):
         ax.set(**{f"{axis}scale": "log"})
         chosen = ax.xaxis if axis == "x" else ax.yaxis
         chosen.set_major_formatter(power)
-        chosen.set_minor_formatter("")
+        low, high = ax.get_xlim() if axis == "x" else ax.get_ylim()
+        narrow = low > 1e-3 and high < min(1e4, 100 * low)
+        chosen.set_minor_locator(LogLocator(subs=[2, 5] if narrow else "auto"))
+        chosen.set_minor_formatter(power if narrow else "")
     flat = ax.axvline if kind == "dot" else ax.axhline
     for label, value in look.get("marks", {}).items():
         flat(value, color=CITED, lw=1, ls=":", label=label)
@@ -227,8 +227,19 @@ def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None, look: L
         ax.axvline(value, color=CITED, lw=1, ls=":", label=label)
     if "limits" in look:
         ax.set_ylim(*look["limits"])
-    if ax.get_legend_handles_labels()[1]:
-        ax.legend(title=None)
+    if ax.get_legend():
+        ax.get_legend().remove()
+
+
+def _legend(fig: Figure) -> None:
+    """One legend above all panels, where it covers no curve."""
+    entries = {}
+    for ax in fig.axes:
+        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    columns = max(1, 80 // (8 + max(map(len, entries), default=0)))
+    if entries:
+        fig.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
+        fig.set_figheight(fig.get_figheight() + 0.25 * math.ceil(len(entries) / columns))
 
 
 def _lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
@@ -257,6 +268,8 @@ def _lines_cited(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) 
 
 
 def _dots(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
+    if not pd.api.types.is_numeric_dtype(frame[x]):
+        raise ValueError(f"x = {x!r}: the numbers of a dot figure lie along x, its names along y")
     parts = list(_parts(frame, by).values())
     count = len(parts)
     width = 0.4 if count > 1 else 0.0
@@ -272,10 +285,6 @@ def _dots(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None
     for part, shift, color in zip(parts, shifts, COLORS, strict=False):
         places = part[y].map(rows.index) + shift
         ax.hlines(places, part["low"], part["high"], color=color, lw=2)
-
-
-def _bars(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
-    sns.barplot(frame, x=x, y=y, hue=by, ax=ax, errorbar=None)
 
 
 def _parts(frame: pd.DataFrame, by: str | None) -> dict[Any, pd.DataFrame]:
@@ -307,13 +316,15 @@ def _caption(frame: pd.DataFrame, x: str, y: str, by: str | None, kind: str) -> 
 def _alt(frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | None, kind: str) -> str:
     """The shape of what is drawn, in one sentence."""
     cited = _cited(frame)
-    shape = {"line": "line", "dot": "point", "bar": "bar", "heat": "cell"}[kind]
+    shape = {"line": "line", "dot": "point"}[kind]
     curves = (~cited).sum()
     if kind == "line" and curves:
         curves = len(_parts(frame[~cited], by))
-    alt = f"{curves} {shape}{'' if curves == 1 else 's'} of {y} against {x}"
+    grey = len(_parts(frame[cited], by)) if cited.any() else 0
+    shown = curves or grey
+    alt = f"{shown} {shape}{'' if shown == 1 else 's'} of {y} against {x}"
     if panels:
         alt += f" in {frame[panels].nunique()} panels"
-    if cited.any():
-        alt += f", beside {len(_parts(frame[cited], by))} cited in grey"
+    if grey:
+        alt += f", beside {grey} cited in grey" if curves else ", cited, in grey"
     return f"{alt}."

@@ -19,8 +19,8 @@ def faults(executed: Path, notebook: Path) -> list[str]:
     for number, cell in enumerate(content.cells):
         outputs = cell.get("outputs", [])
         told = [_fault(output) for output in outputs]
-        if sum("image/png" in output.get("data", {}) for output in outputs) > 1:
-            told.append("more than one figure; give each its own cell")
+        if len(outputs) > 1 and any("image/png" in output.get("data", {}) for output in outputs):
+            told.append("more than one figure, or output beside it; give each its own cell")
         found += [f"cell {number}: {fault}" for fault in told if fault]
     return [f"{executed.stem}: {fault}" for fault in found]
 

@@ -32,10 +32,13 @@ def key(*parts: object, libraries: Sequence[str] = ()) -> str:
     False
     """
     digest = hashlib.sha256()
-    for part in (*parts, {name: version(name) for name in libraries}):
-        is_bytes = isinstance(part, bytes)
-        said = part if is_bytes else json.dumps(part, sort_keys=True, default=str).encode()
-        digest.update(f"{is_bytes} {len(said)} ".encode() + said)
+    versions = {name: version(name) for name in libraries}
+    for part in (*parts, versions):
+        said = part
+        if not isinstance(part, bytes):
+            said = json.dumps(part, sort_keys=True, default=str).encode()
+        start = f"{isinstance(part, bytes)} {len(said)} "
+        digest.update(start.encode() + said)
     return digest.hexdigest()[:24]
 
 

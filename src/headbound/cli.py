@@ -76,7 +76,7 @@ def tunnel(
     values: Set = None,
     parameters: Annotated[str, typer.Option(help="Parameters as a JSON object.")] = "{}",
 ) -> None:
-    """Train what is missing of the wind tunnel's suite, with chapter 1b's parameters."""
+    """Train what is missing of the wind tunnel's suite, with its chapter's parameters."""
 
     def work() -> None:
         from companion.execute import check_parameters, defaults
@@ -103,9 +103,9 @@ def sweep(
     """What is left of a sweep over checkpoints, or one job of it; Snakemake runs them all."""
 
     def work() -> None:
-        from sweep import measure
+        from sweep import measure, read
 
-        table, settings = measure.read(file)
+        table, settings = read(file)
         if task == "left":
             todo = measure.left(table, settings)
             total = sum(len(revisions) for revisions in table.values())
@@ -137,11 +137,11 @@ def plan(
     """What a sweep costs before it starts: jobs, bytes, GPU hours, disk."""
 
     def work() -> None:
-        from sweep import hub, measure, plan
+        from sweep import hub, plan, read
 
         hub.TRIES = 2
         rates = plan.Rates(tflops, tflops64, megabytes, jobs)
-        print(plan.words(*measure.read(file), rates))
+        print(plan.words(*read(file), rates))
 
     raise typer.Exit(done(work))
 

@@ -172,8 +172,10 @@ def _readmes() -> list[str]:
     texts = {}
     for package in distributions():
         # payload or header: both places are in use
-        content = package.metadata.get_payload() or package.metadata.get("Description") or ""
-        paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", content)]
+        said = package.metadata
+        content = said.get_payload() or said.get("Description") or ""
+        parts = re.split(r"\n\s*\n", content)
+        paragraphs = [" ".join(part.split()) for part in parts]
         texts[package.name.lower()] = "\n\n".join(filter(_is_prose, paragraphs))
     return [texts[name] for name in sorted(texts) if texts[name]]
 

@@ -58,9 +58,3 @@ def feed(
                 yield [part.to(where, non_blocking=True) for part in last.result()]
         if waiting is not None:
             yield [part.to(where, non_blocking=True) for part in waiting.result()]
-
-
-def describe() -> str:
-    """The device in words, for provenance."""
-    device = pick()
-    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

@@ -34,7 +34,7 @@ _STAGE = re.compile(r"(?i)(?<![a-z])stage[_-]?\d+")
 _NAMELESS = re.compile(r"(?i)(global|hf|checkpoints?|ckpts?|evals?|results|[\w]+-shot)?")
 
 
-def passages(texts: list[str]) -> list[dict[str, str]]:
+def _passages(texts: list[str]) -> list[dict[str, str]]:
     """At most one passage a text: two sentences or more, 20 to 90 words, the last word said before.
 
     Only runs of plain prose sentences count: no code, no cross-reference, no list, no heading. A
@@ -88,7 +88,7 @@ def last_words(source: str = "docstrings", **_: object) -> dict[str, Dataset]:
     if not path.exists():
         train_texts, test_texts = corpus.split(texts, tunnel.HELD_OUT)
         seen = " ".join("\0".join(train_texts).replace("`", "").split())
-        unique = {f"{p['context']} {p['word']}": p for p in passages(test_texts)}
+        unique = {f"{p['context']} {p['word']}": p for p in _passages(test_texts)}
         kept = [passage for whole, passage in unique.items() if whole not in seen]
         with cache.replacing(path) as temporary:
             temporary.write_text(json.dumps(kept), encoding="utf-8")
@@ -151,7 +151,8 @@ def _interval(
     metric: str, value: float, error: Any, n: int, logs: list[float]
 ) -> tuple[float, float]:
     if metric == "acc":
-        return tuple(binomtest(round(value * n), n).proportion_ci(method="wilson"))
+        test = binomtest(round(value * n), n)
+        return tuple(test.proportion_ci(method="wilson"))
     if metric == "perplexity" and logs:
         mean = stats.mean(np.array(logs))
         return math.exp(-mean.high), math.exp(-mean.low)
@@ -187,7 +188,7 @@ def _run(model, tokenizer, task, metadata, batch_size, options):
     return found["results"][task], found["n-samples"][task]["effective"], logs
 
 
-class Origin(NamedTuple):
+class _Origin(NamedTuple):
     """What a result file is of: a model, as the parts of its path, a step, and training stages."""
 
     model: tuple[str, ...]
@@ -240,22 +241,6 @@ def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS).sort_values(COLUMNS[:5], ignore_index=True)
 
 
-def gaps(table: pd.DataFrame) -> pd.DataFrame:
-    """What a table of results lacks: for each model, task and metric the steps that others have."""
-    steps = set(table["step"])
-    everyone = sorted(set(table["model"]))
-    there = table[table["value"].notna()]
-    curves = there.groupby(["model", "task", "metric"])
-    found = curves["step"].agg(set).to_dict()
-    rows = []
-    for task, metric in sorted({key[1:] for key in found}):
-        for model in everyone:
-            missing = steps - found.get((model, task, metric), set())
-            words = "all" if missing == steps else ", ".join(map(str, sorted(missing)))
-            rows += [(model, task, metric, words)] if missing else []
-    return pd.DataFrame(rows, columns=["model", "task", "metric", "missing steps"])
-
-
 def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -294,12 +279,15 @@ def _measured(metrics: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
         metric, _, kind = name.partition(",")
         if "_stderr" in name or not _is_number(value) or (new and not kind):
             continue
-        stderr = metrics.get(f"{metric}_stderr,{kind}" if new else f"{name}_stderr")
+        error = f"{metric}_stderr,{kind}" if new else f"{name}_stderr"
+        stderr = metrics.get(error)
+        if not _is_number(stderr):
+            stderr = math.nan
         shown = metric if kind in ("", "none") else name
-        yield shown, float(value), float(stderr) if _is_number(stderr) else math.nan
+        yield shown, float(value), float(stderr)
 
 
-def _origin(content: dict[str, Any], path: Path) -> Origin:
+def _origin(content: dict[str, Any], path: Path) -> _Origin:
     """Model and step: from the model's arguments, else the file's name, else its folders."""
     config = _dict(content, "config")
     arguments = config.get("model_args") or {}
@@ -323,7 +311,7 @@ def _origin(content: dict[str, Any], path: Path) -> Origin:
             f"{path}: no model in its name and model_args; put it in a folder of its name"
         )
     stages = tuple(sorted({s.lower() for s in _STAGE.findall(f"{revision} {source} {path}")}))
-    return Origin(model, steps.pop(), stages)
+    return _Origin(model, steps.pop(), stages)
 
 
 def _parts(path: Sequence[str]) -> tuple[str, ...]:
@@ -353,6 +341,8 @@ def _names(models: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
 def _batch(model: tuple[str, ...]) -> float:
     """Tokens a step of EleutherAI's own runs: 2 Mi, or what the name says. NaN for any other."""
     name = re.fullmatch(r"pythia-[\d.]+[mb](-bf16|-([\d.]+)MtokBS)?(-deduped)?", model[-1])
-    if name is None or model[-2:-1] != ("EleutherAI",):
+    theirs = model[-2:-1] == ("EleutherAI",)
+    if name is None or not theirs:
         return math.nan
-    return float(name[2] or 2) * 2**20
+    millions = float(name[2] or 2)
+    return millions * 2**20

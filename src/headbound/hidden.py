@@ -107,7 +107,8 @@ def stream(
     blocks = _blocks(model, input_ids) if inside else []
 
     def forward(batch: Tensor) -> Tensor:
-        return _stacked(*_caught(model, blocks, batch.to(model.device), places))
+        states, _ = _caught(model, blocks, batch.to(model.device), places)
+        return _stacked(states)
 
     while len(input_ids):
         states = _fitting(forward, input_ids, batch_size)
@@ -125,7 +126,7 @@ def with_logits(
     blocks = _blocks(model, input_ids)
     batch = input_ids.to(model.device)
     states, logits = _caught(model, blocks, batch, places, stop=False)
-    return _stacked(states, logits), logits
+    return _stacked(states), logits
 
 
 def store(
@@ -165,14 +166,14 @@ def _name(row: Int[Tensor, " length"]) -> bytes:
     return blake2b(row.cpu().long().numpy().tobytes(), digest_size=NAME).digest()
 
 
-class Index(NamedTuple):
+class _Index(NamedTuple):
     """What a store holds: the states' width, and the place of each passage by its hash."""
 
     width: int
     places: dict[bytes, int]
 
 
-def _index(folder: Path) -> Index:
+def _index(folder: Path) -> _Index:
     file = folder / "index"
     said = file.read_bytes() if file.exists() else b""
     places = {}
@@ -180,7 +181,7 @@ def _index(folder: Path) -> Index:
     for start in range(NAME, len(said) - NAME + 1, NAME):
         name = said[start : start + NAME]
         places[name] = len(places)
-    return Index(int.from_bytes(said[:NAME], "big"), places)
+    return _Index(int.from_bytes(said[:NAME], "big"), places)
 
 
 def _extend(folder: Path, model: nn.Module, rows: dict[bytes, Tensor], place: int) -> int:
@@ -188,8 +189,9 @@ def _extend(folder: Path, model: nn.Module, rows: dict[bytes, Tensor], place: in
     with FileLock(folder / "lock"):
         index = _index(folder)
         missing = [name for name in rows if name not in index.places]
-        length = len(next(iter(rows.values())))
-        some = missing[: max(1, CHUNK // length)]
+        (length,) = {len(row) for row in rows.values()}
+        count = max(1, CHUNK // length)
+        some = missing[:count]
         if some:
             batch = torch.stack([rows[name] for name in some])
             _reserve(folder, len(missing) * length * index.width * 4)
@@ -305,7 +307,7 @@ def _caught(
     return [found[place] for place in places], output
 
 
-def _stacked(found: list[Tensor], _output: Tensor | None) -> Float[Tensor, "layers texts length d"]:
+def _stacked(found: list[Tensor]) -> Float[Tensor, "layers texts length d"]:
     widths = [states.shape[-1] for states in found]
     if len(set(widths)) > 1:
         raise ValueError(

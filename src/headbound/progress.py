@@ -21,7 +21,7 @@ WORKER = {
 }
 
 
-def begin() -> None:
+def _begin() -> None:
     """Send what reaches file descriptor 2 to the real standard error, in a notebook's kernel too.
 
     A kernel publishes what comes there, its worker processes' too, and keeps the real one aside.
@@ -37,7 +37,7 @@ def bar(items: Iterable[T] | None, description: str, total: int | None = None) -
 
     It is redrawn on a terminal, and a line every 30 s elsewhere.
     """
-    begin()
+    _begin()
     stream = sys.__stderr__
     pause = 0.2 if stream.isatty() else 30
     return tqdm(items, desc=description, total=total, file=stream, mininterval=pause, delay=2)
@@ -46,7 +46,7 @@ def bar(items: Iterable[T] | None, description: str, total: int | None = None) -
 @contextmanager
 def aside() -> Iterator[None]:
     """What a library prints inside goes to the real standard error, not into a notebook."""
-    begin()
+    _begin()
     with redirect_stdout(sys.__stderr__), redirect_stderr(sys.__stderr__):
         yield
 
@@ -74,7 +74,7 @@ def parallel(jobs: Iterable[Any], workers: int | None = None, description: str =
     """
     if workers == 1:
         return [function(*arguments, **options) for function, arguments, options in jobs]
-    begin()
+    _begin()
     # Fresh processes: a copy of this one would share its threads' locks.
     with environment(WORKER), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         waiting = []

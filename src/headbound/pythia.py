@@ -50,10 +50,8 @@ def nominal(model: str) -> float:
 def figures(figure: str, **chosen: str) -> pd.DataFrame:
     """The curves of one of the paper's figures, as numbers read off the picture.
 
-    **Arguments:**
-
-    - `figure`: 1a, 1b, 2, 3, 5, 6b, 7 or 8.
-    - `chosen`: keeps the rows that have this value in this column, as `curve="160M"`.
+    **Arguments:** `figure`: 1a, 1b, 2, 3, 5, 6b, 7 or 8. `chosen`: keeps the rows that have this
+    value in this column, as `curve="160M"`.
 
     **Returns:** columns figure, series, curve, x_name, x, y_name, y, error (of reading, ±, in y's
     unit) and how.
@@ -76,14 +74,11 @@ def figures(figure: str, **chosen: str) -> pd.DataFrame:
 def evaluations(**chosen: str | int) -> pd.DataFrame:
     """EleutherAI's published evaluations of Pythia's checkpoints.
 
-    **Arguments:**
-
-    - `chosen`: keeps the rows that have this value in this column, as `model="pythia-160m",
-      shots=0`.
+    **Arguments:** `chosen`: keeps the rows that have this value in this column, as
+    `model="pythia-160m", shots=0`.
 
     **Returns:** columns model, batch (tokens a step), step, tokens (seen in training), shots, task,
-    metric (acc,
-    acc_norm, ppl), value and stderr.
+    metric (acc, acc_norm, ppl), value and stderr.
 
     **Raises:** `FileNotFoundError` outside a checkout of the book.
 

@@ -1,11 +1,10 @@
 """Estimates that carry their uncertainty and their sample size."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float, Int
 from scipy import stats
 
@@ -27,23 +26,10 @@ class Estimate(NamedTuple):
         scale = max(abs(self.value), width, 1e-12)
         digits = 3
         if math.isfinite(scale):
-            digits = max(0, 2 - math.floor(math.log10(scale)))
+            power = math.floor(math.log10(scale))
+            digits = max(0, 2 - power)
         value, low, high = (f"{number:.{digits}f}" for number in self[:3])
         return f"{value} [{low}, {high}] (n = {self.n:,})"
-
-
-def frame(estimates: Mapping[Any, Estimate], *names: str) -> pd.DataFrame:
-    """Estimates as a tidy table: a column for each part of their keys, then value, low, high, n.
-
-    >>> frame({("loss", 16): Estimate(3.0, 2.9, 3.1, 40)}, "what", "d")
-       what   d  value  low  high   n
-    0  loss  16    3.0  2.9   3.1  40
-    """
-    rows = []
-    for key, estimate in estimates.items():
-        parts = key if isinstance(key, tuple) else (key,)
-        rows.append((*parts, *estimate))
-    return pd.DataFrame(rows, columns=[*names, *Estimate._fields])
 
 
 def above(estimate: Estimate, cut: float) -> bool | None:

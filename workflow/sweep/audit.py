@@ -9,9 +9,6 @@ import pandas as pd
 
 from sweep.hub import Listing, listing
 
-COLUMNS = ["model", "revision", "status", "detail", "commit"]
-NO_REVISION = "no such revision"
-FILE = ["revision", "kind", "path", "size", "content"]
 UNUSUAL = 0.01  # a file's size off the usual one, as a share
 
 
@@ -28,27 +25,39 @@ def audit(model: str, names: Sequence[str]) -> pd.DataFrame:
     - `suspicious`: some weight files are another's too, or over 1 % off that file's usual size;
     - `missing`: no such revision, or no weights in it.
     """
+    wanted = ["main", *names]
     with ThreadPoolExecutor(8) as pool:
-        looked = pool.map(partial(_look, model), ["main", *names])
-    listed = dict(zip(["main", *names], looked, strict=True))
-    files = pd.concat([_weights(name, listed[name]) for name in names])
+        looked = pool.map(partial(_look, model), wanted)
+    listed = dict(zip(wanted, looked, strict=True))
+    weights = {name: _weights(name, found) for name, found in listed.items()}
+    files = pd.concat([weights[name] for name in names])
     table = pd.DataFrame({"model": model, "revision": names, "status": "ok", "detail": ""})
     table["commit"] = [listed[name].commit if listed[name] else "" for name in names]
     table = table.set_index("revision")
 
-    # Each mask is a detail by revision; the later one wins.
-    usual = files.groupby("path")["size"].transform("median")
-    odd = files[(files["size"] / usual - 1).abs() > UNUSUAL]
-    _mark(table, "suspicious", "unusual size: " + odd.groupby("revision")["path"].agg(", ".join))
-    ends = pd.concat([_weights("main", listed["main"]), _weights(names[-1], listed[names[-1]])])
-    believed = _sharers(ends, whole=True).index.intersection([names[-1]])
+    last = names[-1]
+    ends = pd.concat([weights["main"], weights[last]])
+    believed = _sharers(ends, whole=True).index.intersection([last])
     partly = _sharers(files, whole=False).drop(believed, errors="ignore")
-    _mark(table, "suspicious", "shares files with " + partly)
-    _mark(table, "identical", _sharers(files, whole=True).drop(believed, errors="ignore"))
+    same = _sharers(files, whole=True).drop(believed, errors="ignore")
     gone = table.index.difference(files["revision"])
-    lacking = table.loc[gone, "commit"].ne("").map({True: "no weights in it", False: NO_REVISION})
+    there = table.loc[gone, "commit"].ne("")
+    lacking = there.map({True: "no weights in it", False: "no such revision"})
+    # Each mark is a detail by revision; the later one wins.
+    _mark(table, "suspicious", "unusual size: " + _odd(files))
+    _mark(table, "suspicious", "shares files with " + partly)
+    _mark(table, "identical", same)
     _mark(table, "missing", lacking)
-    return table.reset_index()[COLUMNS]
+    return table.reset_index()[["model", "revision", "status", "detail", "commit"]]
+
+
+def _odd(files: pd.DataFrame) -> pd.Series:
+    """The files of each revision that are not as large as others of their name; names joined."""
+    sizes = files.groupby("path")["size"]
+    usual = sizes.transform("median")
+    off = files["size"] / usual - 1
+    odd = files[off.abs() > UNUSUAL]
+    return odd.groupby("revision")["path"].agg(", ".join)
 
 
 def _look(model: str, name: str) -> Listing | None:
@@ -61,7 +70,7 @@ def _weights(name: str, listed: Listing | None) -> pd.DataFrame:
     rows = [
         (name, kind, path, *file) for kind, files in kinds.items() for path, file in files.items()
     ]
-    return pd.DataFrame(rows, columns=FILE)
+    return pd.DataFrame(rows, columns=["revision", "kind", "path", "size", "content"])
 
 
 def _sharers(files: pd.DataFrame, whole: bool) -> pd.Series:
@@ -69,17 +78,17 @@ def _sharers(files: pd.DataFrame, whole: bool) -> pd.Series:
     pairs = files.merge(files, on=["kind", "content"], suffixes=("", "_other"))
     pairs = pairs[pairs["revision"] != pairs["revision_other"]]
     if whole:
-        size = files.groupby(["revision", "kind"])["path"].nunique().rename("size")
-        shared = pairs.groupby(["revision", "kind", "revision_other"])["path"].nunique()
-        counted = shared.rename("shared").reset_index().merge(size, on=["revision", "kind"])
+        one = ["revision", "kind"]
+        size = files.groupby(one)["path"].nunique().rename("size")
+        shared = pairs.groupby([*one, "revision_other"])["path"].nunique()
+        table = shared.rename("shared").reset_index()
+        counted = table.merge(size, on=one)
         pairs = counted[counted["shared"] == counted["size"]]
     order = files["revision"].drop_duplicates().tolist()
-    pairs = pairs.sort_values("revision_other", key=lambda names: names.map(order.index))
-    return pairs.groupby("revision")["revision_other"].agg(_joined)
-
-
-def _joined(names: pd.Series) -> str:
-    return ", ".join(names.unique())
+    places = pairs["revision_other"].map(order.index)
+    pairs = pairs.loc[places.sort_values(kind="stable").index]
+    once = pairs.drop_duplicates(["revision", "revision_other"])
+    return once.groupby("revision")["revision_other"].agg(", ".join)
 
 
 def _mark(table: pd.DataFrame, status: str, detail: pd.Series) -> None:

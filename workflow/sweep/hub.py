@@ -139,7 +139,8 @@ def local(model: str, revision: str = "main", keep: bool = False) -> Iterator[tu
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING_NAMES:
         why = "it needs code of its own, which is never run; choose another model"
         raise ValueError(f"model = {model!r}: {why}")
-    texts = [p for p in listed.files if "/" not in p and p.endswith((".json", ".txt", ".model"))]
+    kinds = (".json", ".txt", ".model")
+    texts = [path for path in listed.files if "/" not in path and path.endswith(kinds)]
     weights = next(iter(listed.weights().values()), {})
     with _files(listed, [*texts, *weights], keep) as folder:
         yield folder, listed
@@ -180,9 +181,10 @@ def _ranged_head(listed: Listing, path: str) -> tuple[str, Tensor]:
     header = _asked(listed.model, listed.revision, told).tensors
     name = _head_name(listed, header)
     info = header[name]
-    length = info.data_offsets[1] - info.data_offsets[0]
+    begin, end = info.data_offsets
+    length = end - begin
     last = max(each.data_offsets[1] for each in header.values())  # where the file ends
-    start = listed.files[path].size - last + info.data_offsets[0]
+    start = listed.files[path].size - last + begin
 
     def read() -> bytes:
         with system.open(f"{listed.model}/{path}", cache_type="none", **where) as file:

@@ -16,10 +16,8 @@ from numpy.linalg import norm
 from headbound import cache, corpus, device, hidden, models
 from headbound.measure import checkpoint, spectrum
 from headbound.progress import bar
-from sweep import Settings, hub, read
+from sweep import Settings, hub
 from sweep.audit import audit
-
-__all__ = ["Settings", "audited", "left", "measure", "read", "result", "run"]
 
 SAMPLE = 64  # entries of the head kept with each result, evenly spread
 DETOUR = 3  # times the direct way between two heads: over one out of place it is longer

@@ -52,7 +52,9 @@ def table(work: dict[str, list[str]], settings: Settings, rates: Rates) -> pd.Da
     """
     shapes = [shape(model, names[-1]) for model, names in work.items()]
     frame = pd.DataFrame(shapes, index=list(work))
-    layers, width, rows = frame["layers"], frame["width"], frame["rows"]
+    layers = frame["layers"]
+    width = frame["width"]
+    rows = frame["rows"]
     frame["jobs"] = [len(names) for names in work.values()]
     frame["head"] = 2 * rows * width
     frame["each"] = frame["size"] if settings.whole else frame["head"]
@@ -61,11 +63,13 @@ def table(work: dict[str, list[str]], settings: Settings, rates: Rates) -> pd.Da
     body = 24 * layers * width**2
     attention = 4 * layers * width * settings.length
     tokens = settings.texts * settings.length * settings.whole
-    forward = tokens * (body + attention + 2 * rows * width)
-    spectrum = rows * width**2 + 4 / 3 * width**3
+    forward = tokens * (body + attention + frame["head"])
+    gram = rows * width**2
+    spectrum = gram + 4 / 3 * width**3
     seconds = forward / (1e12 * rates.tflops)
     seconds += spectrum / (1e12 * rates.tflops64)
-    frame["GPU hours"] = frame["jobs"] * seconds / 3600
+    busy = frame["jobs"] * seconds
+    frame["GPU hours"] = busy / 3600
     return frame
 
 
@@ -79,8 +83,7 @@ def words(work: dict[str, list[str]], settings: Settings, rates: Rates) -> str:
     wait = fetched / (1e6 * rates.megabytes) / 3600
     heads = frame["jobs"] @ frame["head"]
     peak = rates.jobs * frame["each"].max()
-    sizes = ["each", "head", "fetched"]
-    gigabytes = frame[sizes].map(lambda count: f"{count / 1e9:,.3f} GB")
+    gigabytes = frame[["each", "head", "fetched"]].map(lambda count: f"{count / 1e9:,.3f} GB")
     shown = pd.concat([frame["jobs"], gigabytes, frame[["GPU hours", "bytes"]]], axis=1)
     return f"""{shown.to_string(float_format="{:.2f}".format)}
 jobs: {jobs}, {done} of them done

@@ -26,11 +26,10 @@ def mean_cosine(
 
         A = (‖Σ uᵢ‖² − N) / (N (N − 1))
 
-    **Arguments:**
-
-    - `hidden_states`: one block, or one a text. Texts are the units of the bootstrap: a token never
-      meets its own copy. One block, or a resample without a pair, has no interval (NaN).
-    - `sink_ratio`: leaves out states longer than this many times the median norm of their block.
+    **Arguments:** `hidden_states`: one block, or one a text. Texts are the units of the bootstrap:
+    a token never meets its own copy. One block, or a resample without a pair, has no interval
+    (NaN). `sink_ratio`: leaves out states longer than this many times the median norm of their
+    block.
 
     **Raises:** `ValueError` for NaN, Inf, a zero state, or fewer than two states.
 
@@ -172,7 +171,8 @@ def _over_texts(parts: list[tuple[np.ndarray, int]], resamples: int, seed: int) 
         # Pairs of two texts count by the product of their weights, those inside one by its own.
         own = weights - weights**2
         single = weights @ tokens
-        between = ((weights @ units) ** 2).sum(1)
+        sum_of_all = weights @ units
+        between = (sum_of_all**2).sum(1)
         sums = between + own @ squares - single
         pairs = single**2 + own @ tokens**2 - single
         nothing = np.full(len(pairs), math.nan)

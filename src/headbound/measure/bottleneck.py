@@ -106,7 +106,8 @@ def lift(
     **Raises:** `ValueError` for ranks outside 1 to r and 2r, where r is the rank of `head`.
     """
     r = len(head.B)
-    if any(not 1 <= low <= r or not low <= high <= 2 * r for low, high in pairs):
+    fit = [1 <= low <= r and low <= high <= 2 * r for low, high in pairs]
+    if not all(fit):
         raise ValueError(f"pairs = {list(pairs)}: need 1 ≤ lower ≤ {r}, lower ≤ higher ≤ {2 * r}")
     random = np.random.default_rng(seed)
     kept = _vocabulary(train, test, len(head.A), others, random)
@@ -116,8 +117,7 @@ def lift(
     judge = _features(test, head, mixing, kept)
     starts = []
     for low, high in pairs:
-        starts.append(_start(head, kept, low, low))
-        starts.append(_start(head, kept, low, high))
+        starts += [_start(head, kept, low, rank) for rank in (low, high)]
     trained = lowrank.train(learn, starts, 1, batch, learning_rate, seed=seed)
     losses = lowrank.token_losses(judge, trained)
     return losses[::2] - losses[1::2]
@@ -223,10 +223,12 @@ def target_rank(
         grams = []
         for half in (0, 1):
             tokens = np.concatenate(part[half::2])
-            grams.append(ngrams.gram(tokens, order, vocab, "tokens", unbiased=True))
+            gram = ngrams.gram(tokens, order, vocab, "tokens", unbiased=True)
+            grams.append(gram)
         return float(ngrams.split_half(*grams).rank)
 
-    rank = stats.jackknife([supported(group) for group in range(groups)], supported(None))
+    without = [supported(group) for group in range(groups)]
+    rank = stats.jackknife(without, supported(None))
     return rank, read, 1 - float(counts[kept].sum() / read)
 
 

@@ -19,9 +19,7 @@ PerRank = Float64[np.ndarray, " ranks"]
 PerStep = Float64[np.ndarray, " steps"]
 EPS = float(np.finfo(np.float64).eps)
 ROUNDINGS = 8  # times EPS: what a sum or a decomposition here may be off, in units of its size
-LARGE = (
-    2**20
-)  # logits beyond which the descent runs in float32; what it reaches is measured in float64
+LARGE = 2**20  # logits beyond which the descent, not what it reaches, is in float32
 SOFT = 4  # sharpness of the soft minimum when the ascent begins,
 SHARPER = 16  # and by how much it has grown at the end
 SHRUNK = 1 - 1e-9  # keeps α admissible, and a sum below its value, whatever the rounding
@@ -128,12 +126,7 @@ def reach(
     return min(finite, key=lambda z: loss_gap(logits, z))
 
 
-def upper(
-    logits: Logits,
-    ranks: Sequence[int],
-    steps: int = 200,
-    powers: Sequence[float] = (0.0, 0.5, 1.0),
-) -> PerRank:
+def upper(logits: Logits, ranks: Sequence[int], steps: int = 200) -> PerRank:
     """Upper bound on gap(d), for each rank: the exact loss gap of the logits that `reach` finds.
 
     gap(d) ≤ (1/N) Σ_i KL(p_i ‖ softmax(z_i)) for any Z of rank ≤ d, so the bound holds however far
@@ -149,7 +142,8 @@ def upper(
     least = np.inf
     gaps = {}
     for rank in sorted(set(ranks)):
-        least = min(least, loss_gap(logits, reach(logits, rank, steps, powers)))
+        found = reach(logits, rank, steps)
+        least = min(least, loss_gap(logits, found))
         gaps[rank] = least
     return np.array([gaps[rank] for rank in ranks])
 
@@ -166,10 +160,8 @@ def lower(
     where A = diag(α) (log P* − its β²-weighted row means) diag(β). Ascent on β and κ looks for good
     weights. Whatever it finds gives a bound, at every rank.
 
-    **Arguments:**
-
-    - `tokens`: how many of the likeliest may have β > 0 (at least 2 max(ranks)).
-    - `anchors`: at how many of the ranks weights are sought.
+    **Arguments:** `tokens`: how many of the likeliest may have β > 0 (at least 2 max(ranks)).
+    `anchors`: at how many of the ranks weights are sought.
 
     **Returns:** nats per context. **Raises:** as `upper`.
     """

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,18 +14,6 @@ from headbound.measure import anisotropy, spectrum
 
 LOGITS = 1 << 25  # held at once: what bounds the memory
 SHOWN = 16  # texts, and places in each, whose logits the output rank is of
-
-
-@torch.inference_mode()
-def text_losses(
-    model: PreTrainedModel, rows: Int[Tensor, "texts length"]
-) -> Float[np.ndarray, " texts"]:
-    """The mean loss of each text, nats a token: what a comparison of two models needs."""
-    losses = []
-    for some in _batches(model, rows):
-        logits = model(some[:, :-1].to(model.device), use_cache=False).logits
-        losses.append(_losses(logits, some))
-    return torch.cat(losses).double().cpu().numpy()
 
 
 @torch.inference_mode()
@@ -51,7 +38,8 @@ def measure(
         for some in _batches(model, rows):
             found, logits = hidden.with_logits(model, some[:, :-1], [-2, -1])
             losses.append(_losses(logits, some))
-            if len(losses) == 1 or len(shown) * len(losses[0]) < SHOWN:
+            texts = sum(map(len, shown))
+            if texts < SHOWN:
                 some_places = logits[:, places.to(logits.device)]
                 shown.append(some_places.double().cpu())
             yield found
@@ -61,7 +49,9 @@ def measure(
     values = {}
     estimates = {"loss": loss, "anisotropy_before_norm": before, "anisotropy_after_norm": after}
     for name, estimate in estimates.items():
-        values |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        values[name] = estimate.value
+        values[f"{name}_low"] = estimate.low
+        values[f"{name}_high"] = estimate.high
     logits = torch.cat(shown)[:SHOWN].flatten(0, 1)
     logits = logits - logits.mean(1, keepdim=True)
     values["output_rank"] = spectrum.effective_rank(spectrum.singular_values(logits))

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from headbound import device, progress, stats
-from headbound.measure.lowrank import Examples
+from headbound.measure.lowrank import Examples, blocks
 from headbound.measure.spectrum import ROWS
 
 LARGE = 100_000  # symbols from which the repetition is said to be unlearnable
@@ -48,7 +48,7 @@ def share_kept(
 ) -> Squares:
     """How much of each token's logit gradient passes through the head W, exactly, in float64.
 
-    It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's (see `orthonormal`).
+    It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's (see `_orthonormal`).
     Beside the arguments nothing is larger than `block` × V.
 
     **Arguments:** `weight`: W, best without its mean row, which the softmax ignores. `logits`: from
@@ -59,9 +59,9 @@ def share_kept(
     **Source:** Godey & Artzi 2026, arXiv 2603.10145; the definition of what is kept is ours.
     """
     _check(data, weight, block)
-    basis = orthonormal(weight)
+    basis = _orthonormal(weight)
     squares = []
-    for here in progress.bar(_blocks(data, block), "gradients"):
+    for here in progress.bar(blocks(len(data.targets), block), "gradients"):
         g = _gradient(data, here, weight, logits)
         parts = zip(g.split(ROWS, 1), _rows(weight), strict=True)
         received = sum(part @ rows for part, rows in parts)
@@ -72,14 +72,14 @@ def share_kept(
     return Squares(gradient, kept, data.texts)
 
 
-def orthonormal(weight: Float[Tensor, "vocab d"]) -> Float64[Tensor, "d rank"]:
+def _orthonormal(weight: Float[Tensor, "vocab d"]) -> Float64[Tensor, "d rank"]:
     """The matrix B for which the columns of W·B are an orthonormal basis of W's column space.
 
     From WᵀW = Q Λ Qᵀ follows B = Q Λ^(−½), but squaring W costs half of the digits. A second round
     on W·B, whose columns are orthonormal but for that, wins them back.
 
     >>> parallel = torch.tensor([[3.0, 3.0], [4.0, 4.0]], dtype=torch.float64)
-    >>> (parallel @ orthonormal(parallel)).abs().round(decimals=3).tolist()
+    >>> (parallel @ _orthonormal(parallel)).abs().round(decimals=3).tolist()
     [[0.6], [0.8]]
 
     **Source:** Stathopoulos & Wu 2002 (SVQB), twice.
@@ -105,10 +105,11 @@ def singular_values(
     **Arguments**, **Raises:** as `share_kept`.
     """
     _check(data, weight, block)
-    products = np.empty((len(data.targets), len(data.targets)))
-    for here in _blocks(data, block):
+    tokens = len(data.targets)
+    products = np.empty((tokens, tokens))
+    for here in blocks(tokens, block):
         g = _gradient(data, here, weight, logits)
-        for there in _blocks(data, block):
+        for there in blocks(tokens, block):
             if there.start > here.start:
                 break
             others = g if there == here else _gradient(data, there, weight, logits)
@@ -163,10 +164,6 @@ def _gradient(data: Examples, here: slice, weight: Tensor, logits: Logits) -> Te
     return others.scatter(1, targets, -others.sum(1, keepdim=True))
 
 
-def _blocks(data: Examples, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, len(data.targets), size)]
-
-
 def _rows(weight: Tensor) -> Iterator[Tensor]:
     where = device.precise(weight.device)
     return (rows.to(where, torch.float64) for rows in weight.split(ROWS))
@@ -180,7 +177,8 @@ def _gram(weight: Tensor, basis: Tensor | None = None) -> Tensor:
 def _check(data: Examples, weight: Tensor, block: int) -> None:
     count, width = data.hidden_states.shape
     fits = count == len(data.targets) > 0 and width == weight.shape[1] and block > 0
-    if not fits or data.targets.min() < 0 or data.targets.max() >= len(weight):
+    known = fits and data.targets.min() >= 0 and data.targets.max() < len(weight)
+    if not known:
         raise ValueError(
             f"block = {block}, {len(data.targets)} targets, states {(count, width)}, head "
             f"{tuple(weight.shape)}: they do not fit; take all of them from one model"

@@ -72,7 +72,7 @@ def token_losses(
 ) -> Float[np.ndarray, "heads tokens"]:
     """Nats a token of each head over its whole vocabulary, `block` tokens at a time."""
     _check(data, heads)
-    places = _blocks(len(data.targets), block)
+    places = blocks(len(data.targets), block)
     parts = device.feed(data[:2], places, heads[0].A.device)
     losses = []
     for states, targets in progress.bar(parts, "measuring heads", len(places)):
@@ -92,7 +92,7 @@ def covariance(
     """
     count, d = hidden_states.shape
     total = torch.zeros(d, d, dtype=torch.float64)
-    for here in _blocks(count, block):
+    for here in blocks(count, block):
         states = torch.from_numpy(np.array(hidden_states[here]))
         precise = states.double()
         total.addmm_(precise.T, precise)
@@ -278,7 +278,8 @@ def above_full(ranks: Sequence[int], losses: Losses, texts: Texts) -> pd.DataFra
     rows = []
     for rank, row in zip(ranks, losses, strict=True):
         above = stats.mean(row - losses[-1], texts)
-        rows.append((rank, rank / ranks[-1], above.value, above.low, above.high))
+        share = rank / ranks[-1]
+        rows.append((rank, share, *above[:3]))
     names = ["rank r", "share r/d", "loss above the full head (nats)", "low", "high"]
     return pd.DataFrame(rows, columns=names)
 
@@ -306,16 +307,20 @@ def knee(
     return _of_excess(losses, texts, crossing)
 
 
-def knee_at_claim(knee: stats.Estimate, width: int, moved: float = 0.0) -> Ruling:
+def if_settled(ruling: Ruling, moved: float) -> Ruling:
+    """What a rule says of a curve. None if half the text `moved` its perplexity by 5 % or more."""
+    if abs(moved) < NOTICEABLE:
+        return ruling
+    return Ruling(None, f"half the training text moves perplexity by {moved:+.0%}: more is needed")
+
+
+def knee_at_claim(knee: stats.Estimate, width: int) -> Ruling:
     """Section 5.1: perplexity is noticeably worse below rank 1,000.
 
-    The knee must lie within a factor of 2 of 1,000. None for a model that is not wider than that,
-    and where half the training text has `moved` perplexity by 5 % or more.
+    The knee must lie within a factor of 2 of 1,000. None for a model that is not wider than that.
     """
     if width <= CLAIMED:
         return Ruling(None, f"d = {width}: a knee at 1,000 is out of reach")
-    if moved >= NOTICEABLE:
-        return Ruling(None, f"half the training text moves the curve by {moved:.0%}")
     factor = max(knee.value / CLAIMED, CLAIMED / knee.value)
     return Ruling(factor <= 2, f"a factor of {factor:.2f} from 1,000; up to 2 is called the same")
 
@@ -328,10 +333,8 @@ def rank_or_share(
     The distance to other models' curves at equal r/d, less that at equal r: root mean squares over
     the ranks below d, of the loss above the full head, in nats. Above 0 the rank itself decides.
 
-    **Arguments:**
-
-    - `ranks`, `losses`, `texts`: as of `knee`; the last rank is d.
-    - `others`: columns `curve`, `x` (ranks, the largest is that model's d) and `y` (nats).
+    **Arguments:** `ranks`, `losses`, `texts`: as of `knee`; the last rank is d. `others`: columns
+    `curve`, `x` (ranks, the largest is that model's d) and `y` (nats).
     """
     places = []
     theirs = []
@@ -418,7 +421,8 @@ def _roots(
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
-def _blocks(count: int, size: int) -> list[slice]:
+def blocks(count: int, size: int) -> list[slice]:
+    """The places of `count` rows, `size` at a time."""
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
@@ -427,7 +431,7 @@ def _batches(states: int, batch: int, epochs: int, seed: int) -> Iterator[np.nda
     for epoch in range(epochs):
         generator = np.random.default_rng([seed, epoch])
         order = generator.permutation(states)
-        for here in _blocks(states // batch * batch, batch):
+        for here in blocks(states // batch * batch, batch):
             yield np.sort(order[here])
 
 

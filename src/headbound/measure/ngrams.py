@@ -15,7 +15,6 @@ import psutil
 import torch
 from jaxtyping import Float64, Integer
 from scipy.sparse import csr_array, diags_array, vstack
-from scipy.sparse.linalg import LinearOperator, eigsh
 from scipy.special import expit, logit
 from statsmodels.api import OLS, add_constant
 from torch.nn.functional import pad
@@ -82,13 +81,17 @@ def count(
         raise ValueError(f"{len(targets)} targets: {ngrams} contexts need one each")
     _check_ids(tokens, vocab_size)
     _check_ids(targets, vocab_size)
-    columns = [tokens[k : k + ngrams] for k in range(order - 1)]
+    columns = [tokens[place : place + ngrams] for place in range(order - 1)]
+    columns.append(targets)
     partitions = partitions or -(-ngrams // PARTITION)
-    for part in range(partitions) if only is None else only:
+    wanted = range(partitions) if only is None else only
+    for part in wanted:
         if not 0 <= part < partitions:
             raise ValueError(f"partition = {part}: must be from 0 to {partitions - 1}")
-        slots = range(part * SLOTS // partitions, (part + 1) * SLOTS // partitions)
-        yield _runs(_selected([*columns, targets], vocab_size, slots), vocab_size)
+        first = part * SLOTS // partitions
+        end = (part + 1) * SLOTS // partitions
+        chosen = _selected(columns, vocab_size, range(first, end))
+        yield _runs(chosen, vocab_size)
 
 
 def context_matrix(
@@ -156,37 +159,12 @@ def singular_values(gram: Gram) -> Float64[np.ndarray, " vocab"]:
     return np.sqrt(values)
 
 
-def leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " values"]:
-    """The `ranks` largest singular values by Lanczos, for vocabularies beyond `gram`.
-
-    The others are given as their root mean square, from ‖W‖: W-error is exact up to `ranks`.
-
-    **Raises:** `ValueError` for ranks out of range.
-    """
-    most = min(matrix.shape) - 1
-    if not 1 <= ranks <= most:
-        raise ValueError(f"ranks = {ranks}: must be between 1 and {most}")
-    size = matrix.shape[1]
-    square = LinearOperator((size, size), lambda x: matrix.T @ (matrix @ x), dtype=np.float64)
-    start = np.random.default_rng(0).random(size)
-    values = eigsh(square, ranks, v0=start, return_eigenvectors=False)[::-1]
-    others = most + 1 - ranks
-    left = np.sum(matrix.data**2) - values.sum()
-    rest = np.full(others, max(0.0, left) / others)
-    return np.sqrt(np.append(values, rest))
-
-
-def errors(tokens: Tokens, order: int, vocab_size: int, leading: int = 0, **rows: Any) -> Curve:
-    """W-error of the best matrix of rank d, for each d from 0 to V, or to `leading` where given.
-
-    `rows` is what `gram` takes; with `leading`, `weighting` alone.
+def errors(tokens: Tokens, order: int, vocab_size: int, **rows: Any) -> Curve:
+    """W-error of the best matrix of rank d, for each d from 0 to V; `rows` is what `gram` takes.
 
     >>> errors(np.array([0, 1, 2, 0, 1, 2]), 2, 3).round(3)
     array([1.   , 0.816, 0.577, 0.   ])
     """
-    if leading:
-        values = leading_values(context_matrix(tokens, order, vocab_size, **rows), leading)
-        return spectrum.w_error(values, range(leading + 1))
     values = singular_values(gram(tokens, order, vocab_size, **rows))
     return spectrum.w_error(values, range(len(values) + 1))
 
@@ -205,11 +183,13 @@ def split_half(first: Gram, second: Gram) -> SplitHalf:
     """
     if not (first.contexts and second.contexts):
         raise ValueError("0 contexts in one half: none occurs twice; give more text")
-    one, other = (torch.from_numpy(half.matrix / half.matrix.trace()) for half in (first, second))
+    one = torch.from_numpy(first.matrix / first.matrix.trace())
+    other = torch.from_numpy(second.matrix / second.matrix.trace())
     both = (_judged(one, other) + _judged(other, one)) / 2
     held_out = both[0].numpy()
     floor, ceiling = both[1:].clamp(min=0).sqrt().numpy()
-    return SplitHalf(int(held_out.argmin()), held_out, floor, ceiling)
+    rank = int(held_out.argmin())
+    return SplitHalf(rank, held_out, floor, ceiling)
 
 
 def study(
@@ -220,12 +200,15 @@ def study(
     The first two are W-errors, weighted by tokens. The shuffled matrix has true rank one.
     """
     tokens = np.concatenate(pieces)
-    targets = np.random.default_rng(seed).permutation(tokens[order - 1 :])
+    following = tokens[order - 1 :]
+    targets = np.random.default_rng(seed).permutation(following)
     asked = {"order": order, "vocab_size": vocab_size, "weighting": "tokens"}
     counted = errors(tokens, **asked)
     shuffled = errors(tokens, **asked, targets=targets)
-    halves = (np.concatenate(pieces[half::2]) for half in (0, 1))
-    grams = [gram(half, **asked, unbiased=True) for half in halves]
+    grams = []
+    for half in (0, 1):
+        part = np.concatenate(pieces[half::2])
+        grams.append(gram(part, **asked, unbiased=True))
     return counted, shuffled, split_half(*grams)
 
 
@@ -248,17 +231,24 @@ def carried(
     """
     sizes = np.array(vocab_sizes, float)
     shares = np.array(ranks) / sizes
-    fit = OLS(logit(shares), add_constant(np.log(sizes))).fit()
-    prediction = fit.get_prediction([[1.0, np.log(vocab_size)]])
+    inputs = add_constant(np.log(sizes))
+    fit = OLS(logit(shares), inputs).fit()
+    asked = [1.0, np.log(vocab_size)]
+    prediction = fit.get_prediction([asked])
     found = prediction.summary_frame(alpha=0.05).iloc[0]
     names = ("mean", "obs_ci_lower", "obs_ci_upper")
     value, low, high = (vocab_size * float(expit(found[name])) for name in names)
     return stats.Estimate(value, low, high, len(sizes))
 
 
-def meets(found: stats.Estimate, low: float, high: float, factor: float = 3.0) -> bool | None:
-    """Whether an interval meets a range; None if it spans `factor` or more, which is no test."""
-    if not found.high < factor * found.low:
+def meets(
+    found: stats.Estimate, low: float, high: float, factor: float = 3.0, reach: float = 1.0
+) -> bool | None:
+    """Whether an interval meets a range; None if it spans `factor` or more, which is no test.
+
+    None also where it was carried to more than twice the largest V measured (`reach`, a factor).
+    """
+    if not found.high < factor * found.low or reach > 2:
         return None
     return found.low <= high and found.high >= low
 
@@ -277,7 +267,7 @@ def _check_memory(vocab_size: int) -> None:
     if vocab_size > most:
         raise ValueError(
             f"vocab_size = {vocab_size}: its spectrum needs {16e-9 * vocab_size**2:.1f} GB, "
-            f"{free / 1e9:.1f} are free; take at most {most} tokens, or leading_values"
+            f"{free / 1e9:.1f} are free; take at most {most} tokens"
         )
 
 
@@ -290,9 +280,10 @@ def _selected(columns: list[np.ndarray], vocab_size: int, slots: range) -> list[
     chosen = []
     for first in range(0, len(columns[-1]), BLOCK):
         windows = [column[first : first + BLOCK] for column in columns]
-        hashes = [table[window] for table, window in zip(tables, windows, strict=False)]
-        hashed = reduce(np.bitwise_xor, hashes)
-        here = np.flatnonzero((hashed >= slots.start) & (hashed < slots.stop))
+        pairs = zip(tables, windows, strict=False)
+        hashed = reduce(np.bitwise_xor, [table[window] for table, window in pairs])
+        inside = (hashed >= slots.start) & (hashed < slots.stop)
+        here = np.flatnonzero(inside)
         chosen.append([window[here] for window in windows])
     return [np.concatenate(pieces) for pieces in zip(*chosen, strict=True)]
 
@@ -304,15 +295,18 @@ def _runs(columns: list[np.ndarray], vocab_size: int) -> csr_array:
     used = bits
     for column in columns[1:]:
         if used + bits > 64:
-            key = np.unique(key, return_inverse=True)[1].astype(np.uint64)
+            ranks = np.unique(key, return_inverse=True)[1]
+            key = ranks.astype(np.uint64)
             used = len(key).bit_length()
         key = (key << bits) | column.astype(np.uint64)
         used += bits
     key.sort()
     first = np.flatnonzero(np.diff(key, prepend=~key[:1]))
     counts = np.diff(first, append=len(key)).astype(np.float64)
-    context = key[first] >> bits
-    followers = (key[first] & ((1 << bits) - 1)).astype(np.int32)
+    found = key[first]
+    context = found >> bits
+    last = (1 << bits) - 1
+    followers = (found & last).astype(np.int32)
     starts = np.flatnonzero(np.diff(context, prepend=~context[:1]))
     starts = np.append(starts, len(context)).astype(np.int32)
     return csr_array((counts, followers, starts), shape=(len(starts) - 1, vocab_size))
@@ -351,7 +345,8 @@ def _judged(fit: torch.Tensor, judge: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(fit)
     found = ((judge @ vectors) * vectors).sum(0)
     missed = values * (values - 2 * found)
-    missed /= (judge**2).sum()
+    whole = (judge**2).sum()
+    missed /= whole
     steps = torch.stack([missed, -values, -found])
     sums = steps.flip(1).cumsum(1)
     return 1 + pad(sums, (1, 0))

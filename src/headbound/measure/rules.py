@@ -16,7 +16,10 @@ from headbound.stats import Estimate
 TENFOLD = 10.0  # an order of magnitude, which is what the paper's spectra rise by
 APART = 0.5  # mean cosine between "nearly isotropic" and "highly anisotropic"
 NOTICEABLE = 0.05  # of perplexity
+SEEDS = 3  # runs of a width; with fewer, a missing sign refutes nothing
+TURN = 67_000  # steps: the latest turn of Figure 5's entropies, Pythia-70M's
 STEEPER = 3.0  # a curve's slope beyond a bend, over its slope before it
+SLOW = 0.25  # nats, the most that a loss may have grown up to there
 
 Curve = tuple[ArrayLike, ArrayLike]
 
@@ -58,11 +61,23 @@ def last_layers_part(cosines: Mapping[str, float], small: Collection[str]) -> Ru
     return _just_the_small(cosines, APART, small, "mean cosine")
 
 
-def rank_costs(ranks: ArrayLike, losses: ArrayLike, up_to: int = 512) -> Ruling:
+def absent(ruling: Ruling, seeds: int, steps: int) -> Ruling:
+    """A sign that is missing refutes the paper only after runs enough and long enough.
+
+    Each width needs three seeds, and as many steps as Pythia's turn took.
+    """
+    if ruling.agrees is not False or (seeds >= SEEDS and steps >= TURN):
+        return ruling
+    told = f"open: {seeds} of {SEEDS} seeds a width, {steps:,} of {TURN:,} steps"
+    return Ruling(None, f"{told}; {ruling.comment}")
+
+
+def rank_costs(ranks: ArrayLike, losses: ArrayLike, up_to: int = 512, most: float = 0.0) -> Ruling:
     """Section 5.1: a head of a rank well below 1,000 noticeably raises perplexity.
 
     The full head is the one of the greatest rank. Every lower rank up to 512 must cost 5 % of
-    perplexity or more. None where no such rank was measured.
+    perplexity or more. None where no such rank was measured, or where the least cost is less but
+    could be 5 % (`most`, the end of its interval and what little training leaves open).
     """
     rank = np.asarray(ranks, float)
     loss = np.asarray(losses, float)
@@ -72,27 +87,32 @@ def rank_costs(ranks: ArrayLike, losses: ArrayLike, up_to: int = 512) -> Ruling:
         return Ruling(None, f"no rank up to {up_to} was measured below the full one")
     least = cost[well_below].min()
     comment = f"least cost up to rank {up_to}: {least:.1%} of perplexity; noticeable from 5 %"
+    if least < NOTICEABLE <= most:
+        return Ruling(None, f"{comment}; it could be {most:.0%}")
     return Ruling(bool(least >= NOTICEABLE), comment)
 
 
 def bends_at(errors: ArrayLike, losses: ArrayLike, bend: float = 0.6) -> Ruling:
     """Figure 8: the loss grows slowly with the head's W-error, and faster once that exceeds 0.6.
 
-    The mean slope beyond the bend must be three times the slope before it.
+    The mean slope beyond the bend must be three times the slope before it, and the growth up to
+    the bend a quarter of a nat at most.
     """
     order = np.argsort(errors)
     error = np.asarray(errors, float)[order]
     loss = np.asarray(losses, float)[order]
     if not error[0] < bend < error[-1]:
-        return Ruling(
-            None, f"W-errors from {error[0]:.2f} to {error[-1]:.2f} do not enclose {bend}"
-        )
+        comment = f"W-errors from {error[0]:.2f} to {error[-1]:.2f} do not enclose {bend}"
+        return Ruling(None, comment)
     there = np.interp(bend, error, loss)
-    before = (there - loss[0]) / (bend - error[0])
+    grown = there - loss[0]
+    before = grown / (bend - error[0])
     beyond = (loss[-1] - there) / (error[-1] - bend)
     steeper = beyond / before if before > 0 else np.inf
-    comment = f"slope beyond {bend} over slope before: {steeper:.1f}; asked: {STEEPER:.0f}"
-    return Ruling(bool(steeper >= STEEPER and beyond > 0), comment)
+    agrees = bool(steeper >= STEEPER and beyond > 0 and grown <= SLOW)
+    comment = f"slope beyond {bend} over slope before: {steeper:.1f}; asked: {STEEPER:.0f}. "
+    comment += f"Loss grown up to there: {grown:.2f} nats; slow up to {SLOW} (the paper: 0.09)"
+    return Ruling(agrees, comment)
 
 
 def width_alone(differences: Mapping[str, Estimate]) -> Ruling:
@@ -117,7 +137,8 @@ def who_drops(
     """
     missing = [name for name in claimed if name not in found]
     unseen = [name for name in missing if drops[name].high > size]
-    if set(found) - set(claimed) or (missing and not unseen):
+    others = set(found) - set(claimed)
+    if others or (missing and not unseen):
         return Ruling(False, f"claimed: {', '.join(claimed)}")
     if unseen:
         return Ruling(None, f"a drop of {size:g} could be missed in {', '.join(unseen)}")
@@ -167,5 +188,6 @@ def _just_the_small(
     if below:
         room += f" from {max(below):.3g}"
     if reached:
-        room += f" to {min(values[name] for name in reached):.3g}"
+        least = min(values[name] for name in reached)
+        room += f" to {least:.3g}"
     return Ruling(reached == asked, f"{what}: {listed}; {room}")

@@ -52,9 +52,8 @@ def late_rise(steps: ArrayLike, values: ArrayLike) -> LateRise:
 
     The first tenth of the training is left out, by steps: a curve climbs to its first peak there.
 
-    **Arguments:**
-
-    - `steps`, `values`: the curve (steps,), in any order, each step once; less is better.
+    **Arguments:** `steps`, `values`: the curve (steps,), in any order, each step once; less is
+    better.
 
     **Raises:** `ValueError` for fewer than three checkpoints past the first tenth, a repeated step,
     a value that is not finite.
@@ -95,22 +94,25 @@ def late_change(*curves: tuple[ArrayLike, ArrayLike]) -> Estimate:
     Whole thirds are compared, since one last checkpoint is noisy. The interval is Welch's, over
     checkpoints. Of two curves it gives the first one's change minus the second one's.
 
-    **Arguments:**
-
-    - `curves`: one or two pairs of tokens (or steps) and values.
+    **Arguments:** `curves`: one or two pairs of tokens (or steps) and values.
     """
     thirds = []
     for tokens, values in curves:
         share = np.asarray(tokens, float) / np.max(tokens)
         value = np.asarray(values, float)
-        thirds.append(value[share > 2 / 3])
-        thirds.append(value[(share > 1 / 3) & (share <= 2 / 3)])
+        last = share > 2 / 3
+        middle = (share > 1 / 3) & ~last
+        thirds += [value[last], value[middle]]
     signs = [1, -1, -1, 1]
-    change = float(sum(sign * third.mean() for sign, third in zip(signs, thirds, strict=False)))
+    means = [third.mean() for third in thirds]
+    change = float(sum(sign * mean for sign, mean in zip(signs, means, strict=False)))
     sizes = np.array([len(third) for third in thirds])
-    variances = np.array([third.var(ddof=1) for third in thirds]) / sizes
-    freedom = variances.sum() ** 2 / (variances**2 / (sizes - 1)).sum()
-    half = float(student.ppf(0.975, freedom) * np.sqrt(variances.sum()))
+    variances = np.array([third.var(ddof=1) for third in thirds])
+    errors = variances / sizes  # squared
+    total = errors.sum()
+    shares = errors**2 / (sizes - 1)
+    freedom = total**2 / shares.sum()
+    half = float(student.ppf(0.975, freedom) * np.sqrt(total))
     return Estimate(change, change - half, change + half, int(sizes.sum()))
 
 
@@ -170,11 +172,15 @@ def detect(
     draws = np.random.default_rng(seed).standard_normal((resamples, late.sum()))
     simulated = null[late] + noise * error[late] * draws
     ratio, rest = _compare(np.vstack([gain[late], simulated]), error[late])
-    statistic = ratio / (rest + max(TRUST * late.sum() * floor, np.finfo(float).tiny))
-    as_great = (statistic[1:] >= statistic[0] * (1 - RISING)).sum()
+    trusted = TRUST * late.sum() * floor
+    statistic = ratio / (rest + max(trusted, np.finfo(float).tiny))
+    own = statistic[0] * (1 - RISING)
+    as_great = (statistic[1:] >= own).sum()
     best = int(gain.argmax())
     drop = gain[best] - gain[-1]
-    half = 1.96 * noise * np.hypot(error[best], error[-1]) if best < len(gain) - 1 else 0.0
+    half = 0.0
+    if best < len(gain) - 1:
+        half = 1.96 * noise * np.hypot(error[best], error[-1])
     return Saturation(
         best_step=int(step[best]),
         best=float(value[best]),
@@ -245,10 +251,11 @@ def _scatter(y: Float[np.ndarray, " n"], error: Float[np.ndarray, " n"]) -> floa
 
     The lesser of a robust and a root-mean-square estimate.
     """
-    before, after = slice(None, -2), slice(2, None)
-    off = y[1:-1] - (y[before] + y[after]) / 2
-    variance = error[1:-1] ** 2
-    variance += (error[before] ** 2 + error[after] ** 2) / 4
+    beside = y[:-2] + y[2:]
+    off = y[1:-1] - beside / 2
+    squares = error**2
+    around = squares[:-2] + squares[2:]
+    variance = squares[1:-1] + around / 4
     z = np.abs(off) / np.sqrt(variance)
     robust = np.median(z) / 0.6745
     whole = np.sqrt((z**2).mean())
@@ -263,7 +270,8 @@ def _level_fit(
     free = isotonic_regression(y, weights=weight).x
     allowed = weight @ (y - free) ** 2 + PLATEAU * noise**2
     for start in range(len(y)):
-        fit = np.full(len(y), np.average(y[start:], weights=weight[start:]))
+        level = np.average(y[start:], weights=weight[start:])
+        fit = np.full(len(y), level)
         if start:
             fit[:start] = isotonic_regression(y[:start], weights=weight[:start]).x
         monotone = start == 0 or fit[start - 1] <= fit[start]
@@ -328,8 +336,9 @@ def _merge(
     lower = upper - 1
     above = weight[upper, curves]
     below = weight[lower, curves]
+    both = above + below
     gap = mean[lower, curves] - mean[upper, curves]
-    mean[lower, curves] -= gap * above / (above + below)
-    weight[lower, curves] = above + below
+    mean[lower, curves] -= gap * above / both
+    weight[lower, curves] = both
     top[curves] = lower
-    return above * below / (above + below) * gap**2
+    return above * below / both * gap**2

@@ -52,13 +52,17 @@ class Law(NamedTuple):
 
     def shortfall(self, loss: Numbers, parameters: Numbers, tokens: Numbers) -> Estimate:
         """By what fraction losses (nats) exceed the law's, on average (0.08: 8 % above it)."""
-        losses, n, t = (np.atleast_1d(values) for values in (loss, parameters, tokens))
+        observed = np.atleast_1d(loss)
+        sizes = np.atleast_1d(parameters)
+        texts = np.atleast_1d(tokens)
 
         def above(place: Place) -> float:
-            return float(np.mean(losses / _loss(place, n, t))) - 1
+            ratios = observed / _loss(place, sizes, texts)
+            return float(np.mean(ratios)) - 1
 
         left_out = [above(place) for place in self.left_out]
-        return _interval(above(self.place), left_out, [above(place) for place in self.reread])
+        reread = [above(place) for place in self.reread]
+        return _interval(above(self.place), left_out, reread)
 
 
 def fit(
@@ -90,11 +94,15 @@ def fit(
     models = data.shape[1]
     if models < 3:
         raise ValueError(f"{models} models: a scaling law needs three or more; give more sizes")
-    place = _minimum(*data)
+    sizes, texts, observed = data
+    place = _minimum(sizes, texts, observed)
     left_out = [_minimum(*np.delete(data, model, axis=1)) for model in range(models)]
-    noise = error * np.random.default_rng(seed).standard_normal((REREADINGS, models))
-    reread = [_minimum(data[0], data[1], data[2] + read) for read in noise] if error else []
-    residual = np.log(_loss(place, data[0], data[1]) / data[2])
+    reread = []
+    if error:
+        random = np.random.default_rng(seed)
+        noise = error * random.standard_normal((REREADINGS, models))
+        reread = [_minimum(sizes, texts, observed + off) for off in noise]
+    residual = np.log(_loss(place, sizes, texts) / observed)
     misfit = math.sqrt(np.mean(residual**2))
     return Law(place, np.array(left_out), np.array(reread).reshape(-1, 2), misfit)
 
@@ -107,14 +115,18 @@ def _minimum(n: np.ndarray, t: np.ndarray, losses: np.ndarray) -> Place:
     of_size = np.maximum(losses - _rest(t), 1e-3)
     slope, height = np.polyfit(np.log(n), np.log(of_size), 1)
     begin = np.array([height, -slope])
-    narrow = {"ftol": 1e-14, "xtol": 1e-14, "gtol": 1e-14}
-    return least_squares(misfit, begin, loss="huber", f_scale=DELTA, x_scale="jac", **narrow).x
+    options = {"loss": "huber", "f_scale": DELTA, "x_scale": "jac"}
+    narrow = dict.fromkeys(("ftol", "xtol", "gtol"), 1e-14)
+    found = least_squares(misfit, begin, **options, **narrow)
+    return found.x
 
 
 def _interval(value: float, left_out: Sequence[float], reread: Sequence[float]) -> Estimate:
     """A jackknife's 95 % interval over models, widened by the error of reading."""
     jackknifed = stats.jackknife(left_out, value)
-    reading = 1.96 * float(np.std(reread)) if reread else 0.0
+    reading = 0.0
+    if reread:
+        reading = 1.96 * float(np.std(reread))
     half = math.hypot(jackknifed.high - value, reading)
     return Estimate(value, value - half, value + half, jackknifed.n)
 

@@ -36,7 +36,7 @@ def singular_values(weight: Float[Tensor, "rows d"]) -> Values:
     return squares.sqrt().cpu().numpy() * scale
 
 
-def probabilities(singular_values: Values) -> Values:
+def _probabilities(singular_values: Values) -> Values:
     """Each value's share of their sum.
 
     **Raises:** `ValueError` for values that are negative, not finite or all zero.
@@ -60,7 +60,7 @@ def singular_entropy(singular_values: Values) -> float:
     >>> singular_entropy(np.array([1.0, 1.0, 1.0]))
     0.0
     """
-    p = probabilities(singular_values)
+    p = _probabilities(singular_values)
     kept = p[p > 0]
     return max(0.0, float(np.log(len(p)) + kept @ np.log(kept)))  # rounding may go below zero
 
@@ -72,13 +72,13 @@ def effective_rank(singular_values: Values) -> float:
 
 def stable_rank(singular_values: Values) -> float:
     """‖W‖²_F / σ₁², between 1 and d."""
-    p = probabilities(singular_values)
+    p = _probabilities(singular_values)
     return float(((p / p.max()) ** 2).sum())
 
 
 def participation_ratio(singular_values: Values) -> float:
     """(Σσ²)² / Σσ⁴, between 1 and d: the number of directions that carry the squared norm."""
-    squares = probabilities(singular_values) ** 2
+    squares = _probabilities(singular_values) ** 2
     return float(squares.sum() ** 2 / (squares**2).sum())
 
 
@@ -87,7 +87,7 @@ def w_error(singular_values: Values, ranks: Sequence[int]) -> Float[np.ndarray, 
 
     **Raises:** `ValueError` for a rank below 0 or above d. **Source:** Eckart & Young 1936.
     """
-    squares = np.sort(probabilities(singular_values)) ** 2
+    squares = np.sort(_probabilities(singular_values)) ** 2
     tails = np.append(0.0, squares.cumsum())[::-1]  # from the smallest, which keeps its digits
     asked = np.array(ranks, int)
     for rank in asked:
@@ -130,10 +130,12 @@ def frequency_link(
 def fits_size(parameters: float, entropy: stats.Estimate, cut: float = 1.6) -> bool | None:
     """Whether a trained head's singular entropy is above `cut` below 410M parameters only.
 
-    So Pythia's heads end in the paper's figure 5, with any cut from 0.57 to 4.67 nats.
+    So Pythia's heads end in the paper's figure 5, with any cut from 0.57 to 4.67 nats. A small
+    head that is flat leaves it open: the paper says that not every small model need saturate.
     """
+    small = parameters < 410e6
     high = stats.above(entropy, cut)
-    return None if high is None else high == (parameters < 410e6)
+    return None if high is None or (small and not high) else high == small
 
 
 def _gram(weight: Tensor, scale: float = 1.0) -> Tensor:

@@ -39,7 +39,7 @@ DIGITS = 5  # significant ones in a table
 TABLES = Path(__file__).parents[3] / "book" / "archive"
 
 
-def mixed_steps(steps: int, checkpoints: int) -> list[int]:
+def _mixed_steps(steps: int, checkpoints: int) -> list[int]:
     """Step 0, a third of the `checkpoints` log-spaced from 8 on, the others evenly spaced."""
     early = np.geomspace(min(8, steps), steps, checkpoints // 3 + 1)[:-1]
     late = np.linspace(0, steps, checkpoints - checkpoints // 3 + 1)
@@ -47,7 +47,7 @@ def mixed_steps(steps: int, checkpoints: int) -> list[int]:
 
 
 @torch.inference_mode()
-def measure(
+def _measure(
     model: PreTrainedModel, rows: Int[Tensor, "texts length"]
 ) -> tuple[dict[str, float], Float[np.ndarray, " texts"]]:
     """A model's numbers on held-out texts, and the loss of each text, nats a token.
@@ -139,15 +139,15 @@ def run(
     - `until`: the run stops at its last checkpoint up to this step; None ends it.
     - `text`: what it trains on, such as `first_text`; None makes the recipe's own.
 
-    **Returns:** a row a checkpoint: run, step, tokens, rate, `measure`, and `rise` with
+    **Returns:** a row a checkpoint: run, step, tokens, rate, what is measured, and `rise` with
     `rise_se`: the loss over the least one so far, and its standard error paired over texts.
     """
     recipe = changes.recipe(arm, d, seed, **options)
-    name = run_name(arm, d, seed)
+    name = _run_name(arm, d, seed)
     place = state / name
     place.mkdir(parents=True, exist_ok=True)
     table = folder / f"{name}.csv"
-    steps = mixed_steps(recipe.steps, recipe.checkpoints)
+    steps = _mixed_steps(recipe.steps, recipe.checkpoints)
     wanted = [step for step in steps if until is None or step <= until]
     with FileLock(place / ".lock"), tunnel.one_thread(device.pick("cpu")):
         if not (place / "done").exists():
@@ -181,7 +181,8 @@ def first_text(folder: Path = TABLES) -> tunnel.Text:
     with np.load(folder / "first-text.npz") as kept:
         stream = np.zeros(int(kept["length"]), np.int32)
         stream[kept["places"]] = kept["tokens"]
-        backend = Tokenizer.from_str(str(kept["tokenizer"]))
+        said = str(kept["tokenizer"])
+        backend = Tokenizer.from_str(said)
         held_out = torch.from_numpy(kept["held_out"].astype(np.int64))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
     return tunnel.Text(tokenizer, stream, held_out)
@@ -225,7 +226,7 @@ def differences(found: pd.DataFrame, kept: pd.DataFrame) -> pd.Series:
     return pd.Series(largest)
 
 
-def run_name(arm: str, d: int, seed: int) -> str:
+def _run_name(arm: str, d: int, seed: int) -> str:
     """A run's file name."""
     return f"{re.sub(r'[^a-z0-9.]+', '-', arm.lower())}-d{d}-s{seed}"
 
@@ -245,11 +246,12 @@ def _run(
     started = time.process_time()
 
     def keep(step: int) -> None:
-        measured[step] = measure(trainer.model, text.held_out)
+        measured[step] = _measure(trainer.model, text.held_out)
         spent = seconds + time.process_time() - started
         with cache.replacing(kept) as temporary:
             torch.save({**measured, "seconds": spent}, temporary)
-        done = {n: measured[n] for n in sorted(measured) if n <= step}
+        past = sorted(known for known in measured if known <= step)
+        done = {known: measured[known] for known in past}
         rows = _table(arm, recipe, done)
         with cache.replacing(table) as temporary:
             rows.to_csv(temporary, index=False, float_format=f"%.{DIGITS}g")
@@ -286,7 +288,7 @@ def _describe(
     """Write beside a table where it comes from."""
     before = json.loads(path.read_text()) if path.exists() else {}
     today = datetime.date.today().isoformat()
-    command = f"headbound tunnel {arm!r} {recipe.hidden_size} {recipe.seed}"
+    command = f"python -m headbound.train.archive {arm!r} {recipe.hidden_size} {recipe.seed}"
     record = {
         "command": command,
         "commit": before.get("commit") or _commit(),

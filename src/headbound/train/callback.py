@@ -58,18 +58,18 @@ class SaturationCallback(TrainerCallback):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         training = model.training
         model.eval()
-        row = measure(model, self.input_ids.to(model.device))
+        row = _measure(model, self.input_ids.to(model.device))
         model.train(training)
         self.rows.append({"step": float(state.global_step), **row})
         self.trainer.log({f"saturation/{name}": value for name, value in row.items()})
-        found = signs(self.rows)
+        found = _signs(self.rows)
         if len(found) == 3 and not self.warned:
             self.warned = True
             warnings.warn(f"step {state.global_step}: {'; '.join(found)}", stacklevel=2)
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, input_ids: Int[Tensor, "texts length"]) -> dict[str, float]:
+def _measure(model: nn.Module, input_ids: Int[Tensor, "texts length"]) -> dict[str, float]:
     """What chapters 2, 3 and 7 measure of a model, on one batch.
 
     - `loss`: nats a token.
@@ -104,7 +104,7 @@ def measure(model: nn.Module, input_ids: Int[Tensor, "texts length"]) -> dict[st
     }
 
 
-def signs(rows: list[dict[str, float]]) -> list[str]:
+def _signs(rows: list[dict[str, float]]) -> list[str]:
     """The paper's signs of saturation that the last of these measurements shows, in words.
 
     One alone says little: a young model's last layer is anisotropic too. All three together are

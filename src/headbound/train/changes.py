@@ -15,7 +15,7 @@ from torch.nn.functional import gelu
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from headbound import stats
-from headbound.measure.rules import APART
+from headbound.measure.rules import APART, SEEDS
 from headbound.measure.saturation import SEEN, late_rise
 from headbound.train.callback import ENTROPY_RATIO, LOSS_RISE
 from headbound.train.step import Recipe
@@ -34,7 +34,7 @@ SAME = {
 QUANTITIES = dict(zip(("loss", "cosine", "entropy", "centred"), SAME, strict=True))
 
 
-class Factored(nn.Module):
+class _Factored(nn.Module):
     """W = A·B, inner width k = `ratio` · d: of rank min(d, k) at most.
 
     With an `activation` in between, the logits have rank k at most.
@@ -96,8 +96,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},
     "rank cut, forward": {"cut": "forward"},
     "rank cut, backward": {"cut": "backward"},
-    "lifted head, two layers": {"head": partial(Factored, ratio=4.0, activation=gelu)},
-    "lifted head, linear": {"head": partial(Factored, ratio=4.0)},
+    "lifted head, two layers": {"head": partial(_Factored, ratio=4.0, activation=gelu)},
+    "lifted head, linear": {"head": partial(_Factored, ratio=4.0)},
     "10 epochs": {"epochs": 10.0},
     "100 epochs": {"epochs": 100.0},
     "unused tokens": {"unused": 0.2},
@@ -110,7 +110,11 @@ def parameters(d: int, vocab: int = VOCAB, layers: int = 2) -> int:
 
 
 def recipe(
-    arm: str, d: int, seed: int, tokens_a_parameter: float = TOKENS_A_PARAMETER, **options: Any
+    arm: str,
+    d: int,
+    seed: int,
+    tokens_a_parameter: float | int = TOKENS_A_PARAMETER,
+    **options: Any,
 ) -> Recipe:
     """An arm's recipe at a width; `options` change fields of the baseline.
 
@@ -132,10 +136,10 @@ def recipe(
 def build(arm: str) -> Build:
     """How an arm's model is built."""
     head = ARMS[arm].get("head")
-    return partial(with_head, head=head) if head else GPTNeoXForCausalLM
+    return partial(_with_head, head=head) if head else GPTNeoXForCausalLM
 
 
-def with_head(config: GPTNeoXConfig, head: Callable[[int, int], nn.Module]) -> GPTNeoXForCausalLM:
+def _with_head(config: GPTNeoXConfig, head: Callable[[int, int], nn.Module]) -> GPTNeoXForCausalLM:
     """A GPT-NeoX with another head; its other weights start as those of the usual model."""
     model = GPTNeoXForCausalLM(config)
     model.set_output_embeddings(head(config.hidden_size, config.vocab_size))
@@ -187,10 +191,8 @@ def share(found: Sequence[bool]) -> stats.Estimate:
     return stats.Estimate(test.statistic, interval.low, interval.high, len(found))
 
 
-def effects(
-    signs: pd.DataFrame, quantities: Sequence[str], against: str = "baseline"
-) -> pd.DataFrame:
-    """What each arm changes: differences to the run `against` of the same width and seed.
+def effects(signs: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
+    """What each arm changes: differences to the baseline of the same width and seed.
 
     **Returns:** a row an arm and quantity: value, low and high of a t interval over pairs, n (the
     pairs), p, and `adjusted`, p after Holm's correction for all tests of the table. One pair has
@@ -201,9 +203,9 @@ def effects(
     runs = signs.set_index(["arm", "hidden_size", "seed"])[list(quantities)]
     rows = []
     for arm in dict.fromkeys(signs["arm"]):
-        if arm == against:
+        if arm == "baseline":
             continue
-        pairs = (runs.loc[arm] - runs.loc[against]).dropna(how="all")
+        pairs = (runs.loc[arm] - runs.loc["baseline"]).dropna(how="all")
         rows += [{"arm": arm, "quantity": name, **_paired(pairs[name])} for name in quantities]
     table = pd.DataFrame(rows)
     known = table["p"].notna()
@@ -236,7 +238,8 @@ def outcome(effect: pd.Series) -> str:
 
 def parted(effects: pd.DataFrame) -> tuple[list[str], int]:
     """Arms that move a spectrum while the late loss stays, of how many whose loss is settled."""
-    named = effects.assign(outcome=[outcome(row) for _, row in effects.iterrows()])
+    words = [outcome(row) for _, row in effects.iterrows()]
+    named = effects.assign(outcome=words)
     outcomes = named.pivot(index="arm", columns="quantity", values="outcome")
     settled = outcomes[outcomes["loss_late"] != "open"]
     still = settled[settled["loss_late"] == "same"]
@@ -253,9 +256,12 @@ def judge(
     **Arguments:** `predictions`: as in `book/archive/predictions.yaml`, arm, account, sign, word.
 
     **Returns:** a row a prediction: arm, account, sign, predicted, found and `held`, which is None
-    where the prediction or the finding is open. Arms that were not run are left out.
+    where the prediction or the finding is open. Arms that were not run are left out. Fewer than
+    three runs of an arm leave open whether a sign appears.
     """
-    outcomes = {(row["arm"], row["quantity"]): outcome(row) for _, row in effects.iterrows()}
+    outcomes = {}
+    for _, row in effects.iterrows():
+        outcomes[row["arm"], row["quantity"]] = outcome(row)
     rows = []
     for arm, of_arm in predictions.items():
         runs = appeared[appeared["arm"] == arm]
@@ -270,6 +276,8 @@ def judge(
 
 
 def _presence(found: "pd.Series[bool]") -> str:
+    if len(found) < SEEDS:
+        return "open"
     if found.all():
         return "appears"
     return "open" if found.any() else "absent"

@@ -45,7 +45,7 @@ def states(
         heads = hidden.shape[-1] // attention.head_size
         normed = _norm(layer.input_layernorm, hidden)
         mixed = attention.query_key_value(normed)
-        attended = Attention.apply(mixed, cosines, sines, heads)
+        attended = _Attention.apply(mixed, cosines, sines, heads)
         normed = _norm(layer.post_attention_layernorm, hidden)
         wide = gelu(mlp.dense_h_to_4h(normed))
         hidden = hidden + attention.dense(attended) + mlp.dense_4h_to_h(wide)
@@ -54,7 +54,7 @@ def states(
     return hidden, rounding(normed)
 
 
-class Attention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     """Causal softmax attention with rotary positions, both passes written out.
 
     With E = exp(q·k/√n) below the diagonal and z its row sums, the output is E v / z. The
@@ -126,11 +126,11 @@ def cross_entropy(
     **Source:** of the z-loss Chowdhery et al. 2022.
     """
     if rounding is None:
-        return CrossEntropy.apply(hidden, weight, targets, z_loss)
-    return RoundedCrossEntropy.apply(hidden, weight, targets, rounding, loss_scale)
+        return _CrossEntropy.apply(hidden, weight, targets, z_loss)
+    return _RoundedCrossEntropy.apply(hidden, weight, targets, rounding, loss_scale)
 
 
-class CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(torch.autograd.Function):
     """`cross_entropy` without rounding; the gradients are ready when the loss is."""
 
     @staticmethod
@@ -174,7 +174,7 @@ class CrossEntropy(torch.autograd.Function):
         return gradient * by_hidden, gradient * by_weight, None, None
 
 
-class RoundedCrossEntropy(torch.autograd.Function):
+class _RoundedCrossEntropy(torch.autograd.Function):
     """`cross_entropy` with logits and their scaled gradient rounded to another format."""
 
     @staticmethod
@@ -230,15 +230,17 @@ def _rotate(parts: Tensor, cosines: Tensor, sines: Tensor) -> None:
     half = cosines.shape[-1]
     first, second, _ = parts.tensor_split((half, 2 * half), -1)
     turned = first * cosines - second * sines
-    second.copy_(first * sines + second * cosines)
+    other = first * sines + second * cosines
+    second.copy_(other)
     first.copy_(turned)
 
 
 def _angles(model: GPTNeoXModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
     places = torch.arange(tokens.shape[1], device=tokens.device)
-    both = model.rotary_emb(model.embed_in.weight, places[None])
+    both = torch.stack(model.rotary_emb(model.embed_in.weight, places[None]))
     # Each angle stands there twice, once for each half.
-    cosines, sines = (angles[0].chunk(2, -1)[0] for angles in both)
+    once, _ = both.chunk(2, -1)
+    cosines, sines = once[:, 0]
     return cosines, sines
 
 

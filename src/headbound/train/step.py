@@ -37,8 +37,7 @@ class Recipe:
       of embedding and head; or `sgd`, gradient descent with momentum .9.
     - `weight_decay`: of matrices, a share of the weight for each unit of learning rate.
     - `precision`: `float32`, `float16` or `bfloat16`, to which weights, states, logits and their
-      gradient are rounded. Sums, moments and
-      the kept weights stay float32.
+      gradient are rounded. Sums, moments and the kept weights stay float32.
     - `centred`: the mean row is taken out of the head after each step.
     - `z_loss`: the factor of the mean (ln Z)² in the loss.
     - `cut`: the head's rank is cut to d/2, in the pass `forward` or in the pass `backward` alone.
@@ -118,11 +117,7 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: flo
     """The rate of a step: linear in the warm-up, a share of `steps`, then by the schedule.
 
     `cosine` falls to a tenth of the peak, as Pythia's does; `constant` stays.
-
-    **Raises:** `ValueError` for another schedule.
     """
-    if schedule not in ("cosine", "constant"):
-        raise ValueError(f"schedule = {schedule!r}: must be 'cosine' or 'constant'")
     ramp = warmup * steps
     if step < ramp:
         return peak * (step + 1) / (ramp + 1)
@@ -142,16 +137,18 @@ class Trainer:
     def __init__(self, model: PreTrainedModel, recipe: Recipe):
         self.model = model
         self.recipe = recipe
-        self.rounding = rounding(recipe.precision)
+        self.rounding = _rounding(recipe.precision)
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim < 2]
-        self.flat = [Flat(part, self.rounding) for part in (matrices, vectors)]
+        self.flat = [_Flat(part, self.rounding) for part in (matrices, vectors)]
         self.optimizer = self._optimizer(matrices)
 
     def loss(self, rows: Int[Tensor, "size length"]) -> Float[Tensor, ""]:
         """The mean loss of the windows, nats a token, with the recipe's additions."""
-        inputs, targets = rows[:, :-1], rows[:, 1:].flatten()
-        hidden = last_states(self.model, inputs, self.rounding)[1].flatten(0, 1)
+        inputs = rows[:, :-1]
+        targets = rows[:, 1:].flatten()
+        _, states = last_states(self.model, inputs, self.rounding)
+        hidden = states.flatten(0, 1)
         head = self.model.get_output_embeddings()
         parts = last_matrix(head, hidden)
         if parts is None:
@@ -200,7 +197,7 @@ class Trainer:
             return torch.optim.SGD(groups, lr=self.recipe.peak, momentum=0.9)
         if self.recipe.optimizer == "coupled":
             tables = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-            return CoupledAdamW(groups, places(matrices, [table.weight for table in tables]))
+            return _CoupledAdamW(groups, _places(matrices, [table.weight for table in tables]))
         return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
     def _cut(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,13 +207,13 @@ class Trainer:
         projection = kept @ kept.T
         if self.recipe.cut == "forward":
             return hidden @ projection, weight
-        return BackwardCut.apply(hidden, projection), BackwardCut.apply(weight, projection)
+        return _BackwardCut.apply(hidden, projection), _BackwardCut.apply(weight, projection)
 
 
-class Flat:
+class _Flat:
     """Many parameters as one vector; they become views of it, and so do their gradients.
 
-    With a `rounding` they are views of a second vector, which `show` makes the rounded first.
+    With a rounding they are views of a second vector, which `show` makes the rounded first.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], rounding: fast.Rounding):
@@ -239,7 +236,7 @@ class Flat:
             self.shown.copy_(self.rounding(self.weights.detach()))
 
 
-class CoupledAdamW(torch.optim.Optimizer):
+class _CoupledAdamW(torch.optim.Optimizer):
     """AdamW with one second moment for all rows of a table of tokens.
 
     **Arguments:** `groups`: each of one flat vector. `tables`: where tables lie in the first of
@@ -259,7 +256,8 @@ class CoupledAdamW(torch.optim.Optimizer):
             (weights,) = group["params"]
             state = self.state[weights] or self._start(weights)
             state["step"] += 1
-            mean, square = state["exp_avg"], state["exp_avg_sq"]
+            mean = state["exp_avg"]
+            square = state["exp_avg_sq"]
             first, second = group["betas"]
             mean.lerp_(weights.grad, 1 - first)
             square.lerp_(weights.grad.square(), 1 - second)
@@ -281,7 +279,7 @@ class CoupledAdamW(torch.optim.Optimizer):
         return self.state[weights]
 
 
-class BackwardCut(torch.autograd.Function):
+class _BackwardCut(torch.autograd.Function):
     """The numbers as they are; their gradient projected."""
 
     @staticmethod
@@ -296,7 +294,7 @@ class BackwardCut(torch.autograd.Function):
         return gradient @ ctx.projection, None
 
 
-class Rounded(torch.autograd.Function):
+class _Rounded(torch.autograd.Function):
     """The nearest numbers of another format, in float32; the gradient passes as it is."""
 
     @staticmethod
@@ -310,13 +308,13 @@ class Rounded(torch.autograd.Function):
         return gradient, None
 
 
-def rounding(precision: str) -> fast.Rounding:
+def _rounding(precision: str) -> fast.Rounding:
     """The function that rounds float32 to a format of `Recipe.precision`."""
     if precision == "float32":
         return fast.exact
 
     def to_format(numbers: Tensor) -> Tensor:
-        return Rounded.apply(numbers, precision)
+        return _Rounded.apply(numbers, precision)
 
     return to_format
 
@@ -341,11 +339,12 @@ def last_matrix(
     return head.factors(hidden) if hasattr(head, "factors") else None
 
 
-def places(
+def _places(
     parameters: Sequence[nn.Parameter], tables: Sequence[nn.Parameter]
 ) -> list[tuple[slice, int]]:
     """Where tables lie in a vector of all parameters, and their widths."""
-    found, start = [], 0
+    found = []
+    start = 0
     for parameter in parameters:
         end = start + parameter.numel()
         if any(parameter is table for table in tables):

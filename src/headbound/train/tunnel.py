@@ -70,11 +70,13 @@ def _corpus(source, vocab_size, context, held_out_texts, cache, changed):
     tokenizer = prose.train_bpe(train_texts, vocab_size)
     stream = prose.encode(tokenizer, train_texts)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=prose.END_OF_TEXT)
-    drawn = [test_texts[i] for i in np.random.default_rng(0).permutation(len(test_texts))]
-    return Text(wrapped, stream, hidden.sequences(wrapped, drawn, held_out_texts, context + 1))
+    order = np.random.default_rng(0).permutation(len(test_texts))
+    drawn = [test_texts[place] for place in order]
+    rows = hidden.sequences(wrapped, drawn, held_out_texts, context + 1)
+    return Text(wrapped, stream, rows)
 
 
-def checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
+def _checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
     """Step 0 and `checkpoints` log-spaced steps from steps/200 to `steps`, rounded, each once.
 
     **Raises:** `ValueError` if one of the two is below 1.
@@ -83,7 +85,8 @@ def checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
         raise ValueError(f"steps = {steps}, checkpoints = {checkpoints}: both must be 1 or more")
     # From the end, which one alone is.
     spaced = np.geomspace(steps, max(1, steps / 200), checkpoints)
-    return [0, *np.unique(spaced.round().astype(int)).tolist()]
+    whole = spaced.round().astype(int)
+    return [0, *np.unique(whole).tolist()]
 
 
 def batch(
@@ -103,7 +106,8 @@ def batch(
         chosen.append(order[places[epochs == epoch]])
     starts = np.concatenate(chosen) * recipe.context
     inside = np.arange(recipe.context + 1)
-    return torch.from_numpy(stream[starts[:, None] + inside]).long()
+    tokens = stream[starts[:, None] + inside]
+    return torch.from_numpy(tokens).long()
 
 
 @functools.lru_cache(maxsize=4)
@@ -135,7 +139,6 @@ def train(
     folder: Path | str | None = None,
     *,
     build: Build = GPTNeoXForCausalLM,
-    where: str = "auto",
     **options: Any,
 ) -> pd.DataFrame:
     """Train the suite, or what is missing of it; called again, it only reads.
@@ -149,7 +152,6 @@ def train(
     - `hidden_sizes`, `steps`, `options`: see `Recipe`.
     - `folder`: by default in the cache, under a hash of the recipe without its hidden size.
     - `build`: from a configuration to a GPT-NeoX with any head, kept under the name `variant`.
-    - `where`: the device.
 
     **Returns:** a row a checkpoint: model, step, tokens, `checkpoint.measure`, and `path` to it in
     the Hub's layout.
@@ -169,7 +171,7 @@ def train(
     text = corpus(first.source, first.vocab_size, first.context, first.held_out_texts)
     kept_windows(first, text.stream)
     root = _settle(first, text, folder)
-    on = device.pick(where)
+    on = device.pick()
     jobs = [delayed(_one)(root, recipe, text, build, on) for recipe in recipes]
     workers = min(len(jobs), os.cpu_count() or 1) if on.type == "cpu" else 1
     return pd.DataFrame([row for rows in progress.parallel(jobs, workers)[::-1] for row in rows])
@@ -248,7 +250,7 @@ def _settle(recipe: Recipe, text: Text, folder: Path | str | None) -> Path:
 
 def _one(root: Path, recipe: Recipe, text: Text, build: Build, on: torch.device) -> list[dict]:
     folder = root / f"{recipe.variant}-d{recipe.hidden_size}"
-    steps = checkpoint_steps(recipe.steps, recipe.checkpoints)
+    steps = _checkpoint_steps(recipe.steps, recipe.checkpoints)
     wanted = {step: folder / f"step{step}" for step in steps}
     folder.mkdir(exist_ok=True)
     # The lock ends with its process: of two chapters that ask for a suite at once, one trains it.
@@ -256,11 +258,7 @@ def _one(root: Path, recipe: Recipe, text: Text, build: Build, on: torch.device)
         if not all(path.exists() for path in wanted.values()):
             with one_thread(on):
                 _train_one(folder, wanted, recipe, text, build, on)
-    name = {
-        "variant": recipe.variant,
-        "hidden_size": recipe.hidden_size,
-        "seed": recipe.seed,
-    }
+    name = {"variant": recipe.variant, "hidden_size": recipe.hidden_size, "seed": recipe.seed}
     rows = []
     for step, path in wanted.items():
         numbers = json.loads((path / "measurements.json").read_text())

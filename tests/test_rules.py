@@ -124,7 +124,6 @@ def test_nothing_to_judge_is_no_verdict():
     assert rules.loss_rises(falling, ["160M"]).agrees is None
     assert rules.rank_costs([600, 1024], [2.1, 2.0]).agrees is None
     assert rules.rank_costs([256, 1024], [2.01, 2.0]).agrees is False
-    assert rules.rank_costs([256, 1024], [2.01, 2.0], most=0.2).agrees is None
     assert rules.bends_at([0.7, 0.9], [2, 3]).agrees is None
 
 

@@ -72,12 +72,11 @@ def absent(ruling: Ruling, seeds: int, steps: int) -> Ruling:
     return Ruling(None, f"{told}; {ruling.comment}")
 
 
-def rank_costs(ranks: ArrayLike, losses: ArrayLike, up_to: int = 512, most: float = 0.0) -> Ruling:
+def rank_costs(ranks: ArrayLike, losses: ArrayLike, up_to: int = 512) -> Ruling:
     """Section 5.1: a head of a rank well below 1,000 noticeably raises perplexity.
 
     The full head is the one of the greatest rank. Every lower rank up to 512 must cost 5 % of
-    perplexity or more. None where no such rank was measured, or where the least cost is less but
-    could be 5 % (`most`, the end of its interval and what little training leaves open).
+    perplexity or more. None where no such rank was measured.
     """
     rank = np.asarray(ranks, float)
     loss = np.asarray(losses, float)
@@ -87,8 +86,6 @@ def rank_costs(ranks: ArrayLike, losses: ArrayLike, up_to: int = 512, most: floa
         return Ruling(None, f"no rank up to {up_to} was measured below the full one")
     least = cost[well_below].min()
     comment = f"least cost up to rank {up_to}: {least:.1%} of perplexity; noticeable from 5 %"
-    if least < NOTICEABLE <= most:
-        return Ruling(None, f"{comment}; it could be {most:.0%}")
     return Ruling(bool(least >= NOTICEABLE), comment)
 
 

@@ -179,3 +179,13 @@ def test_a_kernel_that_is_killed_is_told_in_one_line(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("headbound: chapter: its kernel was killed")
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["chapter.ipynb"]
+
+
+def test_a_preset_gives_a_chapter_its_values_and_another_notebook_none(tmp_path):
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "small.yaml").write_text("01_one: {n: 3}\n02_two: {}\n")
+    notebooks = tmp_path / "notebooks"
+    assert execute.of_preset(notebooks / "01_one.ipynb", "small") == {"n": 3}
+    assert execute.of_preset(notebooks / "02_two.ipynb", "small") == {}
+    assert execute.of_preset(notebooks / "03_three.ipynb", "small") == {}
+    assert execute.of_preset(notebooks / "01_one.ipynb", "large") == {}

@@ -60,11 +60,12 @@ def chapter(
     values: Set = None,
     parameters: Annotated[str, typer.Option(help="Parameters as a JSON object.")] = "{}",
 ) -> None:
-    """Execute one chapter, with parameters of your own; its first code cell lists them."""
+    """Execute one chapter; what you set goes before the preset. Its first code cell lists all."""
     from companion import execute
 
     def work() -> None:
-        execute.execute(notebook, output, preset, given(parameters, values))
+        chosen = execute.of_preset(notebook, preset) | given(parameters, values)
+        execute.execute(notebook, output, preset, chosen)
 
     if not notebook.exists() and notebook.suffix != ".ipynb":
         notebook = Path("notebooks") / f"{notebook}.ipynb"

@@ -126,6 +126,15 @@ def describe_figures(notebook: nbformat.NotebookNode) -> None:
                 cell.metadata["mystnb"] = {"figure": figure, "image": {"alt": about["alt"]}}
 
 
+def of_preset(notebook: Path, preset: str) -> dict[str, Any]:
+    """What a preset changes of a chapter: nothing where no preset names it."""
+    path = notebook.resolve().parent.parent / "presets" / f"{preset}.yaml"
+    if not path.is_file():
+        return {}
+    chapters = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return chapters.get(notebook.stem) or {}
+
+
 def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any]) -> None:
     """Execute a notebook into `output`, which appears only when every cell has run.
 

@@ -127,6 +127,14 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
     assert peaks[1] < 1.3 * peaks[0]
 
 
+def test_leading_values_and_their_rest_give_the_same_w_error():
+    tokens = zipf_tokens(5000, 120)
+    full = ngrams.singular_values(ngrams.gram(tokens, 3, 120))
+    leading = ngrams.leading_values(ngrams.context_matrix(tokens, 3, 120), 20)
+    np.testing.assert_allclose(leading[:20], full[:20], rtol=1e-9)
+    np.testing.assert_allclose(w_error(leading)[-21:], w_error(full)[-21:], atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("rank", "vocab", "size"), [(5, 200, 200_000), (20, 400, 400_000), (40, 400, 1_000_000)]
 )
@@ -172,6 +180,7 @@ def test_shuffled_targets_support_one_dimension():
             lambda t: ngrams.split_half(*[ngrams.gram(t[:9], 2, 9, unbiased=True)] * 2),
             "0 contexts in one half",
         ),
+        (lambda t: ngrams.leading_values(ngrams.context_matrix(t, 2, 9), 9), "ranks = 9"),
     ],
 )
 def test_bad_input_is_named_with_its_fix(call, message):
@@ -204,12 +213,13 @@ def test_needed_rank_is_the_first_that_reaches_the_level():
     assert [ngrams.needed_rank(errors, level) for level in (1.0, 0.4, 0.3, 0.1)] == [0, 2, 2, None]
 
 
-def test_errors_are_those_of_a_dense_svd():
+def test_errors_are_those_of_a_dense_svd_whole_and_leading():
     tokens = zipf_tokens(3000, 100)
     dense_values = np.linalg.svd(ngrams.context_matrix(tokens, 3, 100).toarray(), compute_uv=False)
     expected = np.sqrt(1 - np.append(0, np.cumsum(dense_values**2)) / np.sum(dense_values**2))
     whole = ngrams.errors(tokens, 3, 100)
     np.testing.assert_allclose(whole[:99], expected[:99], atol=1e-9)
+    np.testing.assert_allclose(ngrams.errors(tokens, 3, 100, leading=20), whole[:21], atol=1e-9)
 
 
 def test_a_study_is_its_parts():

@@ -15,6 +15,7 @@ import psutil
 import torch
 from jaxtyping import Float64, Integer
 from scipy.sparse import csr_array, diags_array, vstack
+from scipy.sparse.linalg import LinearOperator, eigsh
 from scipy.special import expit, logit
 from statsmodels.api import OLS, add_constant
 from torch.nn.functional import pad
@@ -159,12 +160,44 @@ def singular_values(gram: Gram) -> Float64[np.ndarray, " vocab"]:
     return np.sqrt(values)
 
 
-def errors(tokens: Tokens, order: int, vocab_size: int, **rows: Any) -> Curve:
-    """W-error of the best matrix of rank d, for each d from 0 to V; `rows` is what `gram` takes.
+def leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " values"]:
+    """The `ranks` largest singular values by Lanczos, for vocabularies beyond `gram`.
+
+    The others are given as their root mean square, from ‖W‖: W-error is exact up to `ranks`.
+
+    **Raises:** `ValueError` for ranks out of range.
+    """
+    most = min(matrix.shape) - 1
+    if not 1 <= ranks <= most:
+        raise ValueError(f"ranks = {ranks}: must be between 1 and {most}")
+    size = matrix.shape[1]
+
+    def square(vector: np.ndarray) -> np.ndarray:
+        return matrix.T @ (matrix @ vector)
+
+    operator = LinearOperator((size, size), square, dtype=np.float64)
+    start = np.random.default_rng(0).random(size)
+    found = eigsh(operator, ranks, v0=start, return_eigenvectors=False)
+    values = found[::-1]
+    others = most + 1 - ranks
+    norm = np.sum(matrix.data**2)
+    left = norm - values.sum()
+    rest = np.full(others, max(0.0, left) / others)
+    return np.sqrt(np.append(values, rest))
+
+
+def errors(tokens: Tokens, order: int, vocab_size: int, leading: int = 0, **rows: Any) -> Curve:
+    """W-error of the best matrix of rank d, for each d from 0 to V, or to `leading` where given.
+
+    `rows` is what `gram` takes; with `leading`, `weighting` alone.
 
     >>> errors(np.array([0, 1, 2, 0, 1, 2]), 2, 3).round(3)
     array([1.   , 0.816, 0.577, 0.   ])
     """
+    if leading:
+        matrix = context_matrix(tokens, order, vocab_size, **rows)
+        values = leading_values(matrix, leading)
+        return spectrum.w_error(values, range(leading + 1))
     values = singular_values(gram(tokens, order, vocab_size, **rows))
     return spectrum.w_error(values, range(len(values) + 1))
 
@@ -267,7 +300,7 @@ def _check_memory(vocab_size: int) -> None:
     if vocab_size > most:
         raise ValueError(
             f"vocab_size = {vocab_size}: its spectrum needs {16e-9 * vocab_size**2:.1f} GB, "
-            f"{free / 1e9:.1f} are free; take at most {most} tokens"
+            f"{free / 1e9:.1f} are free; take at most {most} tokens, or leading_values"
         )
 
 

@@ -64,7 +64,7 @@ def test_a_sound_run_is_logged_and_not_warned_of(rows, tmp_path, options):
 
 def test_the_numbers_follow_from_their_definitions(rows, tmp_path):
     model = trainer(rows, tmp_path, tied=False).model.eval().double()
-    found = callback._measure(model, rows[:8])
+    found = callback.measure(model, rows[:8])
     with torch.no_grad():
         logits = model(rows[:8, :-1]).logits
         states = model.transformer(rows[:8, :-1]).last_hidden_state.flatten(0, 1)

@@ -303,7 +303,7 @@ def test_pythia_saturates_on_lambada_below_410m_only():
     assert len(table) == 37_152
     curves = table.groupby(["model", "task", "metric"])["step"].nunique()
     assert (curves == table["step"].nunique()).all()
-    for path in sorted(SHARED.rglob("*step143000.json")):
+    for path in sorted(SHARED.rglob("zero-shot/*step143000.json")):
         results = json.loads(path.read_text())["results"]
         model = path.parents[1].name
         rows = table[(table["model"] == model) & (table["step"] == 143_000)]

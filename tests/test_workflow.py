@@ -165,7 +165,7 @@ def spoil(good: tuple[Path, Path], tmp_path: Path, change) -> list[str]:
 
 def test_each_planted_fault_is_caught(good, tmp_path):
     def error(content):
-        content.cells[2].outputs.append(
+        content.cells[1].outputs.append(
             nbformat.v4.new_output("error", ename="E", evalue="bad", traceback=[])
         )
 
@@ -182,7 +182,7 @@ def test_each_planted_fault_is_caught(good, tmp_path):
         content.cells[2].outputs *= 2
 
     def noise(content):
-        content.cells[2].outputs.append(
+        content.cells[1].outputs.append(
             nbformat.v4.new_output("stream", name="stderr", text="a warning")
         )
 

@@ -181,7 +181,14 @@ def _own_kernel() -> Iterator[Config]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "kernels" / "python3"
         folder.mkdir(parents=True)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [
+            sys.executable,
+            "-m",
+            "ipykernel_launcher",
+            "-f",
+            "{connection_file}",
+            "--log-level=CRITICAL",
+        ]
         spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
         (folder / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
         before = dict(os.environ)

@@ -139,9 +139,9 @@ def plan(
     def work() -> None:
         from sweep import hub, plan, read
 
-        hub.TRIES = 2
         rates = plan.Rates(tflops, tflops64, megabytes, jobs)
-        print(plan.words(*read(file), rates))
+        with hub.impatient():
+            print(plan.words(*read(file), rates))
 
     raise typer.Exit(done(work))
 

@@ -179,6 +179,8 @@ def _run(model, tokenizer, task, metadata, batch_size, options):
         words = copy.deepcopy(tokenizer)  # lm-eval changes what it is given
         if words.pad_token is None:  # it would add one, behind the last row of the embedding
             words.pad_token = words.eos_token or words.convert_ids_to_tokens(0)
+        if words.eos_token is None:  # it puts one before a text, and decodes it
+            words.eos_token = words.pad_token
         wrapped = HFLM(pretrained=model, tokenizer=words, batch_size=batch_size)
         options |= {"tasks": [task], "task_manager": manager, "bootstrap_iters": 1000}
         found = simple_evaluate(wrapped, **options)

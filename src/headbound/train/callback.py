@@ -58,7 +58,7 @@ class SaturationCallback(TrainerCallback):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         training = model.training
         model.eval()
-        row = _measure(model, self.input_ids.to(model.device))
+        row = measure(model, self.input_ids.to(model.device))
         model.train(training)
         self.rows.append({"step": float(state.global_step), **row})
         self.trainer.log({f"saturation/{name}": value for name, value in row.items()})
@@ -69,7 +69,7 @@ class SaturationCallback(TrainerCallback):
 
 
 @torch.inference_mode()
-def _measure(model: nn.Module, input_ids: Int[Tensor, "texts length"]) -> dict[str, float]:
+def measure(model: nn.Module, input_ids: Int[Tensor, "texts length"]) -> dict[str, float]:
     """What chapters 2, 3 and 7 measure of a model, on one batch.
 
     - `loss`: nats a token.

@@ -158,7 +158,8 @@ def test_the_unbiased_gram_of_the_exercise_is_the_package_s(stream):
 
 def test_the_papermill_commands_of_the_book_fit_the_notebooks():
     text = "\n".join([*PROSE.values(), *map(exercises_cell, NOTEBOOKS)])
-    commands = [shlex.split(line) for line in re.findall(r"^papermill .*", text, re.MULTILINE)]
+    lines = re.findall(r"^papermill .*", text.replace("\\\n", " "), re.MULTILINE)
+    commands = [shlex.split(line) for line in lines]
     assert len(commands) > 5
     for _, notebook, output, *options in commands:
         assert output.endswith(".ipynb")

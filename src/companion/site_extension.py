@@ -7,7 +7,6 @@ from typing import Any
 from urllib.parse import urlparse
 
 from docutils import nodes
-from myst_nb.sphinx_ import HideCodeCellNode, depart_HideCellInput, visit_HideCellInput
 from sphinx.application import Sphinx
 
 KEPT = ("tex-chtml.js", "output/chtml/fonts", "input/tex/extensions")  # of MathJax, 24 MB otherwise
@@ -89,10 +88,13 @@ def prune_mathjax(app: Sphinx, exception: Exception | None) -> None:
     spare.rename(folder)
 
 
-def show_folded_cells(app: Sphinx) -> None:
-    """Let the builder of one long page, which the PDF is printed from, write folded cells too."""
-    handlers = (visit_HideCellInput, depart_HideCellInput)
-    app.registry.add_translation_handlers(HideCodeCellNode, singlehtml=handlers)
+def write_one_page_alike(app: Sphinx) -> None:
+    """Give the builder of one long page, which the PDF is printed from, what the pages have.
+
+    Once an extension registers a node for it by name, Sphinx forgets the others' for `html`.
+    """
+    handlers = app.registry.translation_handlers
+    handlers["singlehtml"] = handlers.get("html", {}) | handlers.get("singlehtml", {})
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -102,7 +104,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_css_file("companion.css", priority=100)
     app.add_js_file("companion.js")
     app.connect("config-inited", set_up_site, priority=1)
-    app.connect("builder-inited", show_folded_cells)
+    app.connect("builder-inited", write_one_page_alike)
     app.connect("html-page-context", trim_page, priority=999)
     app.connect("missing-reference", excuse_missing_figures)
     app.connect("build-finished", prune_mathjax, priority=999)

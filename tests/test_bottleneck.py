@@ -1,6 +1,5 @@
 """The diagnosis: its rule, its experiment on planted cases, the report on new architectures."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from sweep import references
 
 from companion import diagnosis
 from headbound import stats
@@ -23,9 +23,6 @@ from headbound.stats import Estimate
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "09_diagnose.ipynb"
-SPEC = importlib.util.spec_from_file_location("references", ROOT / "workflow" / "references.py")
-references = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(references)
 
 WORDS = [tiny.TEXT.split()[i % 18] for i in np.random.default_rng(0).integers(0, 18, 60_000)]
 PARAGRAPHS = [" ".join(WORDS[i : i + 500]) for i in range(0, len(WORDS), 500)]

@@ -1,4 +1,4 @@
-"""`python workflow/references.py [NAME…]` makes book/data/references.csv, read in chapter 9."""
+"""`python -m sweep.references [NAME…]` makes book/data/references.csv, read in chapter 9."""
 
 import sys
 import tempfile
@@ -90,7 +90,7 @@ def told(name: str, found: dict[str, Any]) -> pd.DataFrame:
         torch=made["torch"],
         transformers=made["transformers"],
         date=f"{datetime.now(UTC):%Y-%m-%d}",
-        source=f'python workflow/references.py "{name}"',
+        source=f'python -m sweep.references "{name}"',
     )
 
 

@@ -58,7 +58,7 @@ pdf: book  ## the book as _build/book.pdf, printed by Chromium
 	@$(RUN) pdf
 
 linkcheck: book  ## do the links to other hosts still answer? needs the network
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(RUN) links --preset $(PRESET)
+	@$(RUN) links --preset $(PRESET)
 
 plan: $(STAMP)  ## what the sweep of PRESET=paper costs before it starts: jobs, bytes, GPU hours, disk
 	@$(RUN) plan

@@ -25,6 +25,13 @@ from companion.words import markdown
 
 SCHEMA = "presets/schema.json"  # of parameters, by their names; beside the folder of notebooks
 SOCKET = 80  # characters of a folder that leave room for a socket's name below the system's limit
+# A kernel that is told to end while it waits would say so, after the line that names the failure.
+KERNEL = """
+import logging
+from ipykernel.kernelapp import launch_new_instance
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+launch_new_instance()
+"""
 SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # where sockets may live, if TMPDIR is too long
 
 
@@ -181,14 +188,7 @@ def _own_kernel() -> Iterator[Config]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "kernels" / "python3"
         folder.mkdir(parents=True)
-        argv = [
-            sys.executable,
-            "-m",
-            "ipykernel_launcher",
-            "-f",
-            "{connection_file}",
-            "--log-level=CRITICAL",
-        ]
+        argv = [sys.executable, "-c", KERNEL, "-f", "{connection_file}", "--log-level=CRITICAL"]
         spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
         (folder / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
         before = dict(os.environ)

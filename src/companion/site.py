@@ -112,7 +112,8 @@ def sphinx(builder: str) -> int:
     # Absolute, since sphinx-external-toc takes relative paths as relative to the book's folder.
     files = ["--config", Path("_config.yml").resolve(), "--toc", Path("_toc.yml").resolve()]
     how = [] if builder == "html" else ["--builder", "custom", "--custom-builder", builder]
-    command = ["jupyter-book", "build", "book", *files, "-n", "-W", "--keep-going", *how]
+    program = Path(sys.executable).with_name("jupyter-book")  # whatever PATH says
+    command = [program, "build", "book", *files, "-n", "-W", "--keep-going", *how]
     log = Path("_build/sphinx.log")
     with log.open("w") as file:
         command += ["--path-output", STAGING]

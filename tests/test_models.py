@@ -1,8 +1,8 @@
 import json
-import subprocess
-import sys
 import pathlib
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 

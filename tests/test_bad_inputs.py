@@ -182,6 +182,7 @@ INPUTS = [
     ("tunnel --set text=nothing.txt", "text = 'nothing.txt': no such file"),
     ("tunnel --parameters 5", "--parameters"),
     *((f"sweep {name}", name) for name in SWEEPS if not name.startswith("good")),
+    ("tunnel nothing 8 0", "arm = nothing: must be one of baseline;"),
     ("sweep nothing.yml", "nothing.yml: No such file"),
     ("sweep folder", "folder: Is a directory"),
     ("sweep utf16.txt", "utf16.txt"),

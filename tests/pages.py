@@ -158,6 +158,7 @@ def explored(chromium: Browser, address: str, page_name: str, name: str) -> Expl
         return live()
 
     first, last, before_last = (press(key) for key in ("Home", "End", "ArrowLeft"))
+    slider.press("Home")
     box = slider.bounding_box()
     page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     touched = live()

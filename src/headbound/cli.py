@@ -61,8 +61,8 @@ def measure(
 
         for place in filter(None, (data, csv)):
             diagnosis.check_place(place)
-        jobs = many.jobs(model, [name for name in revisions.split(",") if name])
-        frame = many.run(jobs, None if head_only else text, texts, length)
+        asked = [name for name in revisions.split(",") if name]
+        frame = many.run(model, asked, None if head_only else text, texts, length)
         if data:
             diagnosis.write_whole(data, many.to_json(frame))
         if csv:

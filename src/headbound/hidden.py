@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from errno import ENOSPC
+from functools import partial
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
@@ -41,13 +42,12 @@ def sequences(
         raise ValueError(
             f"count = {count}, length = {length}: at least one text of two tokens is needed"
         )
-    start = _start(tokenizer, texts)
     rows: list[list[int]] = []
     for text in texts:
         # A long text is cut before it is tokenized, unless its tokens prove longer than most.
-        ids = start + _plain(tokenizer, text[: 16 * length])
+        ids = _ids(tokenizer, text[: 16 * length])
         if len(ids) < length and len(text) > 16 * length:
-            ids = start + _plain(tokenizer, text)
+            ids = _ids(tokenizer, text)
         if len(ids) >= length:
             rows.append(ids[:length])
         if len(rows) == count:
@@ -58,25 +58,25 @@ def sequences(
     )
 
 
-def _start(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
-    """What the tokenizer puts before a text by itself."""
-    for text in texts:
-        plain = _plain(tokenizer, text[:64])
-        whole = tokenizer(text[:64], verbose=False)["input_ids"]
-        for first in range(len(whole) - len(plain) + 1):
-            if plain and whole[first : first + len(plain)] == plain:
-                return whole[:first]
-    return []
-
-
-def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A text's tokens and what the tokenizer puts before them, not what it puts behind."""
     # Silently: a tokenizer warns of texts that are longer than its model reads.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    found = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+    ids = found["input_ids"]
+    added = found["special_tokens_mask"]
+    while added and added.pop():
+        ids.pop()
+    return ids
+
+
+def _depth(model: nn.Module) -> int:
+    """How many blocks the model has; of a model with images or sound, its text part."""
+    return model.config.get_text_config(decoder=True).num_hidden_layers
 
 
 def layer_names(model: nn.Module) -> list[str]:
     """The names of what `stream` yields: `embeddings`, `block 1` … `block L`, `final norm`."""
-    blocks = [f"block {number}" for number in range(1, models.depth(model) + 1)]
+    blocks = [f"block {number}" for number in range(1, _depth(model) + 1)]
     return ["embeddings", *blocks, "final norm"]
 
 
@@ -103,15 +103,8 @@ def stream(
     """
     places = _places(model, layers)
     _check(model, input_ids, batch_size)
-    inside = any(place <= models.depth(model) for place in places)
-    blocks = _blocks(model, input_ids) if inside else []
-
-    def forward(batch: Tensor) -> Tensor:
-        states, _ = _caught(model, blocks, batch.to(model.device), places)
-        return _stacked(states)
-
     while len(input_ids):
-        states = _fitting(forward, input_ids, batch_size)
+        states, _ = _fitting(partial(_caught, model, places), input_ids, batch_size)
         batch_size = states.shape[1]
         yield states
         input_ids = input_ids[batch_size:]
@@ -123,10 +116,7 @@ def with_logits(
     """The states of some layers, as of `stream`, and the logits, from one pass of one batch."""
     places = _places(model, layers)
     _check(model, input_ids, 1)
-    blocks = _blocks(model, input_ids)
-    batch = input_ids.to(model.device)
-    states, logits = _caught(model, blocks, batch, places, stop=False)
-    return _stacked(states), logits
+    return _caught(model, places, input_ids, stop=False)
 
 
 def store(
@@ -147,7 +137,9 @@ def store(
     _check(model, input_ids, 1)
     (place,) = _places(model, [layer])
     length = input_ids.shape[1]
-    names = [_name(row) for row in input_ids]
+    names = [
+        blake2b(row.cpu().long().numpy().tobytes(), digest_size=NAME).digest() for row in input_ids
+    ]
     rows = dict(zip(names, input_ids, strict=True))
     folder = cache_dir() / "hidden" / f"{models.key(model)}-{place}-{length}"
     with writing(folder):
@@ -158,12 +150,7 @@ def store(
         index = _index(folder)
         shape = (len(index.places), length, index.width)
         every = np.memmap(folder / "states", np.float32, "r", shape=shape)
-        order = [index.places[name] for name in names]
-        return _in_order(every, order, folder)
-
-
-def _name(row: Int[Tensor, " length"]) -> bytes:
-    return blake2b(row.cpu().long().numpy().tobytes(), digest_size=NAME).digest()
+        return _in_order(every, [index.places[name] for name in names], folder)
 
 
 class _Index(NamedTuple):
@@ -176,12 +163,12 @@ class _Index(NamedTuple):
 def _index(folder: Path) -> _Index:
     file = folder / "index"
     said = file.read_bytes() if file.exists() else b""
-    places = {}
     # The first entry is the width. A part of an entry, from a killed process, is no entry.
-    for start in range(NAME, len(said) - NAME + 1, NAME):
-        name = said[start : start + NAME]
-        places[name] = len(places)
-    return _Index(int.from_bytes(said[:NAME], "big"), places)
+    width = int.from_bytes(said[:NAME], "big")
+    starts = range(NAME, len(said) - NAME + 1, NAME)
+    names = [said[start : start + NAME] for start in starts]
+    places = {name: place for place, name in enumerate(names)}
+    return _Index(width, places)
 
 
 def _extend(folder: Path, model: nn.Module, rows: dict[bytes, Tensor], place: int) -> int:
@@ -189,20 +176,20 @@ def _extend(folder: Path, model: nn.Module, rows: dict[bytes, Tensor], place: in
     with FileLock(folder / "lock"):
         index = _index(folder)
         missing = [name for name in rows if name not in index.places]
-        (length,) = {len(row) for row in rows.values()}
-        count = max(1, CHUNK // length)
-        some = missing[:count]
-        if some:
-            batch = torch.stack([rows[name] for name in some])
+        if missing:
+            length = len(rows[missing[0]])
+            count = max(1, CHUNK // length)
+            some = missing[:count]
             _reserve(folder, len(missing) * length * index.width * 4)
+            batch = torch.stack([rows[name] for name in some])
             parts = [part[0] for part in stream(model, batch, [place])]
             states = torch.cat(parts).float().cpu().numpy()
             stored = len(index.places)
             _append(folder / "states", stored * states[0].nbytes, states.tobytes())
-            width = states.shape[-1].to_bytes(NAME, "big")
-            _append(folder / "index", 0, width)
+            _append(folder / "index", 0, states.shape[-1].to_bytes(NAME, "big"))
             _append(folder / "index", NAME * (1 + stored), b"".join(some))
-        return len(missing) - len(some)
+            missing = missing[len(some) :]
+        return len(missing)
 
 
 def _append(file: Path, start: int, content: bytes) -> None:
@@ -220,10 +207,9 @@ def _reserve(folder: Path, needed: int) -> None:
 
 
 def _in_order(every: np.ndarray, order: list[int], folder: Path) -> np.ndarray:
-    first = order[0]
-    last = first + len(order)
-    if order == list(range(first, last)):
-        return every[first:last]
+    end = order[0] + len(order)
+    if order == list(range(order[0], end)):
+        return every[order[0] : end]
     _reserve(folder, len(order) * every[0].nbytes)
     with tempfile.TemporaryFile(dir=folder) as file:  # without a name: it goes with its map
         for number in order:
@@ -262,40 +248,39 @@ class _EnoughError(Exception):
 
 @torch.inference_mode()
 def _caught(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    batch: Tensor,
-    places: Sequence[int],
-    stop: bool = True,
-) -> tuple[list[Tensor], Tensor | None]:
+    model: nn.Module, places: Sequence[int], input_ids: Tensor, stop: bool = True
+) -> tuple[Float[Tensor, "layers texts length d"], Tensor | None]:
     """The states at `places`, as numbered in `stream`, and what comes out.
 
     With `stop` the pass ends as soon as all are caught, and nothing comes out. The output of a
     model without a head is its last state.
     """
-    found: dict[int, Tensor] = {}
+    batch = input_ids.to(model.device)
     head = model.get_output_embeddings()
-    behind = models.depth(model) + 1
+    behind = _depth(model) + 1
+    blocks = _blocks(model, batch) if min(places) < behind else []
+    found: dict[int, Tensor] = {}
 
     def keep(place: int, passed: Any) -> None:
         found[place] = _states(model, passed, batch).clone()
         if stop and found.keys() >= set(places):
             raise _EnoughError
 
-    def entering(place: int) -> Callable:
-        return lambda _module, passed, named: keep(place, [*passed, *named.values()])
+    def entering(place: int, _module: nn.Module, passed: tuple, named: dict) -> None:
+        keep(place, [*passed, *named.values()])
 
-    def leaving(place: int) -> Callable:
-        return lambda _module, _passed, output: keep(place, output)
+    def leaving(place: int, _module: nn.Module, _passed: tuple, output: Any) -> None:
+        keep(place, output)
 
     output = None
     with ExitStack() as hooks, suppress(_EnoughError):
         for place in set(places) - {0, behind}:
-            hooks.enter_context(blocks[place - 1].register_forward_hook(leaving(place)))
+            hook = partial(leaving, place)
+            hooks.enter_context(blocks[place - 1].register_forward_hook(hook))
         for place, module in {0: next(iter(blocks), None), behind: head}.items():
             if place in places and module is not None:
-                hook = module.register_forward_pre_hook(entering(place), with_kwargs=True)
-                hooks.enter_context(hook)
+                hook = partial(entering, place)
+                hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         output = model(batch, use_cache=False)[0]
         if head is None:
             found[behind] = output
@@ -304,7 +289,7 @@ def _caught(
             f"{type(model).__name__}: its blocks or its head are not called as modules; "
             "its hidden states can't be named"
         )
-    return [found[place] for place in places], output
+    return _stacked([found[place] for place in places]), output
 
 
 def _stacked(found: list[Tensor]) -> Float[Tensor, "layers texts length d"]:
@@ -337,7 +322,7 @@ def _blocks(model: nn.Module, input_ids: Tensor) -> list[nn.Module]:
     """The model's blocks, verified: each is called once, and reads what the last one wrote."""
     if model in _VERIFIED:
         return _VERIFIED[model]
-    depth = models.depth(model)
+    depth = _depth(model)
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     batch = input_ids[: 1 if input_ids.shape[1] == 2 else 2, :16].to(model.device)
     calls: dict[nn.Module, list[tuple[Any, Any]]] = {}

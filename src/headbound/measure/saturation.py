@@ -126,7 +126,6 @@ class Saturation(NamedTuple):
     low: float
     high: float
     p_value: float
-    likelihood_ratio: float
     noise: float
 
 
@@ -189,7 +188,6 @@ def detect(
         low=float(drop - half),
         high=float(drop + half),
         p_value=float((1 + as_great) / (resamples + 1)),
-        likelihood_ratio=float(ratio[0]),
         noise=float(noise),
     )
 

@@ -70,9 +70,8 @@ def load(source: str = "docstrings") -> list[str]:
 def _file(source: str) -> list[str]:
     path = Path(source).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(
-            f"text = {source!r}: no such file; give 'docstrings', a text file or 'hf:NAME'"
-        )
+        known = "give 'docstrings', a text file or 'hf:NAME'"
+        raise FileNotFoundError(f"text = {source!r}: no such file; {known}")
     try:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -242,10 +241,8 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
         )
         tokenizer.train_from_iterator(texts, trainer)
         if tokenizer.get_vocab_size() != vocab_size:
-            raise ValueError(
-                f"vocab_size = {vocab_size}: the text yields only {tokenizer.get_vocab_size()}; "
-                "use more text or a smaller vocabulary"
-            )
+            yields = f"the text yields only {tokenizer.get_vocab_size()}"
+            raise ValueError(f"vocab_size = {vocab_size}: {yields}; use more text or fewer tokens")
         with replacing(path) as temporary:
             tokenizer.save(str(temporary))
     return load_tokenizer(path)
@@ -258,9 +255,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise FileNotFoundError(
-            f"tokenizer = {str(path)!r}: no {file.name} there; give a tokenizer.json or its folder"
-        )
+        fix = "give a tokenizer.json or its folder"
+        raise FileNotFoundError(f"tokenizer = {str(path)!r}: no {file.name} there; {fix}")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises plain Exception
@@ -283,10 +279,8 @@ def end_of_text(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> int:
         for token, number in special.items():
             if re.search(name, token, re.IGNORECASE):
                 return number
-    raise ValueError(
-        f"the tokenizer has no end-of-text token among its special ones, {sorted(special)[:9]}; "
-        "add one to it"
-    )
+    known = f"its special ones, {sorted(special)[:9]}"
+    raise ValueError(f"the tokenizer has no end-of-text token among {known}; add one to it")
 
 
 def encode(

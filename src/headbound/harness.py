@@ -88,9 +88,7 @@ def last_words(source: str = "docstrings", **_: object) -> dict[str, Dataset]:
 
     found = cache.kept(cache.cache_dir() / "tasks" / f"last-words-{key}.json", work)
     if not found:
-        raise ValueError(
-            f"source = {source!r}: no held-out passage fits the last-word task; give more prose"
-        )
+        raise ValueError(f"source = {source!r}: no held-out passage fits the task; give more prose")
     return {"test": Dataset.from_list(found)}
 
 
@@ -197,9 +195,7 @@ def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
     files = sorted(Path(folder).expanduser().rglob("*.json"))
     table = pd.DataFrame([row for path in files for row in _rows(path, shots)])
     if table.empty:
-        raise FileNotFoundError(
-            f"{folder}: no lm-eval result file (*.json) there; give the folder that has them"
-        )
+        raise FileNotFoundError(f"{folder}: no lm-eval result file (*.json); give their folder")
     _only(table, ["model", "task"], "kind")
     _only(table, ["model"], "stages")
     _only(table, ["model", "task", "step", "metric"], "path")
@@ -266,15 +262,11 @@ def _origin(config: dict[str, Any], path: Path) -> dict[str, Any]:
     steps = {int(n) for n in named or _STEP.findall("/".join(folders))[-1:]}
     if len(steps) != 1:
         what = f"steps {sorted(steps)}" if steps else "no step"
-        raise ValueError(
-            f"{path}: {what} in its name and model_args; a result file needs one, as step1000"
-        )
+        raise ValueError(f"{path}: {what} in its name and model_args; it needs one, as step1000")
     name = _STEP.split(path.stem)[0] if _STEP.search(path.stem) else ""
     model = _parts(source.split("/")) or _parts([name]) or _parts(folders)
     if not model:
-        raise ValueError(
-            f"{path}: no model in its name and model_args; put it in a folder of its name"
-        )
+        raise ValueError(f"{path}: no model in its name and model_args; name its folder by it")
     stages = {stage.lower() for stage in _STAGE.findall(f"{revision} {source} {path}")}
     told = " and ".join(sorted(stages)) or "no stage"
     return {"model": model, "step": steps.pop(), "stages": told}

@@ -39,9 +39,7 @@ def sequences(
     **Raises:** `ValueError` if the texts are too few or too short.
     """
     if count < 1 or length < 2:
-        raise ValueError(
-            f"count = {count}, length = {length}: at least one text of two tokens is needed"
-        )
+        raise ValueError(f"count = {count}, length = {length}: give at least 1 text of 2 tokens")
     rows: list[list[int]] = []
     for text in texts:
         # A long text is cut before it is tokenized, unless its tokens prove longer than most.
@@ -52,10 +50,9 @@ def sequences(
             rows.append(ids[:length])
         if len(rows) == count:
             return torch.tensor(rows)
-    raise ValueError(
-        f"count = {count}, length = {length}: the text has only {len(rows)} passages of "
-        f"{length} tokens; give more text, or ask for fewer or shorter ones"
-    )
+    has = f"the text has only {len(rows)} passages of {length} tokens"
+    asked = f"count = {count}, length = {length}"
+    raise ValueError(f"{asked}: {has}; give more text, or ask for fewer or shorter ones")
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -222,24 +219,19 @@ def _places(model: nn.Module, layers: Sequence[int] | None) -> list[int]:
     count = len(layer_names(model))
     chosen = list(range(count)) if layers is None else list(layers)
     if not chosen or any(not -count <= layer < count for layer in chosen):
-        raise ValueError(
-            f"layers = {chosen}: choose from 0 to {count - 1}, this model's layers (-1 is the last)"
-        )
+        raise ValueError(f"layers = {chosen}: choose from 0 to {count - 1} (-1 is the last)")
     return [layer % count for layer in chosen]
 
 
 def _check(model: nn.Module, input_ids: Tensor, batch_size: int) -> None:
     if batch_size < 1 or not input_ids.numel():
-        raise ValueError(
-            f"batch_size = {batch_size}, {input_ids.numel()} tokens: both must be at least one"
-        )
+        given = f"batch_size = {batch_size}, {input_ids.numel()} tokens"
+        raise ValueError(f"{given}: both must be at least one")
     low, high = (int(end) for end in input_ids.aminmax())
     rows = model.get_input_embeddings().num_embeddings
     if low < 0 or high >= rows:
-        raise ValueError(
-            f"token ids from {low} to {high}: outside the model's vocabulary of {rows}; "
-            "use its tokenizer"
-        )
+        vocabulary = f"the model's vocabulary of {rows}; use its tokenizer"
+        raise ValueError(f"token ids from {low} to {high}: outside {vocabulary}")
 
 
 class _EnoughError(Exception):
@@ -285,23 +277,22 @@ def _caught(
         if head is None:
             found[behind] = output
     if not found.keys() >= set(places):
-        raise ValueError(
-            f"{type(model).__name__}: its blocks or its head are not called as modules; "
-            "its hidden states can't be named"
-        )
+        raise _unnamed(model, "its blocks or its head are not called as modules")
     return _stacked([found[place] for place in places]), output
 
 
 def _stacked(found: list[Tensor]) -> Float[Tensor, "layers texts length d"]:
     widths = [states.shape[-1] for states in found]
     if len(set(widths)) > 1:
-        raise ValueError(
-            f"layers: they differ in width in this model, {widths}; ask for them one by one"
-        )
+        raise ValueError(f"layers: they differ in width, {widths}; ask for them one by one")
     states = torch.stack(found)
     if not torch.isfinite(states).all():
         raise ValueError("NaN or Inf in the hidden states; run the model in float32")
     return states
+
+
+def _unnamed(model: nn.Module, why: str) -> ValueError:
+    return ValueError(f"{type(model).__name__}: {why}; its hidden states can't be named")
 
 
 def _states(model: nn.Module, passed: Any, batch: Tensor) -> Float[Tensor, "texts length d"]:
@@ -310,10 +301,7 @@ def _states(model: nn.Module, passed: Any, batch: Tensor) -> Float[Tensor, "text
     states = next((part for part in parts if isinstance(part, Tensor)), None)
     if states is None or states.ndim != 3 or states.shape[:2] != batch.shape:
         shape = "none" if states is None else f"of shape {tuple(states.shape)}"
-        raise ValueError(
-            f"{type(model).__name__}: states {shape} for texts × tokens {tuple(batch.shape)}; "
-            "its hidden states can't be named"
-        )
+        raise _unnamed(model, f"states {shape} for texts × tokens {tuple(batch.shape)}")
     return states
 
 
@@ -340,19 +328,14 @@ def _blocks(model: nn.Module, input_ids: Tensor) -> list[nn.Module]:
         if list(calls) == list(blocks) and all(len(found) == 1 for found in calls.values()):
             break
     else:
-        raise ValueError(
-            f"{type(model).__name__}: no list of {depth} blocks found that run one after another; "
-            "its hidden states can't be named"
-        )
+        raise _unnamed(model, f"no list of {depth} blocks found that run one after another")
     chain = [found[0] for found in calls.values()]
     for number, ((_, left), (entered, _)) in enumerate(pairwise(chain), 1):
         # Up to a factor: RWKV halves the states now and then, which half precision needs.
         factor = (left * entered).sum() / left.square().sum().clamp(min=1e-30)
         if (entered - factor * left).norm() > 1e-3 * entered.norm():
-            raise ValueError(
-                f"{type(model).__name__}: block {number + 1} does not read what block {number} "
-                "wrote; its hidden states can't be named"
-            )
+            wrote = f"what block {number} wrote"
+            raise _unnamed(model, f"block {number + 1} does not read {wrote}")
     _VERIFIED[model] = list(blocks)
     return _VERIFIED[model]
 
@@ -365,10 +348,9 @@ def _fitting(forward: Callable[[Tensor], Tensor], input_ids: Tensor, batch_size:
             if not should_reduce_batch_size(error):
                 raise
             if batch_size == 1:
-                raise MemoryError(
-                    f"no memory for one text of {input_ids.shape[1]} tokens; "
-                    "use shorter texts or a smaller model"
-                ) from error
+                text = f"one text of {input_ids.shape[1]} tokens"
+                fix = "use shorter texts or a smaller model"
+                raise MemoryError(f"no memory for {text}; {fix}") from error
         # Past the except block, where the error no longer holds what filled the memory.
         batch_size = min(batch_size, len(input_ids)) // 2 or 1
         clear_device_cache(garbage_collection=True)

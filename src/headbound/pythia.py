@@ -92,18 +92,15 @@ def audit() -> pd.DataFrame:
 def _size(model: str) -> str:
     found = re.search(r"(?:pythia-|^)([\d.]+[mb])\b", model.lower())
     if not found or found[1] not in PYTHIA:
-        raise ValueError(
-            f"model = {model!r}: its size is unknown; Pythia's are {', '.join(PYTHIA)}"
-        )
+        known = ", ".join(PYTHIA)
+        raise ValueError(f"model = {model!r}: its size is unknown; Pythia's are {known}")
     return found[1]
 
 
 def _read(name: str, **chosen: str | int) -> pd.DataFrame:
     path = DATA / name
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: the cited figures lie in the book's repository; run in a checkout of it"
-        )
+        raise FileNotFoundError(f"{path}: cited figures lie in the book; run in a checkout of it")
     words = dict.fromkeys(("figure", "series", "curve"), str)
     table = pd.read_csv(path, dtype=words, keep_default_na=False)
     for column, value in chosen.items():

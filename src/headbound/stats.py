@@ -55,9 +55,7 @@ def bootstrap(
     **Raises:** `ValueError` if `units` is below one.
     """
     if units < 1:
-        raise ValueError(
-            f"units = {units}: a bootstrap needs at least one unit (text, model or seed)"
-        )
+        raise ValueError(f"units = {units}: a bootstrap needs at least one (text, model or seed)")
     value = float(statistic(np.ones((1, units)))[0])
     if units < 2:
         return Estimate(value, math.nan, math.nan, units)
@@ -113,9 +111,7 @@ def jackknife(leave_one_out: Sequence[float], value: float) -> Estimate:
     """
     groups = len(leave_one_out)
     if groups < 2:
-        raise ValueError(
-            f"{groups} groups: a jackknife needs at least two; split the sample further"
-        )
+        raise ValueError(f"{groups} groups: a jackknife needs two; split the sample further")
     spread = math.sqrt((groups - 1) * float(np.var(leave_one_out)))
     half = spread * float(stats.t.ppf(0.975, groups - 1))
     return Estimate(value, value - half, value + half, groups)

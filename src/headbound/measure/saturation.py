@@ -198,9 +198,8 @@ def _in_order(
     """A curve sorted by step, checked, and the order that sorted it."""
     step, value = np.asarray(steps), np.asarray(values, float)
     if len(step) < 3 or value.shape != step.shape:
-        raise ValueError(
-            f"{len(step)} steps, {len(value)} values: give one value a step, three or more"
-        )
+        given = f"{len(step)} steps, {len(value)} values"
+        raise ValueError(f"{given}: give one value a step, three or more")
     order = np.argsort(step, kind="stable")
     step, value = step[order], value[order]
     again = step[1:][np.diff(step) == 0]
@@ -222,9 +221,7 @@ def _errors(
     known = np.isfinite(error) & (error >= 0)
     if not known.all() or not error.any():
         where = step[~(known & (error > 0))][0]
-        raise ValueError(
-            f"no stderr at step {where}: pass stderr=None to judge by the scatter alone"
-        )
+        raise ValueError(f"no stderr at step {where}: pass stderr=None to use the scatter")
     return np.maximum(error, error[error > 0].min())
 
 

@@ -82,11 +82,15 @@ def last_words(source: str = "docstrings", **_: object) -> dict[str, Dataset]:
         train_texts, test_texts = corpus.split(texts, tunnel.HELD_OUT)
         trained = "\0".join(train_texts).replace("`", "")
         seen = " ".join(trained.split())
-        passages = filter(None, map(_passage, test_texts))
-        unique = {f"{p['context']} {p['word']}": p for p in passages}
-        return [passage for whole, passage in unique.items() if whole not in seen]
+        unique = {}
+        for passage in filter(None, map(_passage, test_texts)):
+            whole = f"{passage['context']} {passage['word']}"
+            if whole not in seen:
+                unique[whole] = passage
+        return list(unique.values())
 
-    found = cache.kept(cache.cache_dir() / "tasks" / f"last-words-{key}.json", work)
+    path = cache.cache_dir() / "tasks" / f"last-words-{key}.json"
+    found = cache.kept(path, work)
     if not found:
         raise ValueError(f"source = {source!r}: no held-out passage fits the task; give more prose")
     return {"test": Dataset.from_list(found)}
@@ -118,8 +122,10 @@ def evaluate(
     folder = cache.cache_dir() / "lm-eval" / models.key(model, tokenizer)
     rows = []
     for task in tasks:
-        metadata = {"source": source} if task in local else None
-        text = corpus.fingerprint(corpus.load(source)) if metadata else None
+        metadata = text = None
+        if task in local:
+            metadata = {"source": source}
+            text = corpus.fingerprint(corpus.load(source))
         key = cache.key(task, local.get(task), text, limit, libraries=["lm_eval", "datasets"])
         options = {"limit": limit, "use_cache": str(folder / key)}
         with cache.writing(folder):
@@ -193,14 +199,16 @@ def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
     step or several, two files for one step, or one curve of two stages or kinds of evaluation.
     """
     files = sorted(Path(folder).expanduser().rglob("*.json"))
-    table = pd.DataFrame([row for path in files for row in _rows(path, shots)])
+    rows = [row for path in files for row in _rows(path, shots)]
+    table = pd.DataFrame(rows)
     if table.empty:
         raise FileNotFoundError(f"{folder}: no lm-eval result file (*.json); give their folder")
     _only(table, ["model", "task"], "kind")
     _only(table, ["model"], "stages")
     _only(table, ["model", "task", "step", "metric"], "path")
     table["tokens"] = table["step"] * table["model"].map(_batch)
-    table["model"] = table["model"].map(_names(set(table["model"])))
+    names = _names(set(table["model"]))
+    table["model"] = table["model"].map(names)
     return table[COLUMNS].sort_values(COLUMNS[:5], ignore_index=True)
 
 
@@ -258,18 +266,21 @@ def _origin(config: dict[str, Any], path: Path) -> dict[str, Any]:
     source = str(arguments.get("pretrained") or config.get("model_name") or "")
     revision = str(arguments.get("revision") or "")
     folders = path.parent.parts
-    named = [n for place in (revision, source, path.name) for n in _STEP.findall(place)]
-    steps = {int(n) for n in named or _STEP.findall("/".join(folders))[-1:]}
+    named = _STEP.findall(" ".join([revision, source, path.name]))
+    if not named:
+        named = _STEP.findall("/".join(folders))[-1:]
+    steps = sorted(set(map(int, named)))
     if len(steps) != 1:
-        what = f"steps {sorted(steps)}" if steps else "no step"
+        what = f"steps {steps}" if steps else "no step"
         raise ValueError(f"{path}: {what} in its name and model_args; it needs one, as step1000")
-    name = _STEP.split(path.stem)[0] if _STEP.search(path.stem) else ""
-    model = _parts(source.split("/")) or _parts([name]) or _parts(folders)
+    before, *behind = _STEP.split(path.stem)
+    name = [before] if behind else []
+    model = _parts(source.split("/")) or _parts(name) or _parts(folders)
     if not model:
         raise ValueError(f"{path}: no model in its name and model_args; name its folder by it")
     stages = {stage.lower() for stage in _STAGE.findall(f"{revision} {source} {path}")}
     told = " and ".join(sorted(stages)) or "no stage"
-    return {"model": model, "step": steps.pop(), "stages": told}
+    return {"model": model, "step": steps[0], "stages": told}
 
 
 def _parts(path: Sequence[str]) -> str:

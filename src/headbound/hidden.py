@@ -100,8 +100,13 @@ def stream(
     """
     places = _places(model, layers)
     _check(model, input_ids, batch_size)
+
+    def forward(batch: Tensor) -> Tensor:
+        states, _ = _caught(model, places, batch)
+        return states
+
     while len(input_ids):
-        states, _ = _fitting(partial(_caught, model, places), input_ids, batch_size)
+        states = _fitting(forward, input_ids, batch_size)
         batch_size = states.shape[1]
         yield states
         input_ids = input_ids[batch_size:]
@@ -177,13 +182,15 @@ def _extend(folder: Path, model: nn.Module, rows: dict[bytes, Tensor], place: in
             length = len(rows[missing[0]])
             count = max(1, CHUNK // length)
             some = missing[:count]
-            _reserve(folder, len(missing) * length * index.width * 4)
+            numbers = len(missing) * length * index.width
+            _reserve(folder, 4 * numbers)
             batch = torch.stack([rows[name] for name in some])
             parts = [part[0] for part in stream(model, batch, [place])]
             states = torch.cat(parts).float().cpu().numpy()
             stored = len(index.places)
+            width = states.shape[-1].to_bytes(NAME, "big")
             _append(folder / "states", stored * states[0].nbytes, states.tobytes())
-            _append(folder / "index", 0, states.shape[-1].to_bytes(NAME, "big"))
+            _append(folder / "index", 0, width)
             _append(folder / "index", NAME * (1 + stored), b"".join(some))
             missing = missing[len(some) :]
         return len(missing)
@@ -218,8 +225,10 @@ def _in_order(every: np.ndarray, order: list[int], folder: Path) -> np.ndarray:
 def _places(model: nn.Module, layers: Sequence[int] | None) -> list[int]:
     count = len(layer_names(model))
     chosen = list(range(count)) if layers is None else list(layers)
-    if not chosen or any(not -count <= layer < count for layer in chosen):
-        raise ValueError(f"layers = {chosen}: choose from 0 to {count - 1} (-1 is the last)")
+    known = range(-count, count)
+    if not chosen or not set(chosen) <= set(known):
+        last = count - 1
+        raise ValueError(f"layers = {chosen}: choose from 0 to {last} (-1 is the last)")
     return [layer % count for layer in chosen]
 
 
@@ -299,9 +308,10 @@ def _states(model: nn.Module, passed: Any, batch: Tensor) -> Float[Tensor, "text
     """The first tensor among what a module was given or gave: a state for each token."""
     parts = [passed] if isinstance(passed, Tensor) else passed
     states = next((part for part in parts if isinstance(part, Tensor)), None)
-    if states is None or states.ndim != 3 or states.shape[:2] != batch.shape:
-        shape = "none" if states is None else f"of shape {tuple(states.shape)}"
-        raise _unnamed(model, f"states {shape} for texts × tokens {tuple(batch.shape)}")
+    shape = () if states is None else tuple(states.shape)
+    expected = tuple(batch.shape)
+    if len(shape) != 3 or shape[:2] != expected:
+        raise _unnamed(model, f"states of shape {shape} for texts × tokens {expected}")
     return states
 
 
@@ -316,8 +326,9 @@ def _blocks(model: nn.Module, input_ids: Tensor) -> list[nn.Module]:
     calls: dict[nn.Module, list[tuple[Any, Any]]] = {}
 
     def keep(module: nn.Module, passed: tuple, named: dict, output: Any) -> None:
-        entered = _states(model, [*passed, *named.values()], batch).clone()
-        calls.setdefault(module, []).append((entered, _states(model, output, batch).clone()))
+        entered = _states(model, [*passed, *named.values()], batch)
+        left = _states(model, output, batch)
+        calls.setdefault(module, []).append((entered.clone(), left.clone()))
 
     for blocks in lists:
         calls.clear()

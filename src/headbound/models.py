@@ -177,7 +177,8 @@ def readout(
     length = READ // len(head_weight(model)) // 4
     texts = input_ids[:4, : max(9, length)]
     states, left, own = _around_head(model, texts)
-    left, own = left[:, : len(weight)], own[:, : len(weight)]
+    left = left[:, : len(weight)]
+    own = own[:, : len(weight)]
     precision = torch.finfo(model.dtype).eps
     tolerance = max(1e-5, 8 * precision)
     scale, cap = _fit(left, own, tolerance)
@@ -188,9 +189,11 @@ def readout(
     logits = found.logits(states)
     targets = texts[:, 1:].flatten().to(states.device)
     gap = float(cross_entropy(logits, targets) - cross_entropy(own, targets))
-    error = float((logits - own).norm() / own.norm())
+    off = logits - own
+    error = float(off.norm() / own.norm())
     # Half precision rounds logits of 20 by 0.1: the bound is then what its rounding allows.
-    allowed = max(GAP, precision * float(own.abs().max()))
+    highest = float(own.abs().max())
+    allowed = max(GAP, precision * highest)
     if error > 10 * tolerance or abs(gap) > allowed:
         left_over = f"leave {error:.1%} of its logits unexplained ({gap:+.4f} nats a token)"
         raise ValueError(f"{type(model).__name__}: scale, bias and cap {left_over}")

@@ -65,7 +65,8 @@ def bootstrap(
     counts = np.bincount(drawn.ravel(), minlength=drawn.size)
     weights = counts.reshape(drawn.shape).astype(float)
     # scipy's bootstrap warns where a resample has no value; here the interval is then NaN.
-    low, high = np.quantile(statistic(weights), [0.025, 0.975])
+    values = statistic(weights)
+    low, high = np.quantile(values, [0.025, 0.975])
     return Estimate(value, float(low), float(high), units)
 
 
@@ -112,6 +113,7 @@ def jackknife(leave_one_out: Sequence[float], value: float) -> Estimate:
     groups = len(leave_one_out)
     if groups < 2:
         raise ValueError(f"{groups} groups: a jackknife needs two; split the sample further")
-    spread = math.sqrt((groups - 1) * float(np.var(leave_one_out)))
+    variance = float(np.var(leave_one_out))
+    spread = math.sqrt((groups - 1) * variance)
     half = spread * float(stats.t.ppf(0.975, groups - 1))
     return Estimate(value, value - half, value + half, groups)

@@ -120,4 +120,5 @@ def _line(row: dict[str, Any]) -> str:
     if "loss" in row:
         cosine = f"last-layer cosine {row['anisotropy_after_norm']:.3f}"
         told = f"loss {row['loss']:.4f} nats a token, {cosine}, {told}"
-    return f"{row['model']} {row['revision']}".strip() + f": {told}"
+    name = f"{row['model']} {row['revision']}"
+    return f"{name.strip()}: {told}"

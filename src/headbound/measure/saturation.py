@@ -252,9 +252,11 @@ def _scatter(y: Float[np.ndarray, " n"], error: Float[np.ndarray, " n"]) -> floa
     around = squares[:-2] + squares[2:]
     variance = squares[1:-1] + around / 4
     z = np.abs(off) / np.sqrt(variance)
-    robust = np.median(z) / 0.6745
-    whole = np.sqrt((z**2).mean())
-    return float(min(robust, whole) if robust > 0 else whole)
+    robust = float(np.median(z)) / 0.6745
+    whole = float(np.sqrt((z**2).mean()))
+    if robust == 0:
+        return whole
+    return min(robust, whole)
 
 
 def _level_fit(

@@ -221,14 +221,15 @@ def _rows(path: Path, shots: int | None) -> Iterator[dict[str, Any]]:
     if not isinstance(content, dict) or not isinstance(content.get("results"), dict):
         return
     config = content.get("config") or {}
+    asked_for = content.get("n-shot") or {}
+    versions = content.get("versions") or {}
     for task, metrics in content["results"].items():
-        asked = content.get("n-shot", {}).get(task, config.get("num_fewshot"))
+        asked = asked_for.get(task, config.get("num_fewshot"))
         if not isinstance(metrics, dict) or shots not in (None, asked):
             continue
         new = any("," in name for name in metrics)
         age = "0.4" if new else "before 0.4"
-        version = content.get("versions", {}).get(task)
-        kind = f"lm-eval {age}, task version {version}, {asked} shots"
+        kind = f"lm-eval {age}, task version {versions.get(task)}, {asked} shots"
         origin = {**_origin(config, path), "task": task, "kind": kind, "path": str(path)}
         for name, value in metrics.items():
             metric, _, filtered = name.partition(",")

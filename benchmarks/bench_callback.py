@@ -13,6 +13,7 @@ import time
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from headbound.measure import checkpoint
 from headbound.train import callback
 
 EVERY = inspect.signature(callback.watch).parameters["every"].default
@@ -37,7 +38,11 @@ def median_times(network, rows):
         optimizer.step()
         optimizer.zero_grad()
 
-    works = {"step": step, "measurement": lambda: callback.measure(network, rows)}
+    def measure():
+        checkpoint.measure(network, rows)
+        checkpoint.outputs(network, rows)
+
+    works = {"step": step, "measurement": measure}
     times = {name: [] for name in works}
     for _ in range(ROUNDS + 1):
         for name, work in works.items():

@@ -9,9 +9,8 @@ import transformers
 from scipy.special import log_softmax
 
 from headbound import hidden, models
-from headbound.measure import anisotropy, gradients, spectrum
+from headbound.measure import anisotropy, checkpoint, gradients, spectrum
 from headbound.measure.lowrank import Examples
-from headbound.train import callback
 
 V = 61
 SIZE = {
@@ -150,7 +149,7 @@ def test_loss_entropy_cosine_and_gradient_share(kind, tmp_path, monkeypatch):
     squares = gradients.share_kept(data, read.weight, logits=read.logits)
     assert squares.share().value == pytest.approx(share, rel=1e-4)
     if kind != "OPT-350m":  # whose last two layers differ in width
-        watched = callback.measure(model, ids)
+        watched = checkpoint.outputs(model, ids)
         assert watched["gradient_kept"] == pytest.approx(share, rel=1e-4)
 
 

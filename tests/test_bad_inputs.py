@@ -164,7 +164,7 @@ INPUTS = [
     ("measure sound --text latin.txt", "not UTF-8 at byte 0"),
     ("measure sound --text nul.txt", "NUL characters"),
     ("measure sound --text utf16.txt", "not UTF-8 at byte 0"),
-    ("measure sound --text void.txt", "the file is empty"),
+    ("measure sound --text void.txt", "void.txt': it has no text"),
     ("measure sound --text short.txt", "the text has only"),
     ("measure sound --text hf:", "text = 'hf:'"),
     ("measure sound --text hf:nobody/nothing", "text = 'hf:nobody/nothing'"),

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from headbound import corpus, pythia
+from headbound.measure import checkpoint
 from headbound.train import callback
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,7 +57,7 @@ def test_a_sound_run_is_logged_and_not_warned_of(rows, tmp_path, options):
         warnings.filterwarnings("error", message="step .*nats")
         run.train()
     assert [row["step"] for row in watched.rows] == [1, 4, 8, 12]
-    logged = [entry for entry in run.state.log_history if "saturation/entropy" in entry]
+    logged = [entry for entry in run.state.log_history if "saturation/singular_entropy" in entry]
     assert [entry["saturation/loss"] for entry in logged] == [row["loss"] for row in watched.rows]
     assert watched.rows[-1]["loss"] < watched.rows[0]["loss"]
     assert run.model.training
@@ -64,7 +65,7 @@ def test_a_sound_run_is_logged_and_not_warned_of(rows, tmp_path, options):
 
 def test_the_numbers_follow_from_their_definitions(rows, tmp_path):
     model = trainer(rows, tmp_path, tied=False).model.eval().double()
-    found = callback.measure(model, rows[:8])
+    found = checkpoint.measure(model, rows[:8]) | checkpoint.outputs(model, rows[:8])
     with torch.no_grad():
         logits = model(rows[:8, :-1]).logits
         states = model.transformer(rows[:8, :-1]).last_hidden_state.flatten(0, 1)
@@ -74,10 +75,10 @@ def test_the_numbers_follow_from_their_definitions(rows, tmp_path):
     cosines = units @ units.T
     pairs = len(units) * (len(units) - 1)
     assert found["loss"] == pytest.approx(loss.item(), abs=1e-4)
-    assert found["cosine_after_norm"] == pytest.approx(
+    assert found["anisotropy_after_norm"] == pytest.approx(
         ((cosines.sum() - cosines.trace()) / pairs).item(), abs=1e-4
     )
-    for name, matrix in {"entropy": W, "entropy_centred": W - W.mean(0)}.items():
+    for name, matrix in {"singular_entropy": W, "singular_entropy_centred": W - W.mean(0)}.items():
         p = np.linalg.svd(matrix.numpy(), compute_uv=False)
         p = p / p.sum()
         assert found[name] == pytest.approx(np.log(len(p)) + (p * np.log(p)).sum(), abs=1e-5)
@@ -118,7 +119,7 @@ def test_the_thresholds_on_the_papers_own_curves(size, warned):
     entropy = pythia.figures("5", curve=size).sort_values("x")
     steps = curves.index.to_numpy()
     history = [
-        {"loss": loss, "cosine_after_norm": cosine, "entropy": value}
+        {"loss": loss, "anisotropy_after_norm": cosine, "singular_entropy": value}
         for loss, cosine, value in zip(
             np.log(curves["Wikitext word perplexity"]),
             curves["last-layer mean cosine"],

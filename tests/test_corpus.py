@@ -47,9 +47,7 @@ def test_no_character_but_white_space_is_lost(content):
 
 @pytest.mark.parametrize("content", ["", "\n \n\t\n"])
 def test_an_empty_file(tmp_path, content):
-    with pytest.raises(
-        ValueError, match=r"input.txt': the file is empty; give a file with text in it"
-    ):
+    with pytest.raises(ValueError, match=r"input.txt': it has no text; choose another"):
         corpus.load(written(tmp_path, content))
 
 
@@ -104,7 +102,7 @@ def test_what_a_dataset_name_asks_for(monkeypatch, source, asked):
     ("columns", "message"),
     [
         ({"body": ["a"]}, r"columns \['body'\], none called 'text'"),
-        ({"text": [" "]}, "the dataset has no text"),
+        ({"text": [" "]}, "it has no text"),
     ],
 )
 def test_a_dataset_without_text(monkeypatch, columns, message):

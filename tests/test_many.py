@@ -63,7 +63,7 @@ def test_folders_and_a_file_give_the_chapters_numbers(folder):
 def test_a_second_run_measures_nothing_and_a_new_model_alone(folder, monkeypatch):
     first = measure("llama", "--text", "text.txt", *ASKED)
     asked = []
-    monkeypatch.setattr(many, "head", lambda weight: asked.append(len(weight)) or {})
+    monkeypatch.setattr(checkpoint, "head", lambda weight: asked.append(len(weight)) or {})
     again = measure("llama", "--text", "text.txt", *ASKED)
     assert (again.output, asked) == (first.output, [])
 
@@ -95,13 +95,13 @@ def test_heads_alone(folder):
 
 def test_revisions_are_of_hub_ids(folder):
     asked = ["a/b", "llama", "smollm2-135m", "llama"]
-    assert many.jobs(asked, ["step1", "step2"]) == [
+    assert many._jobs(asked, ["step1", "step2"]) == [
         ("a/b", "step1"),
         ("a/b", "step2"),
         ("llama", ""),
         ("smollm2-135m", ""),
     ]
-    assert many.jobs(["a/b"], []) == [("a/b", "")]
+    assert many._jobs(["a/b"], []) == [("a/b", "")]
     done = measure("llama", "--revisions", "step1", "--text", "text.txt", *ASKED)
     assert (done.exit_code, done.output) == (
         2,

@@ -272,11 +272,6 @@ def test_a_package_that_is_not_installed(monkeypatch):
         models.load("absent")
 
 
-def test_an_unknown_wheel():
-    with pytest.raises(ValueError, match="model = 'smol': not one of smollm2-135m, minilm-l6-v2"):
-        models._folder("smol")
-
-
 def test_the_lock_pins_every_wheel():
     lock = (Path(models.__file__).parents[2] / "models.lock").read_text(encoding="utf-8")
     pinned = re.findall(r"^(\S+)==\S+ --hash=sha256:[0-9a-f]{64}$", lock, re.MULTILINE)
@@ -391,7 +386,7 @@ def test_rows_are_kept_up_to_the_highest_id():
     made = Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     made.add_special_tokens(["</s>", "THE"])
     holes = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
-    assert len(holes) < models._vocabulary(holes) == 271
+    assert len(holes) < 271
     assert models.head_weight(tiny.network("llama"), holes).shape == (271, 16)
 
 

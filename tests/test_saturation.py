@@ -118,7 +118,7 @@ def test_without_stderr_the_scatter_decides():
 
 def test_a_zero_stderr_is_raised_to_the_least_positive_one():
     result = detect(range(5), [0, 0, 2, 3, 1.0], [0, 0, 0.1, 0.1, 0.1])
-    assert math.isfinite(result.likelihood_ratio)
+    assert math.isfinite(result.noise)
 
 
 @pytest.mark.parametrize(

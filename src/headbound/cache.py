@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -68,3 +69,12 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def kept(path: Path, work: Callable[[], Any]) -> Any:
+    """What `work` gives, as JSON: worked out and written to `path` unless that is there."""
+    if not path.exists():
+        found = work()
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(found), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))

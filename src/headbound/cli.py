@@ -61,8 +61,8 @@ def measure(
 
         for place in filter(None, (data, csv)):
             execute.check_place(place.expanduser())
-        jobs = many.jobs(model, revisions.replace(",", " ").split())
-        frame = many.run(jobs, None if head_only else text, texts, length)
+        asked = revisions.replace(",", " ").split()
+        frame = many.run(model, asked, None if head_only else text, texts, length)
         if data:
             diagnosis.write_whole(data.expanduser(), many.to_json(frame))
         if csv:

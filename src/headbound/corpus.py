@@ -2,8 +2,8 @@
 
 import ast
 import hashlib
-import inspect
 import json
+import inspect
 import re
 import sys
 import warnings
@@ -61,31 +61,30 @@ def load(source: str = "docstrings") -> list[str]:
         return _docstrings()
     if source == "readmes":
         return _readmes()
-    if source.startswith("hf:"):
-        return _dataset(source)
+    read = _dataset if source.startswith("hf:") else _file
+    try:
+        texts = read(source)
+    except ValueError as error:
+        raise ValueError(f"text = {source!r}: {error}") from error
+    if not texts:
+        raise ValueError(f"text = {source!r}: it has no text; choose another")
+    return texts
+
+
+def _file(source: str) -> list[str]:
     path = Path(source).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(
-            f"text = {source!r}: no such file; give 'docstrings', a text file or 'hf:NAME'"
-        )
+        known = "give 'docstrings', a text file or 'hf:NAME'"
+        raise FileNotFoundError(f"text = {source!r}: no such file; {known}")
     try:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"text = {source!r}: not UTF-8 at byte {error.start}; convert it to UTF-8"
-        ) from error
+        raise ValueError(f"not UTF-8 at byte {error.start}; convert it to UTF-8") from error
     if "\0" in content:
-        raise ValueError(
-            f"text = {source!r}: has NUL characters, as UTF-16 has; convert it to UTF-8"
-        )
+        raise ValueError("has NUL characters, as UTF-16 has; convert it to UTF-8")
     if _is_json(content):
-        raise ValueError(
-            f"text = {source!r}: it is JSON, whose syntax is no text; give the texts alone"
-        )
-    texts = _chunks(content)
-    if not texts:
-        raise ValueError(f"text = {source!r}: the file is empty; give a file with text in it")
-    return texts
+        raise ValueError("it is JSON, whose syntax is no text; give the texts alone")
+    return _chunks(content)
 
 
 def _is_json(content: str) -> bool:
@@ -122,21 +121,20 @@ def fingerprint(texts: Sequence[str]) -> str:
 def _docstrings() -> list[str]:
     python = ".".join(map(str, sys.version_info[:2]))
     key = cache.key("docstrings", python, libraries=[*PACKAGES, "parso"])
-    path = cache_dir() / "text" / f"docstrings-{key}.json"
-    if not path.exists():
-        files = []
-        for name in PACKAGES:
-            package = distribution(name)
-            for file in sorted(package.files or [], key=str):
-                # Test suites hold little prose.
-                if file.suffix == ".py" and "tests" not in file.parts:
-                    files.append(package.locate_file(file))
+
+    def work() -> list[str]:
+        packages = [distribution(name) for name in PACKAGES]
+        files = [
+            package.locate_file(file)
+            for package in packages
+            for file in sorted(package.files or [], key=str)
+            if file.suffix == ".py" and "tests" not in file.parts  # those hold little prose
+        ]
         jobs = [delayed(_files_docstrings)(files[i : i + 64]) for i in range(0, len(files), 64)]
         found = parallel(jobs, description="docstrings")
-        unique = dict.fromkeys(text for texts in found for text in texts)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(list(unique)), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
+        return list(dict.fromkeys(text for texts in found for text in texts))
+
+    return cache.kept(cache_dir() / "text" / f"docstrings-{key}.json", work)
 
 
 def _files_docstrings(paths: Sequence[Path]) -> list[str]:
@@ -149,13 +147,13 @@ def _file_docstrings(path: Path) -> list[str]:
     What this Python's own parser refuses, for it is too new or too old, goes to parso's, which
     skips what it can't read.
     """
-    source = Path(path).read_bytes()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the packages' own escapes
+    source = path.read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the packages' own escapes
+        try:
             found = _by_ast(ast.parse(source))
-    except (SyntaxError, ValueError):
-        found = _by_parso(source)
+        except (SyntaxError, ValueError):
+            found = _by_parso(source)
     # A lone surrogate, legal in Python source, is not text.
     return [text.encode(errors="ignore").decode() for text in found if text]
 
@@ -179,9 +177,7 @@ def _by_parso(source: bytes) -> list[str]:
         scope = waiting.pop()
         quoted = scope.get_doc_node()
         if quoted is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found.append(inspect.cleandoc(ast.literal_eval(quoted.get_code(False))))
+            found.append(inspect.cleandoc(ast.literal_eval(quoted.get_code(False))))
         waiting += [*scope.iter_funcdefs(), *scope.iter_classdefs()][::-1]
     return found
 
@@ -226,24 +222,17 @@ def _dataset(source: str) -> list[str]:
 
     name, _, part = source.removeprefix("hf:").partition(":")
     owner, *rest = name.split("/")
-    repository, config = ("/".join([owner, *rest[:1]]), rest[1] if len(rest) > 1 else None)
+    repository = "/".join([owner, *rest[:1]])
+    config = rest[1] if len(rest) > 1 else None
     logging.set_verbosity_error()  # its retries are no news to a reader
     try:
         data = load_dataset(repository, config, split=part or "train")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"text = {source!r}: {reason}; check the name, and that the hub is in reach"
-        ) from error
+        raise ValueError(f"{reason}; check the name, and that the hub is in reach") from error
     if "text" not in data.column_names:
-        raise ValueError(
-            f"text = {source!r}: columns {data.column_names}, none called 'text'; "
-            "choose another dataset"
-        )
-    texts = [text for text in data["text"] if text and text.strip()]
-    if not texts:
-        raise ValueError(f"text = {source!r}: the dataset has no text; choose another")
-    return texts
+        raise ValueError(f"columns {data.column_names}, none called 'text'; choose another dataset")
+    return [text for text in data["text"] if text and text.strip()]
 
 
 def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -254,9 +243,7 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     **Raises:** `ValueError` if it can't hold the 256 bytes, or the text is too short to fill it.
     """
     if vocab_size < 257:
-        raise ValueError(
-            f"vocab_size = {vocab_size}: a byte-level vocabulary needs at least 257 tokens"
-        )
+        raise ValueError(f"vocab_size = {vocab_size}: a byte-level vocabulary needs at least 257")
     key = cache.key(fingerprint(texts), libraries=["tokenizers"])
     path = cache_dir() / "tokenizers" / f"bpe-{vocab_size}-{key}.json"
     if not path.exists():
@@ -271,10 +258,8 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
         )
         tokenizer.train_from_iterator(texts, trainer)
         if tokenizer.get_vocab_size() != vocab_size:
-            raise ValueError(
-                f"vocab_size = {vocab_size}: the text yields only {tokenizer.get_vocab_size()}; "
-                "use more text or a smaller vocabulary"
-            )
+            yields = f"the text yields only {tokenizer.get_vocab_size()}"
+            raise ValueError(f"vocab_size = {vocab_size}: {yields}; use more text or fewer tokens")
         with replacing(path) as temporary:
             tokenizer.save(str(temporary))
     return load_tokenizer(path)
@@ -287,9 +272,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise FileNotFoundError(
-            f"tokenizer = {str(path)!r}: no {file.name} there; give a tokenizer.json or its folder"
-        )
+        fix = "give a tokenizer.json or its folder"
+        raise FileNotFoundError(f"tokenizer = {str(path)!r}: no {file.name} there; {fix}")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises plain Exception
@@ -312,10 +296,8 @@ def end_of_text(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> int:
         for token, number in special.items():
             if re.search(name, token, re.IGNORECASE):
                 return number
-    raise ValueError(
-        f"the tokenizer has no end-of-text token among its special ones, {sorted(special)[:9]}; "
-        "add one to it"
-    )
+    known = f"its special ones, {sorted(special)[:9]}"
+    raise ValueError(f"the tokenizer has no end-of-text token among {known}; add one to it")
 
 
 def encode(

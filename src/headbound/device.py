@@ -19,9 +19,8 @@ def pick(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device(available[0])
     if name.split(":")[0] not in available:
-        raise ValueError(
-            f"device = {name!r}: this machine has {', '.join(available)}; use one of them or 'auto'"
-        )
+        known = ", ".join(available)
+        raise ValueError(f"device = {name!r}: this machine has {known}; use one of them or 'auto'")
     return torch.device(name)
 
 

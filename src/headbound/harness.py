@@ -7,8 +7,9 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,18 +48,14 @@ _FORMAL = re.compile(
 _CHANGES = ("subfolder", "gguf_file", "peft", "delta", "load_in_4bit", "load_in_8bit", "autogptq")
 
 
-def _passages(texts: list[str]) -> list[dict[str, str]]:
-    """At most one passage a text: two sentences or more, 20 to 90 words, the last word said before.
+def _passage(content: str) -> dict[str, str] | None:
+    """A text's first passage: two sentences or more, 20 to 90 words, the last word said before.
 
     Only runs of plain prose sentences count: no code, no cross-reference, no list, no heading. A
     name between backticks becomes a word.
 
     **Returns:** `context` without the last word, and `word`: lower-case, four letters or more.
     """
-    return [found for found in map(_passage, texts) if found]
-
-
-def _passage(content: str) -> dict[str, str] | None:
     for block in _blocks(content):
         run: list[str] = []
         for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", block):
@@ -75,17 +72,13 @@ def _passage(content: str) -> dict[str, str] | None:
 
 def _blocks(content: str) -> Iterator[str]:
     """Runs of lines with one indentation, each joined to one line."""
-    lines = _plain(content).splitlines()
-    for _, block in itertools.groupby(lines, key=_indentation):
+    plain = re.sub(r"(?<![:\w`])(``?)([A-Za-z_]\w*)\1(?![_`])", r"\2", content)
+    for _, block in itertools.groupby(plain.splitlines(), key=_indentation):
         yield " ".join(" ".join(block).split())
 
 
 def _indentation(line: str) -> tuple[int, bool]:
     return len(line) - len(line.lstrip()), bool(line.strip())
-
-
-def _plain(content: str) -> str:
-    return re.sub(r"(?<![:\w`])(``?)([A-Za-z_]\w*)\1(?![_`])", r"\2", content)
 
 
 def last_words(source: str = "docstrings", **_: object) -> dict[str, Dataset]:
@@ -97,19 +90,22 @@ def last_words(source: str = "docstrings", **_: object) -> dict[str, Dataset]:
     """
     texts = corpus.load(source)
     key = cache.key(corpus.fingerprint(texts), tunnel.HELD_OUT, Path(__file__).read_bytes())
-    path = cache.cache_dir() / "tasks" / f"last-words-{key}.json"
-    if not path.exists():
+
+    def work() -> list[dict[str, str]]:
         train_texts, test_texts = corpus.split(texts, tunnel.HELD_OUT)
-        seen = " ".join("\0".join(train_texts).replace("`", "").split())
-        unique = {f"{p['context']} {p['word']}": p for p in _passages(test_texts)}
-        kept = [passage for whole, passage in unique.items() if whole not in seen]
-        with cache.replacing(path) as temporary:
-            temporary.write_text(json.dumps(kept), encoding="utf-8")
-    found = json.loads(path.read_text(encoding="utf-8"))
+        trained = "\0".join(train_texts).replace("`", "")
+        seen = " ".join(trained.split())
+        unique = {}
+        for passage in filter(None, map(_passage, test_texts)):
+            whole = f"{passage['context']} {passage['word']}"
+            if whole not in seen:
+                unique[whole] = passage
+        return list(unique.values())
+
+    path = cache.cache_dir() / "tasks" / f"last-words-{key}.json"
+    found = cache.kept(path, work)
     if not found:
-        raise ValueError(
-            f"source = {source!r}: no held-out passage fits the last-word task; give more prose"
-        )
+        raise ValueError(f"source = {source!r}: no held-out passage fits the task; give more prose")
     return {"test": Dataset.from_list(found)}
 
 
@@ -139,18 +135,16 @@ def evaluate(
     folder = cache.cache_dir() / "lm-eval" / models.key(model, tokenizer)
     rows = []
     for task in tasks:
-        metadata = {"source": source} if task in local else None
-        text = local and corpus.fingerprint(corpus.load(source)) if metadata else None
+        metadata = text = None
+        if task in local:
+            metadata = {"source": source}
+            text = corpus.fingerprint(corpus.load(source))
         key = cache.key(task, local.get(task), text, limit, libraries=["lm_eval", "datasets"])
-        path = folder / f"{key}.json"
-        if not path.exists():
-            options = {"limit": limit, "use_cache": str(path.with_suffix(""))}
-            with cache.writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                found = _run(model, tokenizer, task, metadata, batch_size, options)
-            with cache.replacing(path) as temporary:
-                temporary.write_text(json.dumps(found), encoding="utf-8")
-        results, n, logs = json.loads(path.read_text(encoding="utf-8"))
+        options = {"limit": limit, "use_cache": str(folder / key)}
+        with cache.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            run = partial(_run, model, tokenizer, task, metadata, batch_size, options)
+            results, n, logs = cache.kept(folder / f"{key}.json", run)
         for name, value in results.items():
             metric, _, kind = name.partition(",")
             if kind and not metric.endswith("_stderr") and _is_number(value):
@@ -203,18 +197,6 @@ def _run(model, tokenizer, task, metadata, batch_size, options):
     return found["results"][task], found["n-samples"][task]["effective"], logs
 
 
-class _Origin(NamedTuple):
-    """What a result file is of: a model, as the parts of its path, a step, and training stages.
-
-    `form` is what else is said of the checkpoint, such as a seed or an adapter.
-    """
-
-    model: tuple[str, ...]
-    step: int
-    stages: tuple[str, ...]
-    form: str
-
-
 def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
     """One row a model, step, task and metric, from all lm-eval result files below a folder.
 
@@ -229,89 +211,83 @@ def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
     **Raises:** `FileNotFoundError` if there is no result file; `ValueError` for broken JSON, no
     step or several, two files for one step, or one curve of two stages or kinds of evaluation.
     """
-    values: dict[tuple, tuple[float, float, Path]] = {}
-    kinds: dict[tuple, tuple[str, Path]] = {}
-    for path in sorted(Path(folder).expanduser().rglob("*.json")):
-        content = {} if path.is_dir() else _content(path)
-        for task, metrics in _dict(content, "results").items():
-            asked = _dict(content, "n-shot").get(task, _dict(content, "config").get("num_fewshot"))
-            if not isinstance(metrics, dict) or (shots is not None and asked != shots):
-                continue
-            origin = _origin(content, path)
-            kind = _kind(content, task, metrics, asked)
-            curve = " ".join(["/".join(origin.model), task])
-            _only(kinds, (origin.model, task), kind, path, curve)
-            _only(kinds, (origin.model,), " and ".join(origin.stages) or "no stage", path, curve)
-            _only(kinds, (origin.model, "form"), origin.form, path, curve)
-            for metric, value, stderr in _measured(metrics):
-                row = (origin.model, origin.step, task, metric)
-                if row in values:
-                    raise ValueError(
-                        f"{curve}, step {origin.step}: in {values[row][2]} and {path}; remove one"
-                    )
-                values[row] = (value, stderr, path)
-    if not values:
-        raise FileNotFoundError(
-            f"{folder}: no lm-eval result file (*.json) there; give the folder that has them"
-        )
-    names = _names({model for model, *_ in values})
-    rows = []
-    for (model, step, task, metric), (value, stderr, _) in values.items():
-        rows.append((names[model], step, step * _batch(model), task, metric, value, stderr))
-    return pd.DataFrame(rows, columns=COLUMNS).sort_values(COLUMNS[:5], ignore_index=True)
+    files = [path for path in sorted(Path(folder).expanduser().rglob("*.json")) if path.is_file()]
+    rows = [row for path in files for row in _rows(path, shots)]
+    table = pd.DataFrame(rows)
+    if table.empty:
+        raise FileNotFoundError(f"{folder}: no lm-eval result file (*.json); give their folder")
+    _only(table, ["model", "task"], "kind")
+    _only(table, ["model"], "stages")
+    _only(table, ["model"], "form")
+    _only(table, ["model", "task", "step", "metric"], "path")
+    table["tokens"] = table["step"] * table["model"].map(_batch)
+    names = _names(set(table["model"]))
+    table["model"] = table["model"].map(names)
+    return table[COLUMNS].sort_values(COLUMNS[:5], ignore_index=True)
 
 
-def _content(path: Path) -> dict[str, Any]:
+def _rows(path: Path, shots: int | None) -> Iterator[dict[str, Any]]:
+    """The numbers of a result file, each with the file's origin; none of any other JSON."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(
-            f"{path}: broken JSON ({error}); fetch the file again or remove it"
-        ) from error
-    return content if isinstance(content, dict) else {}
+        raise ValueError(f"{path}: broken JSON ({error}); fetch it again or remove it") from error
+    for task, metrics in _dict(content, "results").items():
+        asked = _dict(content, "n-shot").get(task, _dict(content, "config").get("num_fewshot"))
+        if not isinstance(metrics, dict) or shots not in (None, asked):
+            continue
+        new = any("," in name for name in metrics)
+        kind = _kind(content, task, new, asked)
+        origin = {**_origin(content, path), "task": task, "kind": kind, "path": str(path)}
+        for name, value in metrics.items():
+            metric, _, filtered = name.partition(",")
+            if "_stderr" in name or not _is_number(value) or (new and not filtered):
+                continue
+            stderr = metrics.get(f"{metric}_stderr,{filtered}" if new else f"{name}_stderr")
+            row = {"metric": metric if filtered in ("", "none") else name, "value": float(value)}
+            yield {**origin, **row, "stderr": stderr if _is_number(stderr) else math.nan}
 
 
-def _dict(content: dict[str, Any], name: str) -> dict[str, Any]:
-    found = content.get(name)
+def _dict(content: Any, name: str) -> dict[str, Any]:
+    found = content.get(name) if isinstance(content, dict) else None
     return found if isinstance(found, dict) else {}
 
 
-def _kind(content: dict[str, Any], task: str, metrics: dict[str, Any], shots: Any) -> str:
-    age = "0.4" if any("," in name for name in metrics) else "before 0.4"
+def _kind(content: dict[str, Any], task: str, new: bool, shots: Any) -> str:
+    """How a task was evaluated: what two points of one curve must share."""
     version = _dict(content, "versions").get(task)
     limit = _dict(content, "config").get("limit")
     asked = [f"limit {limit}"] if limit else []
     asked += [name for name in ("chat_template", "system_instruction") if content.get(name)]
+    age = "0.4" if new else "before 0.4"
     return ", ".join([f"lm-eval {age}", f"task version {version}", f"{shots} shots", *asked])
 
 
-def _only(kinds: dict, key: tuple, kind: str, path: Path, curve: str) -> None:
-    """Remember the first kind seen under a key.
+def _only(table: pd.DataFrame, by: list[str], column: str) -> None:
+    """Check that a column has one value in each group.
 
-    **Raises:** `ValueError` for another.
+    **Raises:** `ValueError` naming the first group that has several, and their files.
     """
-    first, before = kinds.setdefault(key, (kind, path))
-    if first != kind:
-        raise ValueError(f"{curve}: {first} in {before}, but {kind} in {path}; keep one kind")
+    counts = table.groupby(by)[column].transform("nunique")
+    mixed = table[counts > 1]
+    if mixed.empty:
+        return
+    group = mixed[by].iloc[0]
+    same = (mixed[by] == group).all(axis=1)
+    rows = mixed[same].drop_duplicates(column)
+    told = rows["path"]
+    if column != "path":
+        told = rows[column] + " in " + told
+    curve = " ".join(map(str, group))
+    raise ValueError(f"{curve}: {' but '.join(told)}; keep one")
 
 
-def _measured(metrics: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
-    """The metric, value and standard error of each number in a task's results."""
-    new = any("," in name for name in metrics)
-    for name, value in metrics.items():
-        metric, _, kind = name.partition(",")
-        if "_stderr" in name or not _is_number(value) or (new and not kind):
-            continue
-        error = f"{metric}_stderr,{kind}" if new else f"{name}_stderr"
-        stderr = metrics.get(error)
-        if not _is_number(stderr):
-            stderr = math.nan
-        shown = metric if kind in ("", "none") else name
-        yield shown, float(value), float(stderr)
+def _origin(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What a file is of, as its model's arguments say, or else its name, or else its folders.
 
-
-def _origin(content: dict[str, Any], path: Path) -> _Origin:
-    """Model and step: from the model's arguments, else the file's name, else its folders."""
+    It is the model, the step, the stages of training, and `form`: what else is said of the
+    checkpoint, such as a seed or an adapter.
+    """
     config = _dict(content, "config")
     arguments = config.get("model_args") or {}
     if isinstance(arguments, str):
@@ -321,25 +297,23 @@ def _origin(content: dict[str, Any], path: Path) -> _Origin:
     source = str(arguments.get("pretrained") or config.get("model_name") or "").replace("\\", "/")
     revision = str(arguments.get("revision") or "")
     changes = [f"{name} {arguments[name]}" for name in _CHANGES if _is_set(arguments.get(name))]
-    said = [revision, source, *changes]
-    steps = {int(n) for place in (*said, path.name) for n in _STEP.findall(place)}
     folders = path.parent.parts
-    if not steps:
-        steps = {int(n) for n in _STEP.findall("/".join(folders))[-1:]}
+    named = _STEP.findall("\n".join([revision, source, *changes, path.name]))
+    if not named:
+        named = _STEP.findall("/".join(folders))[-1:]
+    steps = sorted(set(map(int, named)))
     if len(steps) != 1:
-        what = f"steps {sorted(steps)}" if steps else "no step"
-        raise ValueError(
-            f"{path}: {what} in its name and model_args; a result file needs one, as step1000"
-        )
-    named = _STEP.split(path.stem)[0] if _STEP.search(path.stem) else ""
-    model = _parts(source.split("/")) or _parts([named]) or _parts(folders)
+        what = f"steps {steps}" if steps else "no step"
+        raise ValueError(f"{path}: {what} in its name and model_args; it needs one, as step1000")
+    before, *behind = _STEP.split(path.stem)
+    name = [before] if behind else []
+    model = _parts(source.split("/")) or _parts(name) or _parts(folders)
     if not model:
-        raise ValueError(
-            f"{path}: no model in its name and model_args; put it in a folder of its name"
-        )
-    stages = tuple(sorted({s.lower() for s in _STAGE.findall(f"{revision} {source} {path}")}))
-    behind = _STEP.split(source, 1)[2:]
-    return _Origin(model, steps.pop(), stages, _form([revision, *behind, *changes]))
+        raise ValueError(f"{path}: no model in its name and model_args; name its folder by it")
+    stages = {stage.lower() for stage in _STAGE.findall(f"{revision} {source} {path}")}
+    told = " and ".join(sorted(stages)) or "no stage"
+    form = _form([revision, *_STEP.split(source, 1)[2:], *changes])
+    return {"model": model, "step": steps[0], "stages": told, "form": form}
 
 
 def _is_set(value: Any) -> bool:
@@ -353,7 +327,7 @@ def _form(places: Sequence[str]) -> str:
     return f"of {told}" if told else "of no other form"
 
 
-def _parts(path: Sequence[str]) -> tuple[str, ...]:
+def _parts(path: Sequence[str]) -> str:
     """A model's path up to its step, without folders at its end that say nothing of it."""
     parts = []
     for part in path:
@@ -363,25 +337,23 @@ def _parts(path: Sequence[str]) -> tuple[str, ...]:
             break
     while parts and _NAMELESS.fullmatch(parts[-1]):
         parts.pop()
-    return tuple(part for part in parts if part and part != "/")
+    return "/".join(part for part in parts if part and part != "/")
 
 
-def _names(models: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+def _names(models: set[str]) -> dict[str, str]:
     """The shortest end of each path that no other path has."""
+    paths = [model.split("/") for model in models]
     names = {}
-    for model in models:
-        for count in range(1, len(model) + 1):
-            names[model] = "/".join(model[-count:])
-            if sum(other[-count:] == model[-count:] for other in models) == 1:
+    for path in paths:
+        for count in range(1, len(path) + 1):
+            names["/".join(path)] = "/".join(path[-count:])
+            if sum(other[-count:] == path[-count:] for other in paths) == 1:
                 break
     return names
 
 
-def _batch(model: tuple[str, ...]) -> float:
+def _batch(model: str) -> float:
     """Tokens a step of EleutherAI's own runs: 2 Mi, or what the name says. NaN for any other."""
-    name = re.fullmatch(r"pythia-[\d.]+[mb](-bf16|-([\d.]+)MtokBS)?(-deduped)?", model[-1])
-    theirs = model[-2:-1] == ("EleutherAI",)
-    if name is None or not theirs:
-        return math.nan
-    millions = float(name[2] or 2)
-    return millions * 2**20
+    own = r"(.*/)?EleutherAI/pythia-[\d.]+[mb](-bf16|-([\d.]+)MtokBS)?(-deduped)?"
+    found = re.fullmatch(own, model)
+    return float(found[3] or 2) * 2**20 if found else math.nan

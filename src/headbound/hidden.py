@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from errno import ENOSPC
+from functools import partial
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
@@ -38,45 +39,43 @@ def sequences(
     **Raises:** `ValueError` if the texts are too few or too short.
     """
     if count < 1 or length < 2:
-        raise ValueError(
-            f"count = {count}, length = {length}: at least one text of two tokens is needed"
-        )
-    start = _start(tokenizer, texts)
+        raise ValueError(f"count = {count}, length = {length}: give at least 1 text of 2 tokens")
     rows: list[list[int]] = []
     for text in texts:
         # A long text is cut before it is tokenized, unless its tokens prove longer than most.
-        ids = start + _plain(tokenizer, text[: 16 * length])
+        ids = _ids(tokenizer, text[: 16 * length])
         if len(ids) < length and len(text) > 16 * length:
-            ids = start + _plain(tokenizer, text)
+            ids = _ids(tokenizer, text)
         if len(ids) >= length:
             rows.append(ids[:length])
         if len(rows) == count:
             return torch.tensor(rows)
-    raise ValueError(
-        f"count = {count}, length = {length}: the text has only {len(rows)} passages of "
-        f"{length} tokens; give more text, or ask for fewer or shorter ones"
-    )
+    has = f"the text has only {len(rows)} passages of {length} tokens"
+    asked = f"count = {count}, length = {length}"
+    raise ValueError(f"{asked}: {has}; give more text, or ask for fewer or shorter ones")
 
 
-def _start(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
-    """What the tokenizer puts before a text by itself."""
-    for text in texts:
-        plain = _plain(tokenizer, text[:64])
-        whole = tokenizer(text[:64], verbose=False)["input_ids"]
-        for first in range(len(whole) - len(plain) + 1):
-            if plain and whole[first : first + len(plain)] == plain:
-                return whole[:first]
-    return []
-
-
-def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A text's tokens and what the tokenizer puts before them, not what it puts behind."""
     # Silently: a tokenizer warns of texts that are longer than its model reads.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    found = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+    ids = found["input_ids"]
+    added = found["special_tokens_mask"]
+    while added and added.pop():
+        ids.pop()
+    return ids
+
+
+def _depth(model: nn.Module) -> int:
+    """How many blocks the model has; of a model with images or sound, its text part."""
+    config = model.config.get_text_config(decoder=True)
+    # Where a decoder's configuration counts an encoder too (Bart's), the other name is the encoder.
+    return getattr(config, "decoder_layers", None) or config.num_hidden_layers
 
 
 def layer_names(model: nn.Module) -> list[str]:
     """The names of what `stream` yields: `embeddings`, `block 1` … `block L`, `final norm`."""
-    blocks = [f"block {number}" for number in range(1, models.depth(model) + 1)]
+    blocks = [f"block {number}" for number in range(1, _depth(model) + 1)]
     return ["embeddings", *blocks, "final norm"]
 
 
@@ -103,12 +102,10 @@ def stream(
     """
     places = _places(model, layers)
     _check(model, input_ids, batch_size)
-    inside = any(place <= models.depth(model) for place in places)
-    blocks = _blocks(model, input_ids) if inside else []
 
     def forward(batch: Tensor) -> Tensor:
-        states, _ = _caught(model, blocks, batch.to(model.device), places)
-        return _stacked(states)
+        states, _ = _caught(model, places, batch)
+        return states
 
     while len(input_ids):
         states = _fitting(forward, input_ids, batch_size)
@@ -123,10 +120,7 @@ def with_logits(
     """The states of some layers, as of `stream`, and the logits, from one pass of one batch."""
     places = _places(model, layers)
     _check(model, input_ids, 1)
-    blocks = _blocks(model, input_ids)
-    batch = input_ids.to(model.device)
-    states, logits = _caught(model, blocks, batch, places, stop=False)
-    return _stacked(states), logits
+    return _caught(model, places, input_ids, stop=False)
 
 
 def store(
@@ -147,7 +141,9 @@ def store(
     _check(model, input_ids, 1)
     (place,) = _places(model, [layer])
     length = input_ids.shape[1]
-    names = [_name(row) for row in input_ids]
+    names = [
+        blake2b(row.cpu().long().numpy().tobytes(), digest_size=NAME).digest() for row in input_ids
+    ]
     rows = dict(zip(names, input_ids, strict=True))
     folder = cache_dir() / "hidden" / f"{models.key(model)}-{place}-{length}"
     with writing(folder):
@@ -158,12 +154,7 @@ def store(
         index = _index(folder)
         shape = (len(index.places), length, index.width)
         every = np.memmap(folder / "states", np.float32, "r", shape=shape)
-        order = [index.places[name] for name in names]
-        return _in_order(every, order, folder)
-
-
-def _name(row: Int[Tensor, " length"]) -> bytes:
-    return blake2b(row.cpu().long().numpy().tobytes(), digest_size=NAME).digest()
+        return _in_order(every, [index.places[name] for name in names], folder)
 
 
 class _Index(NamedTuple):
@@ -176,12 +167,12 @@ class _Index(NamedTuple):
 def _index(folder: Path) -> _Index:
     file = folder / "index"
     said = file.read_bytes() if file.exists() else b""
-    places = {}
     # The first entry is the width. A part of an entry, from a killed process, is no entry.
-    for start in range(NAME, len(said) - NAME + 1, NAME):
-        name = said[start : start + NAME]
-        places[name] = len(places)
-    return _Index(int.from_bytes(said[:NAME], "big"), places)
+    width = int.from_bytes(said[:NAME], "big")
+    starts = range(NAME, len(said) - NAME + 1, NAME)
+    names = [said[start : start + NAME] for start in starts]
+    places = {name: place for place, name in enumerate(names)}
+    return _Index(width, places)
 
 
 def _extend(folder: Path, model: nn.Module, rows: dict[bytes, Tensor], place: int) -> int:
@@ -189,20 +180,22 @@ def _extend(folder: Path, model: nn.Module, rows: dict[bytes, Tensor], place: in
     with FileLock(folder / "lock"):
         index = _index(folder)
         missing = [name for name in rows if name not in index.places]
-        (length,) = {len(row) for row in rows.values()}
-        count = max(1, CHUNK // length)
-        some = missing[:count]
-        if some:
+        if missing:
+            length = len(rows[missing[0]])
+            count = max(1, CHUNK // length)
+            some = missing[:count]
+            numbers = len(missing) * length * index.width
+            _reserve(folder, 4 * numbers)
             batch = torch.stack([rows[name] for name in some])
-            _reserve(folder, len(missing) * length * index.width * 4)
             parts = [part[0] for part in stream(model, batch, [place])]
             states = torch.cat(parts).float().cpu().numpy()
             stored = len(index.places)
-            _append(folder / "states", stored * states[0].nbytes, states.tobytes())
             width = states.shape[-1].to_bytes(NAME, "big")
+            _append(folder / "states", stored * states[0].nbytes, states.tobytes())
             _append(folder / "index", 0, width)
             _append(folder / "index", NAME * (1 + stored), b"".join(some))
-        return len(missing) - len(some)
+            missing = missing[len(some) :]
+        return len(missing)
 
 
 def _append(file: Path, start: int, content: bytes) -> None:
@@ -220,10 +213,9 @@ def _reserve(folder: Path, needed: int) -> None:
 
 
 def _in_order(every: np.ndarray, order: list[int], folder: Path) -> np.ndarray:
-    first = order[0]
-    last = first + len(order)
-    if order == list(range(first, last)):
-        return every[first:last]
+    end = order[0] + len(order)
+    if order == list(range(order[0], end)):
+        return every[order[0] : end]
     _reserve(folder, len(order) * every[0].nbytes)
     with tempfile.TemporaryFile(dir=folder) as file:  # without a name: it goes with its map
         for number in order:
@@ -235,25 +227,22 @@ def _in_order(every: np.ndarray, order: list[int], folder: Path) -> np.ndarray:
 def _places(model: nn.Module, layers: Sequence[int] | None) -> list[int]:
     count = len(layer_names(model))
     chosen = list(range(count)) if layers is None else list(layers)
-    if not chosen or any(not -count <= layer < count for layer in chosen):
-        raise ValueError(
-            f"layers = {chosen}: choose from 0 to {count - 1}, this model's layers (-1 is the last)"
-        )
+    known = range(-count, count)
+    if not chosen or not set(chosen) <= set(known):
+        last = count - 1
+        raise ValueError(f"layers = {chosen}: choose from 0 to {last} (-1 is the last)")
     return [layer % count for layer in chosen]
 
 
 def _check(model: nn.Module, input_ids: Tensor, batch_size: int) -> None:
     if batch_size < 1 or not input_ids.numel():
-        raise ValueError(
-            f"batch_size = {batch_size}, {input_ids.numel()} tokens: both must be at least one"
-        )
+        given = f"batch_size = {batch_size}, {input_ids.numel()} tokens"
+        raise ValueError(f"{given}: both must be at least one")
     low, high = (int(end) for end in input_ids.aminmax())
     rows = model.get_input_embeddings().num_embeddings
     if low < 0 or high >= rows:
-        raise ValueError(
-            f"token ids from {low} to {high}: outside the model's vocabulary of {rows}; "
-            "use its tokenizer"
-        )
+        vocabulary = f"the model's vocabulary of {rows}; use its tokenizer"
+        raise ValueError(f"token ids from {low} to {high}: outside {vocabulary}")
 
 
 class _EnoughError(Exception):
@@ -262,73 +251,69 @@ class _EnoughError(Exception):
 
 @torch.inference_mode()
 def _caught(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    batch: Tensor,
-    places: Sequence[int],
-    stop: bool = True,
-) -> tuple[list[Tensor], Tensor | None]:
+    model: nn.Module, places: Sequence[int], input_ids: Tensor, stop: bool = True
+) -> tuple[Float[Tensor, "layers texts length d"], Tensor | None]:
     """The states at `places`, as numbered in `stream`, and what comes out.
 
     With `stop` the pass ends as soon as all are caught, and nothing comes out. The output of a
     model without a head is its last state.
     """
-    found: dict[int, Tensor] = {}
+    batch = input_ids.to(model.device)
     head = model.get_output_embeddings()
-    behind = models.depth(model) + 1
+    behind = _depth(model) + 1
+    blocks = _blocks(model, batch) if min(places) < behind else []
+    found: dict[int, Tensor] = {}
 
     def keep(place: int, passed: Any) -> None:
         found[place] = _states(model, passed, batch).clone()
         if stop and found.keys() >= set(places):
             raise _EnoughError
 
-    def entering(place: int) -> Callable:
-        return lambda _module, passed, named: keep(place, [*passed, *named.values()])
+    def entering(place: int, _module: nn.Module, passed: tuple, named: dict) -> None:
+        keep(place, [*passed, *named.values()])
 
-    def leaving(place: int) -> Callable:
-        return lambda _module, _passed, output: keep(place, output)
+    def leaving(place: int, _module: nn.Module, _passed: tuple, output: Any) -> None:
+        keep(place, output)
 
     output = None
     with ExitStack() as hooks, suppress(_EnoughError):
         for place in set(places) - {0, behind}:
-            hooks.enter_context(blocks[place - 1].register_forward_hook(leaving(place)))
+            hook = partial(leaving, place)
+            hooks.enter_context(blocks[place - 1].register_forward_hook(hook))
         for place, module in {0: next(iter(blocks), None), behind: head}.items():
             if place in places and module is not None:
-                hook = module.register_forward_pre_hook(entering(place), with_kwargs=True)
-                hooks.enter_context(hook)
+                hook = partial(entering, place)
+                hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         output = model(batch, use_cache=False)[0]
         if head is None:
             found[behind] = output
     if not found.keys() >= set(places):
-        raise ValueError(
-            f"{type(model).__name__}: its blocks or its head are not called as modules; "
-            "its hidden states can't be named"
-        )
-    return [found[place] for place in places], output
+        raise _unnamed(model, "its blocks or its head are not called as modules")
+    return _stacked([found[place] for place in places]), output
 
 
 def _stacked(found: list[Tensor]) -> Float[Tensor, "layers texts length d"]:
     widths = [states.shape[-1] for states in found]
     if len(set(widths)) > 1:
-        raise ValueError(
-            f"layers: they differ in width in this model, {widths}; ask for them one by one"
-        )
+        raise ValueError(f"layers: they differ in width, {widths}; ask for them one by one")
     states = torch.stack(found)
     if not torch.isfinite(states).all():
         raise ValueError("NaN or Inf in the hidden states; run the model in float32")
     return states
 
 
+def _unnamed(model: nn.Module, why: str) -> ValueError:
+    return ValueError(f"{type(model).__name__}: {why}; its hidden states can't be named")
+
+
 def _states(model: nn.Module, passed: Any, batch: Tensor) -> Float[Tensor, "texts length d"]:
     """The first tensor among what a module was given or gave: a state for each token."""
     parts = [passed] if isinstance(passed, Tensor) else passed
     states = next((part for part in parts if isinstance(part, Tensor)), None)
-    if states is None or states.ndim != 3 or states.shape[:2] != batch.shape:
-        shape = "none" if states is None else f"of shape {tuple(states.shape)}"
-        raise ValueError(
-            f"{type(model).__name__}: states {shape} for texts × tokens {tuple(batch.shape)}; "
-            "its hidden states can't be named"
-        )
+    shape = () if states is None else tuple(states.shape)
+    expected = tuple(batch.shape)
+    if len(shape) != 3 or shape[:2] != expected:
+        raise _unnamed(model, f"states of shape {shape} for texts × tokens {expected}")
     return states
 
 
@@ -337,14 +322,15 @@ def _blocks(model: nn.Module, input_ids: Tensor) -> list[nn.Module]:
     """The model's blocks, verified: each is called once, and reads what the last one wrote."""
     if model in _VERIFIED:
         return _VERIFIED[model]
-    depth = models.depth(model)
+    depth = _depth(model)
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     batch = input_ids[: 1 if input_ids.shape[1] == 2 else 2, :16].to(model.device)
     calls: dict[nn.Module, list[tuple[Any, Any]]] = {}
 
     def keep(module: nn.Module, passed: tuple, named: dict, output: Any) -> None:
-        entered = _states(model, [*passed, *named.values()], batch).clone()
-        calls.setdefault(module, []).append((entered, _states(model, output, batch).clone()))
+        entered = _states(model, [*passed, *named.values()], batch)
+        left = _states(model, output, batch)
+        calls.setdefault(module, []).append((entered.clone(), left.clone()))
 
     for blocks in lists:
         calls.clear()
@@ -355,19 +341,14 @@ def _blocks(model: nn.Module, input_ids: Tensor) -> list[nn.Module]:
         if list(calls) == list(blocks) and all(len(found) == 1 for found in calls.values()):
             break
     else:
-        raise ValueError(
-            f"{type(model).__name__}: no list of {depth} blocks found that run one after another; "
-            "its hidden states can't be named"
-        )
+        raise _unnamed(model, f"no list of {depth} blocks found that run one after another")
     chain = [found[0] for found in calls.values()]
     for number, ((_, left), (entered, _)) in enumerate(pairwise(chain), 1):
         # Up to a factor: RWKV halves the states now and then, which half precision needs.
         factor = (left * entered).sum() / left.square().sum().clamp(min=1e-30)
         if (entered - factor * left).norm() > 1e-3 * entered.norm():
-            raise ValueError(
-                f"{type(model).__name__}: block {number + 1} does not read what block {number} "
-                "wrote; its hidden states can't be named"
-            )
+            wrote = f"what block {number} wrote"
+            raise _unnamed(model, f"block {number + 1} does not read {wrote}")
     _VERIFIED[model] = list(blocks)
     return _VERIFIED[model]
 
@@ -380,10 +361,9 @@ def _fitting(forward: Callable[[Tensor], Tensor], input_ids: Tensor, batch_size:
             if not should_reduce_batch_size(error):
                 raise
             if batch_size == 1:
-                raise MemoryError(
-                    f"no memory for one text of {input_ids.shape[1]} tokens; "
-                    "use shorter texts or a smaller model"
-                ) from error
+                text = f"one text of {input_ids.shape[1]} tokens"
+                fix = "use shorter texts or a smaller model"
+                raise MemoryError(f"no memory for {text}; {fix}") from error
         # Past the except block, where the error no longer holds what filled the memory.
         batch_size = min(batch_size, len(input_ids)) // 2 or 1
         clear_device_cache(garbage_collection=True)

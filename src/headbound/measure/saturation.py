@@ -126,7 +126,6 @@ class Saturation(NamedTuple):
     low: float
     high: float
     p_value: float
-    likelihood_ratio: float
     noise: float
 
 
@@ -189,7 +188,6 @@ def detect(
         low=float(drop - half),
         high=float(drop + half),
         p_value=float((1 + as_great) / (resamples + 1)),
-        likelihood_ratio=float(ratio[0]),
         noise=float(noise),
     )
 
@@ -200,9 +198,8 @@ def _in_order(
     """A curve sorted by step, checked, and the order that sorted it."""
     step, value = np.asarray(steps), np.asarray(values, float)
     if len(step) < 3 or value.shape != step.shape:
-        raise ValueError(
-            f"{len(step)} steps, {len(value)} values: give one value a step, three or more"
-        )
+        given = f"{len(step)} steps, {len(value)} values"
+        raise ValueError(f"{given}: give one value a step, three or more")
     order = np.argsort(step, kind="stable")
     step, value = step[order], value[order]
     again = step[1:][np.diff(step) == 0]
@@ -224,9 +221,7 @@ def _errors(
     known = np.isfinite(error) & (error >= 0)
     if not known.all() or not error.any():
         where = step[~(known & (error > 0))][0]
-        raise ValueError(
-            f"no stderr at step {where}: pass stderr=None to judge by the scatter alone"
-        )
+        raise ValueError(f"no stderr at step {where}: pass stderr=None to use the scatter")
     return np.maximum(error, error[error > 0].min())
 
 
@@ -257,9 +252,11 @@ def _scatter(y: Float[np.ndarray, " n"], error: Float[np.ndarray, " n"]) -> floa
     around = squares[:-2] + squares[2:]
     variance = squares[1:-1] + around / 4
     z = np.abs(off) / np.sqrt(variance)
-    robust = np.median(z) / 0.6745
-    whole = np.sqrt((z**2).mean())
-    return float(min(robust, whole) if robust > 0 else whole)
+    robust = float(np.median(z)) / 0.6745
+    whole = float(np.sqrt((z**2).mean()))
+    if robust == 0:
+        return whole
+    return min(robust, whole)
 
 
 def _level_fit(

@@ -102,7 +102,8 @@ def fit(
         random = np.random.default_rng(seed)
         noise = error * random.standard_normal((REREADINGS, models))
         reread = [_minimum(sizes, texts, observed + off) for off in noise]
-    residual = np.log(_loss(place, sizes, texts) / observed)
+    predicted = _loss(place, sizes, texts)
+    residual = np.log(predicted / observed)
     misfit = math.sqrt(np.mean(residual**2))
     return Law(place, np.array(left_out), np.array(reread).reshape(-1, 2), misfit)
 

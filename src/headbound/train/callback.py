@@ -2,14 +2,11 @@
 
 import warnings
 
-import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from headbound import hidden, models
-from headbound.measure import anisotropy, gradients, spectrum
-from headbound.measure.lowrank import Examples
+from headbound.measure import checkpoint
 
 # Each lies midway, by ratio, between what the paper's Figures 3 and 5 show of Pythia-410M, which it
 # calls stable, and the least that they show of the four smaller models, which saturate.
@@ -18,31 +15,30 @@ COSINE = 0.5  # in the last layer after the final norm: 0.20 against 0.97 or mor
 ENTROPY_RATIO = 4.0  # times the least so far: 1.2 against 15 or more
 
 
-def watch(
-    trainer: Trainer, input_ids: Int[Tensor, "texts length"], every: int = 500
-) -> "SaturationCallback":
+def watch(trainer: Trainer, input_ids: Int[Tensor, "texts length"], every: int = 500) -> "_Watch":
     """Measure a model while a `transformers.Trainer` trains it, and warn when it saturates.
 
-    The numbers go through the trainer's own log, so TensorBoard, W&B and others show them under
-    `saturation/…`. `SaturationCallback.rows` keeps them.
+    What `checkpoint.measure` and `checkpoint.outputs` say goes through the trainer's own log, so
+    TensorBoard, W&B and others show it under `saturation/…`. The `rows` of what is returned keep
+    it.
 
     **Arguments:**
 
     - `trainer`: before its `train` is called.
     - `input_ids`: a fixed batch of held-out text, such as 8 texts of 128 tokens.
-    - `every`: steps of the optimizer between two measurements.
+    - `every`: steps of the optimizer between two measurements; the first step is measured too.
 
     **Raises:** `ValueError` if `every` is below 1 or a text has fewer than two tokens.
     """
     if every < 1 or input_ids.shape[1] < 2:
         raise ValueError(f"every = {every}, texts of {input_ids.shape[1]} tokens: 1 and 2 at least")
-    callback = SaturationCallback(trainer, input_ids, every)
+    callback = _Watch(trainer, input_ids, every)
     trainer.add_callback(callback)
     return callback
 
 
-class SaturationCallback(TrainerCallback):
-    """Measures at the first step, then every `every` steps; see `watch`."""
+class _Watch(TrainerCallback):
+    """What `watch` adds to a trainer."""
 
     def __init__(self, trainer: Trainer, input_ids: Int[Tensor, "texts length"], every: int):
         self.trainer = trainer
@@ -58,7 +54,8 @@ class SaturationCallback(TrainerCallback):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         training = model.training
         model.eval()
-        row = measure(model, self.input_ids.to(model.device))
+        input_ids = self.input_ids.to(model.device)
+        row = checkpoint.measure(model, input_ids) | checkpoint.outputs(model, input_ids)
         model.train(training)
         self.rows.append({"step": float(state.global_step), **row})
         self.trainer.log({f"saturation/{name}": value for name, value in row.items()})
@@ -66,44 +63,6 @@ class SaturationCallback(TrainerCallback):
         if len(found) == 3 and not self.warned:
             self.warned = True
             warnings.warn(f"step {state.global_step}: {'; '.join(found)}", stacklevel=2)
-
-
-@torch.inference_mode()
-def measure(model: nn.Module, input_ids: Int[Tensor, "texts length"]) -> dict[str, float]:
-    """What chapters 2, 3 and 7 measure of a model, on one batch.
-
-    - `loss`: nats a token.
-    - `entropy`, `entropy_centred`: singular entropy of the head in nats, as it is and with its mean
-      row removed, which adds the same to all logits.
-    - `mean_row_share`: the mean row's part of ‖W‖².
-    - `cosine_before_norm`, `cosine_after_norm`: mean cosine in the last layer.
-    - `logit_mean`, `logit_norm`: mean of the logits; root mean square of a context's logit vector.
-    - `gradient_kept`: the share of the logit gradient's squared norm that passes the head.
-    """
-    weight = model.get_output_embeddings().weight.detach().float()
-    mean_row = weight.mean(0)
-    logits = model(input_ids[:, :-1], use_cache=False).logits.float()
-    targets = input_ids[:, 1:].flatten()
-    states = torch.cat(list(hidden.stream(model, input_ids[:, :-1], layers=[-2, -1])), dim=1)
-    before, after = states.float().flatten(1, 2)
-    texts, length = input_ids[:, 1:].shape
-    of_text = torch.arange(texts).repeat_interleave(length)
-    examples = Examples(after.cpu().numpy(), targets.cpu().numpy(), of_text.numpy())
-    readout = models.readout(model, None, input_ids)
-    kept = gradients.share_kept(examples, weight, logits=readout.logits)
-    raw = spectrum.singular_values(weight)
-    centred = spectrum.singular_values(weight - mean_row)
-    return {
-        "loss": nn.functional.cross_entropy(logits.flatten(0, 1), targets).item(),
-        "entropy": spectrum.singular_entropy(raw),
-        "entropy_centred": spectrum.singular_entropy(centred),
-        "mean_row_share": (len(weight) * mean_row.square().sum() / weight.square().sum()).item(),
-        "cosine_before_norm": anisotropy.mean_cosine(before).value,
-        "cosine_after_norm": anisotropy.mean_cosine(after).value,
-        "logit_mean": logits.mean().item(),
-        "logit_norm": logits.square().sum(-1).mean().sqrt().item(),
-        "gradient_kept": kept.share().value,
-    }
 
 
 def _signs(rows: list[dict[str, float]]) -> list[str]:
@@ -114,8 +73,8 @@ def _signs(rows: list[dict[str, float]]) -> list[str]:
     """
     last = rows[-1]
     rise = last["loss"] - min(row["loss"] for row in rows)
-    ratio = last["entropy"] / max(min(row["entropy"] for row in rows), 1e-9)
-    cosine = last["cosine_after_norm"]
+    ratio = last["singular_entropy"] / max(min(row["singular_entropy"] for row in rows), 1e-9)
+    cosine = last["anisotropy_after_norm"]
     found = {
         f"the loss is {rise:.3f} nats above its least": rise > LOSS_RISE,
         f"the last layer's mean cosine is {cosine:.2f}": cosine > COSINE,

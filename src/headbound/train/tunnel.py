@@ -52,10 +52,7 @@ def corpus(
     context: int = 128,
     held_out_texts: int = 256,
 ) -> Text:
-    """What the suite trains and is measured on.
-
-    **Returns:** the tokenizer, the stream of training tokens, and the first `context + 1` tokens of
-    `held_out_texts` held-out texts, drawn from all of them.
+    """What the suite trains on, and the first `context + 1` tokens of held-out texts.
 
     **Raises:** `ValueError` if the text is too short.
     """
@@ -77,12 +74,7 @@ def _corpus(source, vocab_size, context, held_out_texts, cache, changed):
 
 
 def _checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
-    """Step 0 and `checkpoints` log-spaced steps from steps/200 to `steps`, rounded, each once.
-
-    **Raises:** `ValueError` if one of the two is below 1.
-    """
-    if min(steps, checkpoints) < 1:
-        raise ValueError(f"steps = {steps}, checkpoints = {checkpoints}: both must be 1 or more")
+    """Step 0 and `checkpoints` log-spaced steps from steps/200 to `steps`, rounded, each once."""
     # From the end, which one alone is.
     spaced = np.geomspace(steps, max(1, steps / 200), checkpoints)
     whole = spaced.round().astype(int)
@@ -143,9 +135,8 @@ def train(
 ) -> pd.DataFrame:
     """Train the suite, or what is missing of it; called again, it only reads.
 
-    A killed run goes on from its last training state and ends as an unbroken one, bit for bit.
-    Data order and random numbers follow from seed and step, and on a CPU a model has one thread.
-    Several models train at once.
+    A killed run goes on from its last training state and ends as an unbroken one, bit for bit: data
+    order and random numbers follow from seed and step, and on a CPU a model has one thread.
 
     **Arguments:**
 
@@ -186,10 +177,7 @@ def fit(
 ) -> None:
     """Train to the last `wanted` step, from a kept `state` where there is one.
 
-    `keep` is called with each `wanted` step, before its update. After a kill it may be called
-    once more for the last of them.
-
-    **Raises:** `FloatingPointError` as `train`.
+    `keep` is called with each `wanted` step, before its update; after a kill perhaps once more.
     """
     recipe = trainer.recipe
     kept = kept_windows(recipe, text.stream)

@@ -266,9 +266,6 @@ def test_large_targets_descend_in_single_precision_and_are_measured_in_double(mo
     assert bounds.lower(logits, [4])[0] <= single[0]
 
 
-@pytest.mark.parametrize(("power", "agrees"), [(2, True), (1, True), (0.5, False)])
+@pytest.mark.parametrize(("power", "agrees"), [(2.0, True), (1.0, True), (0.99, False)])
 def test_what_falls_slower_than_the_distance_is_not_the_papers_lemma(power, agrees):
-    distances = np.geomspace(1, 1e-3, 7)
-    order = bounds.local_order(distances, 5 * distances**power)
-    assert order == pytest.approx(power)
-    assert bounds.of_first_order(order + 1e-9).agrees is agrees
+    assert bounds.of_first_order(power).agrees is agrees

@@ -1,8 +1,10 @@
 """Is a model's head its bottleneck? Frozen states under heads of equal and of higher rank."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -60,7 +62,6 @@ def working_rank(
     divergence. Found by bisection, and again without each of `groups` groups of texts (jackknife).
     A numerical rank would take the rounding of stored weights for dimensions.
     """
-
     (whole,) = lowrank.token_losses(data, [head])
 
     @cache
@@ -69,15 +70,10 @@ def working_rank(
         return np.square(cut - whole) / 2
 
     def least(chosen: np.ndarray) -> float:
-        low = 1
-        high = len(head.B)
-        while low < high:
-            middle = (low + high) // 2
-            if divergence(middle)[chosen].mean() <= tolerance:
-                high = middle
-            else:
-                low = middle + 1
-        return float(low)
+        def predicts(rank: int) -> bool:
+            return divergence(rank)[chosen].mean() <= tolerance
+
+        return 1.0 + bisect_left(range(1, len(head.B)), True, key=predicts)
 
     group = np.unique(data.texts, return_inverse=True)[1] % groups
     without = [least(group != left_out) for left_out in range(groups)]
@@ -90,24 +86,22 @@ def lift(
     head: Head,
     pairs: Sequence[tuple[int, int]],
     others: int = 1024,
-    batch: int = 128,
-    learning_rate: float = 0.008,
     seed: int = 0,
+    **training: Any,
 ) -> Float[np.ndarray, "pairs tokens"]:
     """Nats that a higher rank gains over a lower one on each token of `test`, for pairs of ranks.
 
     All heads read the same inputs: a one, the coordinates u = B h of `head` (of `lowrank.low_rank`)
     and as many fixed random features GELU(R u). All start as `head` cut to the lower rank and are
-    trained alike on `train`, one epoch. Logits are A·B·inputs for each, so that they differ in rank
-    alone, not in what is known or may be bent.
+    trained alike on `train`, one epoch, so that they differ in rank alone.
 
     **Arguments:** `others`: the softmax is over the tokens that occur and this many more.
+    `training`: options of `lowrank.train`; the learning rate is 0.008 unless given.
 
     **Raises:** `ValueError` for ranks outside 1 to r and 2r, where r is the rank of `head`.
     """
     r = len(head.B)
-    fit = [1 <= low <= r and low <= high <= 2 * r for low, high in pairs]
-    if not all(fit):
+    if not all(1 <= low <= r and low <= high <= 2 * r for low, high in pairs):
         raise ValueError(f"pairs = {list(pairs)}: need 1 ≤ lower ≤ {r}, lower ≤ higher ≤ {2 * r}")
     random = np.random.default_rng(seed)
     kept = _vocabulary(train, test, len(head.A), others, random)
@@ -115,10 +109,8 @@ def lift(
     mixing *= 2 / math.sqrt(r)
     learn = _features(train, head, mixing, kept)
     judge = _features(test, head, mixing, kept)
-    starts = []
-    for low, high in pairs:
-        starts += [_start(head, kept, low, rank) for rank in (low, high)]
-    trained = lowrank.train(learn, starts, 1, batch, learning_rate, seed=seed)
+    starts = [_start(head, kept, min(pair), rank) for pair in pairs for rank in pair]
+    trained = lowrank.train(learn, starts, 1, seed=seed, **{"learning_rate": 0.008, **training})
     losses = lowrank.token_losses(judge, trained)
     return losses[::2] - losses[1::2]
 
@@ -200,8 +192,6 @@ def target_rank(
 
     The `vocab` − 1 most frequent tokens are told apart, the others are merged. About `most` tokens
     are read. **Returns:** the rank, the tokens read, and the share of them that was merged.
-
-    **Raises:** `ValueError` if in half of the text no context occurs twice.
     """
     pieces = []
     read = 0
@@ -220,12 +210,7 @@ def target_rank(
 
     def supported(left_out: int | None) -> float:
         part = [piece for place, piece in enumerate(pieces) if place % groups != left_out]
-        grams = []
-        for half in (0, 1):
-            tokens = np.concatenate(part[half::2])
-            gram = ngrams.gram(tokens, order, vocab, "tokens", unbiased=True)
-            grams.append(gram)
-        return float(ngrams.split_half(*grams).rank)
+        return float(ngrams.split_half(part, order, vocab).rank)
 
     without = [supported(group) for group in range(groups)]
     rank = stats.jackknife(without, supported(None))
@@ -233,17 +218,14 @@ def target_rank(
 
 
 def references(fingerprint: str = "", perplexity: float = 0.0) -> pd.DataFrame:
-    """What this report found for known models, and what the paper's figures say of its own.
+    """What this report found for known models, and the paper's figures say of its own: a row each.
 
-    A row a model and quantity, with its origin. A model of the same text (its fingerprint) and
-    perplexity is the one in hand, and left out.
+    A model of the same text (its fingerprint) and perplexity is the one in hand, and left out.
     """
     known = pd.read_csv(pythia.DATA / "references.csv")
-    near = np.isclose(known["value"], perplexity, 1e-3)
-    near &= known["quantity"] == "perplexity"
-    near &= known["fingerprint"] == fingerprint
-    same = known.loc[near, "reference"]
-    return known[~known["reference"].isin(same)]
+    mine = (known["quantity"] == "perplexity") & (known["fingerprint"] == fingerprint)
+    mine &= np.isclose(known["value"], perplexity, 1e-3)
+    return known[~known["reference"].isin(known.loc[mine, "reference"])]
 
 
 def places(known: pd.DataFrame, mine: Mapping[str, stats.Estimate | float]) -> pd.DataFrame:
@@ -257,7 +239,7 @@ def places(known: pd.DataFrame, mine: Mapping[str, stats.Estimate | float]) -> p
     cited = known["verdict"] == "cited"
     rows = []
     for quantity, number in mine.items():
-        value = number.value if isinstance(number, stats.Estimate) else number
+        value = getattr(number, "value", number)
         here = known["quantity"] == quantity
         less, near = _place(known[here & ~cited], value)
         paper_less, paper_near = _place(known[here & cited], value)
@@ -268,13 +250,8 @@ def places(known: pd.DataFrame, mine: Mapping[str, stats.Estimate | float]) -> p
 
 def _place(known: pd.DataFrame, value: float) -> tuple[str, str]:
     ordered = known.sort_values("value")
-    named = []
-    for row in ordered.itertuples():
-        named.append(f"{row.reference} ({row.value:.3g})")
+    named = [f"{row.reference} ({row.value:.3g})" for row in ordered.itertuples()]
     below = int((ordered["value"] <= value).sum())
-    words = []
-    if below:
-        words.append(f"above {named[below - 1]}")
-    if below < len(named):
-        words.append(f"below {named[below]}")
+    words = [f"above {name}" for name in named[:below][-1:]]
+    words += [f"below {name}" for name in named[below:][:1]]
     return f"{below} of {len(named)}", ", ".join(words) or "none is known"

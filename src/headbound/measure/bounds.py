@@ -16,7 +16,6 @@ from headbound.measure.rules import Ruling
 
 Logits = Float[np.ndarray, "contexts vocab"]
 PerRank = Float64[np.ndarray, " ranks"]
-PerStep = Float64[np.ndarray, " steps"]
 EPS = float(np.finfo(np.float64).eps)
 ROUNDINGS = 8  # times EPS: what a sum or a decomposition here may be off, in units of its size
 LARGE = 2**20  # logits beyond which the descent, not what it reaches, is in float32
@@ -30,7 +29,7 @@ LEAST = -30.0  # of a logarithm at the ascent's start
 def context_gaps(logits: Logits, approximation: Logits) -> Float64[np.ndarray, " contexts"]:
     """KL(softmax(logits) ‖ softmax(approximation)) of each context, in nats.
 
-    **Raises:** `ValueError` for logits that are not finite: probability zero has no logarithm.
+    **Raises:** `ValueError` for logits that are not finite.
     """
     target = _log_softmax(logits)
     change = target - _log_softmax(approximation)
@@ -55,15 +54,6 @@ def second_order(logits: Logits, change: Logits) -> float:
     squares = (delta - means) ** 2
     variances = (p * squares).sum(1)
     return float(variances.mean() / 2)
-
-
-def local_order(distances: PerStep, gaps: PerStep) -> float:
-    """The power of the distance with which the gap falls: the slope of their logarithms.
-
-    >>> round(local_order(np.array([1.0, 0.1, 0.01]), np.array([3.0, 0.03, 0.0003])), 6)
-    2.0
-    """
-    return float(np.polyfit(np.log(distances), np.log(gaps), 1)[0])
 
 
 def of_first_order(order: float) -> Ruling:
@@ -117,10 +107,8 @@ def reach(
     starts = [_start(target, rank, power) for power in powers]
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(sum(target.shape), rank, generator=generator)
-        small = drawn.double() / 3
-        left, right = small.split(list(target.shape))
-        starts.append((left, right))
+        drawn = torch.randn(sum(target.shape), rank, generator=generator).double() / 3
+        starts.append(drawn.split(list(target.shape)))
     found = [_descend(target, left, right, steps) for left, right in starts]
     finite = [z for z in found if np.isfinite(z).all()]
     return min(finite, key=lambda z: loss_gap(logits, z))
@@ -139,13 +127,10 @@ def upper(logits: Logits, ranks: Sequence[int], steps: int = 200) -> PerRank:
     logits that are not finite.
     """
     _check(ranks, logits)
-    least = np.inf
-    gaps = {}
-    for rank in sorted(set(ranks)):
-        found = reach(logits, rank, steps)
-        least = min(least, loss_gap(logits, found))
-        gaps[rank] = least
-    return np.array([gaps[rank] for rank in ranks])
+    ascending = np.unique(ranks)
+    gaps = [loss_gap(logits, reach(logits, int(rank), steps)) for rank in ascending]
+    least = np.minimum.accumulate(gaps)
+    return least[np.searchsorted(ascending, ranks)]
 
 
 def lower(
@@ -168,19 +153,17 @@ def lower(
     _check(ranks, logits)
     target = _log_softmax(logits)
     margin = EPS * float(target.abs().max())
-    chosen = sorted(set(ranks))
+    chosen = np.unique(ranks)
     kept = max(tokens, 2 * chosen[-1])
     likely = target.exp().mean(0).argsort(descending=True)
     target = target[:, likely[:kept]]
-    spread = np.linspace(0, len(chosen) - 1, anchors)
-    places = spread.round().astype(int)
+    places = np.linspace(0, len(chosen) - 1, anchors).round().astype(int)
     found = [torch.zeros(min(target.shape), dtype=torch.float64)]
-    for rank in {chosen[place] for place in places}:
+    for rank in np.unique(chosen[places]).tolist():
         if rank < min(target.shape):
             found.append(_ascend(target, rank, steps, margin))
     terms = torch.stack(found)
-    totals = [terms[:, rank:].sum(1) for rank in ranks]
-    best = [float(total.max()) for total in totals]
+    best = [float(terms[:, rank:].sum(1).max()) for rank in ranks]
     return np.array(best) / len(target)
 
 
@@ -196,8 +179,7 @@ def _ascend(target: Tensor, rank: int, steps: int, margin: float) -> Tensor:
         log_alpha = -torch.logsumexp(-sharpness * room, 1) / sharpness
         alpha = log_alpha.exp()
         a = alpha[:, None] * _centred(target, log_beta.exp())
-        gram = a @ a.T if len(a) <= a.shape[1] else a.T @ a
-        squares = torch.linalg.eigvalsh(gram).flip(0)
+        squares = torch.linalg.eigvalsh(_smaller_gram(a)).flip(0)
         values = squares.clamp(min=TINY).sqrt()
         tail = _phi(values[rank:]).sum()
         objective = torch.log(tail + TINY**2) + log_kappa
@@ -245,14 +227,9 @@ def _start(target: Tensor, rank: int, power: float) -> tuple[Tensor, Tensor]:
     mean = target.exp().mean(0) + TINY
     root = mean ** (power / 2)
     a = _centred(target, root)
-    if len(a) <= a.shape[1]:
-        vectors = torch.linalg.eigh(a @ a.T).eigenvectors
-        left = vectors.flip(1)[:, :rank]
-        right = a.T @ left
-    else:
-        vectors = torch.linalg.eigh(a.T @ a).eigenvectors
-        right = vectors.flip(1)[:, :rank]
-        left = a @ right
+    vectors = torch.linalg.eigh(_smaller_gram(a)).eigenvectors
+    kept = vectors.flip(1)[:, :rank]
+    left, right = (kept, a.T @ kept) if len(kept) == len(a) else (a @ kept, kept)
     return left, right / root[:, None]
 
 
@@ -298,12 +275,16 @@ def _centred(target: Tensor, root: Tensor) -> Tensor:
     return (target - means[:, None]) * root
 
 
+def _smaller_gram(a: Tensor) -> Tensor:
+    return a @ a.T if len(a) <= a.shape[1] else a.T @ a
+
+
 def _log_softmax(logits: Logits) -> Tensor:
     if not np.isfinite(logits).all():
         i, v = np.argwhere(~np.isfinite(logits))[0]
         raise ValueError(
             f"logits[{i}, {v}] = {logits[i, v]}: a probability of zero has no logarithm; "
-            "give finite logits (drop that token or smooth the target)"
+            "drop that token or smooth the target"
         )
     return torch.log_softmax(torch.as_tensor(logits, dtype=torch.float64), 1)
 
@@ -311,5 +292,4 @@ def _log_softmax(logits: Logits) -> Tensor:
 def _check(ranks: Sequence[int], logits: Logits) -> None:
     for rank in ranks:
         if not 1 <= rank <= min(logits.shape):
-            side = f"{min(logits.shape)}, the smaller side of the logits"
-            raise ValueError(f"rank = {rank}: must be between 1 and {side}")
+            raise ValueError(f"rank = {rank}: must be between 1 and {min(logits.shape)}")

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from headbound import device, progress, stats
-from headbound.measure.lowrank import Examples, blocks
+from headbound.measure.lowrank import Examples
 from headbound.measure.spectrum import ROWS
 
 LARGE = 100_000  # symbols from which the repetition is said to be unlearnable
@@ -52,16 +52,16 @@ def share_kept(
     Beside the arguments nothing is larger than `block` × V.
 
     **Arguments:** `weight`: W, best without its mean row, which the softmax ignores. `logits`: from
-    states to logits, such as `models.Readout.logits`; None is W alone. A soft cap is part of them.
+    states to logits, such as `models.Readout.logits`; None is W alone.
 
     **Raises:** `ValueError` for no token, sizes that do not fit, NaN or Inf.
 
     **Source:** Godey & Artzi 2026, arXiv 2603.10145; the definition of what is kept is ours.
     """
-    _check(data, weight, block)
+    _check(data, weight)
     basis = _orthonormal(weight)
     squares = []
-    for here in progress.bar(blocks(len(data.targets), block), "gradients"):
+    for here in progress.bar(data.blocks(block), "gradients"):
         g = _gradient(data, here, weight, logits)
         parts = zip(g.split(ROWS, 1), _rows(weight), strict=True)
         received = sum(part @ rows for part, rows in parts)
@@ -77,10 +77,6 @@ def _orthonormal(weight: Float[Tensor, "vocab d"]) -> Float64[Tensor, "d rank"]:
 
     From WᵀW = Q Λ Qᵀ follows B = Q Λ^(−½), but squaring W costs half of the digits. A second round
     on W·B, whose columns are orthonormal but for that, wins them back.
-
-    >>> parallel = torch.tensor([[3.0, 3.0], [4.0, 4.0]], dtype=torch.float64)
-    >>> (parallel @ _orthonormal(parallel)).abs().round(decimals=3).tolist()
-    [[0.6], [0.8]]
 
     **Source:** Stathopoulos & Wu 2002 (SVQB), twice.
     """
@@ -104,14 +100,13 @@ def singular_values(
     By Eckart–Young no r-dimensional subspace keeps more of ‖G‖_F² than Σ_{j≤r} σ_j².
     **Arguments**, **Raises:** as `share_kept`.
     """
-    _check(data, weight, block)
+    _check(data, weight)
     tokens = len(data.targets)
     products = np.empty((tokens, tokens))
-    for here in blocks(tokens, block):
+    places = data.blocks(block)
+    for number, here in enumerate(places):
         g = _gradient(data, here, weight, logits)
-        for there in blocks(tokens, block):
-            if there.start > here.start:
-                break
+        for there in places[: number + 1]:
             others = g if there == here else _gradient(data, there, weight, logits)
             products[here, there] = (g @ others.T).cpu()
     squares = np.linalg.eigvalsh(products, "L")
@@ -121,8 +116,7 @@ def singular_values(
 def lost(share: stats.Estimate) -> dict[str, stats.Estimate]:
     """Three readings of what is lost where the share κ of the squared norm is kept.
 
-    >>> readings = lost(stats.Estimate(0.04, 0.01, 0.09, 48))
-    >>> [round(reading.value, 2) for reading in readings.values()]
+    >>> [round(reading.value, 2) for reading in lost(stats.Estimate(0.04, 0.01, 0.09, 48)).values()]
     [0.96, 0.8, 0.98]
     """
     readings = {
@@ -174,14 +168,7 @@ def _gram(weight: Tensor, basis: Tensor | None = None) -> Tensor:
     return sum(part.T @ part for part in parts)
 
 
-def _check(data: Examples, weight: Tensor, block: int) -> None:
-    count, width = data.hidden_states.shape
-    fits = count == len(data.targets) > 0 and width == weight.shape[1] and block > 0
-    known = fits and data.targets.min() >= 0 and data.targets.max() < len(weight)
-    if not known:
-        raise ValueError(
-            f"block = {block}, {len(data.targets)} targets, states {(count, width)}, head "
-            f"{tuple(weight.shape)}: they do not fit; take all of them from one model"
-        )
+def _check(data: Examples, weight: Tensor) -> None:
+    data.check(*weight.shape)
     if not (torch.isfinite(weight).all() and np.isfinite(data.hidden_states).all()):
         raise ValueError("NaN or Inf in the head or the states; run the checkpoint in float32")

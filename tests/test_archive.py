@@ -40,22 +40,12 @@ def test_every_arm_trains_and_is_measured(source, tmp_path, arm):
     assert record["steps_done"] == table["step"].iloc[-1] == record["recipe"]["steps"]
 
 
-def test_a_broken_run_ends_as_an_unbroken_one(source, tmp_path, monkeypatch):
+def test_a_broken_run_ends_as_an_unbroken_one(source, tmp_path, stopped):
     def run(name):
         return archive.run("float16", 8, 3, tmp_path / name, tmp_path / name, source=source, **TINY)
 
     whole = run("whole")
-    real = tunnel.batch
-
-    def stop(stream, step, *rest):
-        if step == 19:
-            raise KeyboardInterrupt
-        return real(stream, step, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tunnel, "batch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run("broken")
+    stopped(lambda: run("broken"), at=19)
     record = json.loads((tmp_path / "broken" / "float16-d8-s3.json").read_text())
     assert not record["finished"]
     assert run("broken").equals(whole)

@@ -138,15 +138,12 @@ def fits_size(parameters: float, last: Estimate) -> bool | None:
 def _peak_one(block: Tensor, first: int) -> Tensor:
     """Rows over their largest entry, in float64, so that every norm can be squared."""
     peaks = block.abs().amax(1, keepdim=True)
-    _refuse(peaks == 0, first, "is zero: it has no direction")
-    _refuse(~peaks.isfinite(), first, "has NaN or Inf")
+    problems = {"is zero: it has no direction": peaks == 0, "has NaN or Inf": ~peaks.isfinite()}
+    for problem, wrong in problems.items():
+        if wrong.any():
+            raise ValueError(f"hidden state {first + int(wrong.int().argmax())} {problem}")
     where = device.precise(block.device)
     return block.to(where, torch.float64) / peaks
-
-
-def _refuse(wrong: Tensor, first: int, problem: str) -> None:
-    if wrong.any():
-        raise ValueError(f"hidden state {first + int(wrong.int().argmax())} {problem}")
 
 
 def _part(block: Tensor) -> tuple[np.ndarray, int]:

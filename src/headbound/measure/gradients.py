@@ -34,12 +34,11 @@ class Squares(NamedTuple):
 
         **Raises:** `ValueError` if `where` chooses no token.
         """
-        chosen = np.ones(len(self.texts), bool) if where is None else where
-        if not chosen.any():
-            raise ValueError("where chooses no token; widen it or give more text")
+        chosen = slice(None) if where is None else where
         kept = self.kept[chosen]
-        gradient = self.gradient[chosen]
-        return stats.mean(kept, self.texts[chosen], gradient)
+        if not len(kept):
+            raise ValueError("where chooses no token; widen it or give more text")
+        return stats.mean(kept, self.texts[chosen], self.gradient[chosen])
 
 
 @torch.inference_mode()
@@ -48,15 +47,15 @@ def share_kept(
 ) -> Squares:
     """How much of each token's logit gradient passes through the head W, exactly, in float64.
 
-    It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's (see `_orthonormal`).
-    Beside the arguments nothing is larger than `block` × V.
+    It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's. Beside the arguments
+    nothing is larger than `block` × V.
 
     **Arguments:** `weight`: W, best without its mean row, which the softmax ignores. `logits`: from
     states to logits, such as `models.Readout.logits`; None is W alone.
 
     **Raises:** `ValueError` for no token, sizes that do not fit, NaN or Inf.
 
-    **Source:** Godey & Artzi 2026, arXiv 2603.10145; the definition of what is kept is ours.
+    **Source:** Godey & Artzi 2026, arXiv 2603.10145; what is kept is defined by us.
     """
     _check(data, weight)
     basis = _orthonormal(weight)
@@ -97,8 +96,7 @@ def singular_values(
 ) -> Float64[np.ndarray, " tokens"]:
     """Singular values of G (tokens × V), the largest first, from G Gᵀ: for a few thousand tokens.
 
-    By Eckart–Young no r-dimensional subspace keeps more of ‖G‖_F² than Σ_{j≤r} σ_j².
-    **Arguments**, **Raises:** as `share_kept`.
+    No r-dimensional subspace keeps more of ‖G‖_F² than Σ_{j≤r} σ_j². Else as `share_kept`.
     """
     _check(data, weight)
     tokens = len(data.targets)
@@ -136,11 +134,11 @@ def as_claimed(loss: stats.Estimate, low: float = 0.945, high: float = 0.995) ->
 
 
 def unlearnable(same_head: Mapping[str, stats.Estimate], vocab: int) -> bool | None:
-    """Does no way of training a head learn the repetition? None at a vocabulary too small to say.
+    """Does no way of training a head surely get 99 % of the repetition right?
 
-    A way has learned it if surely 99 % of the tokens are right.
+    None at a vocabulary too small to say.
     """
-    learned = [name for name, share in same_head.items() if share.low > 0.99]
+    learned = any(share.low > 0.99 for share in same_head.values())
     return not learned if vocab >= LARGE else None
 
 

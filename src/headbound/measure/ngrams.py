@@ -35,8 +35,7 @@ EPSILON = np.finfo(float).eps
 class SplitHalf(NamedTuple):
     """What two halves of a text agree on: the rank, and W-error without noise.
 
-    It lies between `floor` (a half judged by itself, which flatters) and `ceiling` (judged by the
-    other half: what was really found).
+    It lies between `floor` (a half judged by itself) and `ceiling` (judged by the other half).
     """
 
     rank: int
@@ -59,7 +58,7 @@ def count(
 
     - `tokens`: the corpus, perhaps memory-mapped: it is read in blocks.
     - `order`: tokens in an n-gram; a context has one less.
-    - `targets`: what follows each context; by default what does in `tokens`.
+    - `targets`: what follows each context, where that is not what does in `tokens`.
     - `partitions`: how many; by default enough for `PARTITION` n-grams in each.
     - `only`: the partitions wanted, by default all; jobs may count some each and add up.
 
@@ -253,7 +252,7 @@ def meets(
 ) -> bool | None:
     """Whether an interval meets a range; None if it spans `factor` or more, which is no test.
 
-    None also where it was carried to more than twice the largest V measured (`reach`, a factor).
+    None also where it was `carried` to more than twice (`reach`) the largest V measured.
     """
     if not found.high < factor * found.low or reach > 2:
         return None
@@ -261,11 +260,9 @@ def meets(
 
 
 def _check_ids(ids: Tokens, vocab_size: int) -> None:
-    for first in range(0, len(ids), BLOCK):
-        block = ids[first : first + BLOCK]
-        wrong = block[(block < 0) | (block >= vocab_size)]
-        if len(wrong):
-            raise ValueError(f"token id {wrong[0]}: outside the vocabulary of {vocab_size}")
+    for extreme in (ids.min(), ids.max()):
+        if not 0 <= extreme < vocab_size:
+            raise ValueError(f"token id {extreme}: outside the vocabulary of {vocab_size}")
 
 
 def _check_memory(vocab_size: int) -> None:

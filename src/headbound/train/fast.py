@@ -11,11 +11,10 @@ from transformers import GPTNeoXModel, PreTrainedModel
 
 SAFE = 60.0  # exp of numbers up to this neither overflows nor vanishes in a float32 sum
 TOKENS = 256  # a block of logits, which stays in the cache for a vocabulary of a few thousand
-
 LOSS_SCALE = 2.0**12  # what the loss is multiplied by for float16, Pythia's first scale
 
 
-def rounded(numbers: Tensor, precision: torch.dtype) -> Tensor:
+def _rounded(numbers: Tensor, precision: torch.dtype) -> Tensor:
     """The nearest numbers of a 16-bit format, in their own one; the gradient passes as it is."""
     return numbers if precision == torch.float32 else _Rounded.apply(numbers, precision)
 
@@ -38,15 +37,15 @@ def states(
     """The last hidden states of a GPT-NeoX, before and after the final norm.
 
     They are those of the model's own forward pass up to rounding, in about three quarters of the
-    time. A model with dropout or without parallel residuals goes its own way, which has no states
-    before the norm to show: None. States are `rounded` after each layer and after the final norm.
+    time, and are rounded to `precision` after each layer and after the final norm. A model with
+    dropout or without parallel residuals goes its own way, which shows no states before the norm.
     """
     body = model.base_model
     dropout = model.config.hidden_dropout + model.config.attention_dropout
     if dropout or not model.config.use_parallel_residual:
         return None, body(tokens, use_cache=False).last_hidden_state
     cosines, sines = _angles(body, tokens)
-    hidden = rounded(body.embed_in(tokens), precision)
+    hidden = _rounded(body.embed_in(tokens), precision)
     for layer in body.layers:
         attention = layer.attention
         heads = hidden.shape[-1] // attention.head_size
@@ -54,9 +53,9 @@ def states(
         attended = _Attention.apply(mixed, cosines, sines, heads)
         normed = layer.post_attention_layernorm(hidden)
         hidden = hidden + attention.dense(attended) + layer.mlp(normed)
-        hidden = rounded(hidden, precision)
+        hidden = _rounded(hidden, precision)
     normed = body.final_layer_norm(hidden)
-    return hidden, rounded(normed, precision)
+    return hidden, _rounded(normed, precision)
 
 
 class _Attention(torch.autograd.Function):
@@ -184,13 +183,13 @@ class _RoundedCrossEntropy(_CrossEntropy):
         loss = hidden.new_zeros(())
         for start in range(0, tokens, TOKENS):
             here = slice(start, start + TOKENS)
-            logits = rounded(hidden[here] @ weight.T, precision)
+            logits = _rounded(hidden[here] @ weight.T, precision)
             known = torch.log_softmax(logits, 1)
             target = targets[here, None]
             loss -= known.gather(1, target).sum()
             error = known.exp_()
             error.scatter_add_(1, target, -torch.ones_like(target, dtype=error.dtype))
-            error = rounded(error.mul_(scale / tokens), precision).div_(scale)
+            error = _rounded(error.mul_(scale / tokens), precision).div_(scale)
             by_hidden[here] = error @ weight
             by_weight.addmm_(error.T, hidden[here])
         ctx.gradients = by_hidden, by_weight

@@ -242,10 +242,9 @@ def _one(root: Path, recipe: Recipe, text: Text, build: Build, on: torch.device)
     wanted = {step: folder / f"step{step}" for step in steps}
     folder.mkdir(exist_ok=True)
     # The lock ends with its process: of two chapters that ask for a suite at once, one trains it.
-    with FileLock(folder / ".lock"):
+    with FileLock(folder / ".lock"), one_thread(on):
         if not all(path.exists() for path in wanted.values()):
-            with one_thread(on):
-                _train_one(folder, wanted, recipe, text, build, on)
+            _train_one(folder, wanted, recipe, text, build, on)
     name = {"variant": recipe.variant, "hidden_size": recipe.hidden_size, "seed": recipe.seed}
     rows = []
     for step, path in wanted.items():

@@ -129,8 +129,8 @@ def test_epochs_cut_the_data_and_ties_tie(source, tmp_path):
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     # 16 steps of 4 windows over 4 epochs: 16 of 64 windows, each seen four times.
     stream = np.arange(64 * 16 + 1)
-    recipe = step.Recipe(8, 16, context=16, batch_size=4)
-    seen = torch.cat([tunnel.batch(stream, n, recipe, kept=16)[:, 0] for n in range(16)])
+    recipe = step.Recipe(8, 16, context=16, batch_size=4, epochs=4.0)
+    seen = torch.cat([tunnel.batch(stream, n, recipe)[:, 0] for n in range(16)])
     assert sorted(seen.bincount().tolist())[-17:] == [0] + [4] * 16
     assert seen.max() > 16 * 16  # drawn from the whole stream, not cut from its beginning
 

@@ -195,9 +195,8 @@ def keep_first_text(arms: Mapping[str, int], folder: Path = TABLES) -> None:
     read = np.zeros(len(text.stream), bool)
     for arm, steps in arms.items():
         recipe = changes.recipe(arm, 8, 0)
-        kept = tunnel.kept_windows(recipe, text.stream)
         for step in range(steps):
-            read[tunnel.batch(places, step, recipe, kept).numpy()] = True
+            read[tunnel.batch(places, step, recipe).numpy()] = True
     np.savez_compressed(
         folder / "first-text.npz",
         length=len(text.stream),

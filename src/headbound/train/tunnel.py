@@ -82,13 +82,19 @@ def _checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
 
 
 def batch(
-    stream: Int[np.ndarray, " tokens"], step: int, recipe: Recipe, kept: int | None = None
+    stream: Int[np.ndarray, " tokens"], step: int, recipe: Recipe
 ) -> Int[Tensor, "size length"]:
     """One step's windows of `context + 1` tokens, in a new order each epoch, from seed and step.
 
-    With `kept`, an epoch has that many windows, drawn from the whole stream.
+    **Raises:** `ValueError` if the text has fewer windows than `recipe.epochs` needs.
     """
     windows = (len(stream) - 1) // recipe.context
+    kept = recipe.epochs and round(recipe.steps * recipe.batch_size / recipe.epochs)
+    if not 1 <= (windows if kept is None else kept) <= windows:
+        raise ValueError(
+            f"epochs = {recipe.epochs}: {kept} windows of {windows}; "
+            "give more text or choose other epochs"
+        )
     first = step * recipe.batch_size
     running = np.arange(first, first + recipe.batch_size)
     epochs, places = np.divmod(running, kept or windows)
@@ -108,21 +114,6 @@ def _order(windows: int, kept: int | None, epoch: int, seed: int) -> Int[np.ndar
     if kept is None:
         return order
     return np.random.default_rng(seed).choice(windows, kept, replace=False)[order]
-
-
-def kept_windows(recipe: Recipe, stream: Int[np.ndarray, " tokens"]) -> int | None:
-    """How many windows `recipe.epochs` leaves, None for all.
-
-    **Raises:** `ValueError` if the text has fewer.
-    """
-    windows = (len(stream) - 1) // recipe.context
-    kept = recipe.epochs and round(recipe.steps * recipe.batch_size / recipe.epochs)
-    if not 1 <= (windows if kept is None else kept) <= windows:
-        raise ValueError(
-            f"epochs = {recipe.epochs}: {kept} windows of {windows}; "
-            "give more text or choose other epochs"
-        )
-    return kept
 
 
 def train(
@@ -160,7 +151,7 @@ def train(
             f"variant = {first.variant!r}: only a model of another build has a name of its own"
         )
     text = corpus(first.source, first.vocab_size, first.context, first.held_out_texts)
-    kept_windows(first, text.stream)
+    batch(text.stream, 0, first)  # refuses a text that is too short, before anything is written
     root = _settle(first, text, folder)
     on = device.pick()
     jobs = [delayed(_one)(root, recipe, text, build, on) for recipe in recipes]
@@ -169,18 +160,13 @@ def train(
 
 
 def fit(
-    trainer: Trainer,
-    text: Text,
-    state: Path,
-    wanted: Collection[int],
-    keep: Callable[[int], None],
+    trainer: Trainer, text: Text, state: Path, wanted: Collection[int], keep: Callable[[int], None]
 ) -> None:
     """Train to the last `wanted` step, from a kept `state` where there is one.
 
     `keep` is called with each `wanted` step, before its update; after a kill perhaps once more.
     """
     recipe = trainer.recipe
-    kept = kept_windows(recipe, text.stream)
     first = 0
     if state.exists():
         first, before = torch.load(state, map_location=trainer.model.device)
@@ -190,7 +176,7 @@ def fit(
     last = max(wanted)
     for step in progress.bar(range(first, last + 1), name, last + 1 - first):
         torch.manual_seed(recipe.seed * 1_000_003 + step)  # for a build with dropout
-        rows = batch(text.stream, step, recipe, kept).to(trainer.model.device)
+        rows = batch(text.stream, step, recipe).to(trainer.model.device)
         loss = trainer.loss(rows)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(
@@ -237,14 +223,24 @@ def _settle(recipe: Recipe, text: Text, folder: Path | str | None) -> Path:
 
 
 def _one(root: Path, recipe: Recipe, text: Text, build: Build, on: torch.device) -> list[dict]:
+    """Train a model, or what is missing of it, and read its rows."""
     folder = root / f"{recipe.variant}-d{recipe.hidden_size}"
     steps = _checkpoint_steps(recipe.steps, recipe.checkpoints)
     wanted = {step: folder / f"step{step}" for step in steps}
+    state = folder / "training.pt"
     folder.mkdir(exist_ok=True)
     # The lock ends with its process: of two chapters that ask for a suite at once, one trains it.
     with FileLock(folder / ".lock"), one_thread(on):
         if not all(path.exists() for path in wanted.values()):
-            _train_one(folder, wanted, recipe, text, build, on)
+            torch.manual_seed(recipe.seed)
+            model = build(recipe.config(text.tokenizer.eos_token_id)).to(on)
+
+            def keep(step: int) -> None:
+                if not wanted[step].exists():
+                    _publish(wanted[step], model, text, step * recipe.tokens_a_step)
+
+            fit(Trainer(model, recipe), text, state, wanted, keep)
+            state.unlink()
     name = {"variant": recipe.variant, "hidden_size": recipe.hidden_size, "seed": recipe.seed}
     rows = []
     for step, path in wanted.items():
@@ -253,30 +249,10 @@ def _one(root: Path, recipe: Recipe, text: Text, build: Build, on: torch.device)
     return rows
 
 
-def _train_one(
-    folder: Path,
-    wanted: dict[int, Path],
-    recipe: Recipe,
-    text: Text,
-    build: Build,
-    on: torch.device,
-) -> None:
-    torch.manual_seed(recipe.seed)
-    model = build(recipe.config(text.tokenizer.eos_token_id)).to(on)
-
-    def keep(step: int) -> None:
-        if not wanted[step].exists():
-            size = {"tokens": step * recipe.tokens_a_step, "parameters": model.num_parameters()}
-            _publish(wanted[step], model, text, size)
-
-    state = folder / "training.pt"
-    fit(Trainer(model, recipe), text, state, wanted, keep)
-    state.unlink()
-
-
-def _publish(path: Path, model: PreTrainedModel, text: Text, size: dict[str, int]) -> None:
+def _publish(path: Path, model: PreTrainedModel, text: Text, tokens: int) -> None:
     """Keep a checkpoint in the Hub's layout, measured."""
-    numbers = {**size, **checkpoint.measure(model, text.held_out)}
+    numbers = {"tokens": tokens, "parameters": model.num_parameters()}
+    numbers |= checkpoint.measure(model, text.held_out)
     temporary = path.with_name(f".{path.name}")
     transformers.utils.logging.disable_progress_bar()
     shutil.rmtree(temporary, ignore_errors=True)  # what a kill left

@@ -90,9 +90,12 @@ def plot(
 
     **Raises:** `ValueError` for a column that is not there, more than six curves, or no row.
     """
-    kind = look.get("kind", "line")
     fig = draw(frame, x, y, by=by, panels=panels, **look)
-    what = ", ".join(map(str, frame[panels].unique())) if panels and y == "value" else y
+    what = y
+    if panels and y == "value":
+        names = frame[panels].unique()
+        what = ", ".join(map(str, names))
+    kind = look.get("kind", "line")
     caption = _caption(frame, x, what, by, kind)
     alt = _alt(frame, x, what, by, panels, kind)
     show(fig, name, f"{caption} {see}.", f"{alt} {see}.")
@@ -246,9 +249,11 @@ def _lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> Non
     parts = _parts(frame, by)
     style: dict[str, Any] = {}
     if by:
-        keys, count = list(parts), len(parts)
-        style = {"hue": by, "hue_order": keys, "style": by, "style_order": keys}
-        style |= {"palette": COLORS[:count], "dashes": DASHES[:count], "markers": MARKERS[:count]}
+        keys = list(parts)
+        count = len(keys)
+        style = {"hue": by, "hue_order": keys, "palette": COLORS[:count]}
+        style |= {"style": by, "style_order": keys}
+        style |= {"dashes": DASHES[:count], "markers": MARKERS[:count]}
     sns.lineplot(frame, x=x, y=y, ax=ax, estimator=None, errorbar=None, **style)
     if {"low", "high"} <= set(frame):
         for part, color in zip(parts.values(), COLORS, strict=False):

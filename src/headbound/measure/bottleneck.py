@@ -105,12 +105,17 @@ def lift(
         raise ValueError(f"pairs = {list(pairs)}: need 1 ≤ lower ≤ {r}, lower ≤ higher ≤ {2 * r}")
     random = np.random.default_rng(seed)
     kept = _vocabulary(train, test, len(head.A), others, random)
-    mixing = torch.from_numpy(random.standard_normal((r, r))).float()
+    drawn = random.standard_normal((r, r))
+    mixing = torch.from_numpy(drawn).float()
     mixing *= 2 / math.sqrt(r)
     learn = _features(train, head, mixing, kept)
     judge = _features(test, head, mixing, kept)
-    starts = [_start(head, kept, min(pair), rank) for pair in pairs for rank in pair]
-    trained = lowrank.train(learn, starts, 1, seed=seed, **{"learning_rate": 0.008, **training})
+    starts = []
+    for low, high in pairs:
+        starts.append(_start(head, kept, low, low))
+        starts.append(_start(head, kept, low, high))
+    training.setdefault("learning_rate", 0.008)
+    trained = lowrank.train(learn, starts, 1, seed=seed, **training)
     losses = lowrank.token_losses(judge, trained)
     return losses[::2] - losses[1::2]
 
@@ -201,7 +206,8 @@ def target_rank(
         read += len(pieces[-1])
         if read >= most:
             break
-    counts = np.bincount(np.concatenate(pieces))
+    tokens = np.concatenate(pieces)
+    counts = np.bincount(tokens)
     kept = np.argsort(-counts, kind="stable")[: vocab - 1]
     merged = np.full(len(counts), vocab - 1)
     merged[kept] = np.arange(len(kept))
@@ -210,7 +216,8 @@ def target_rank(
 
     def supported(left_out: int | None) -> float:
         part = [piece for place, piece in enumerate(pieces) if place % groups != left_out]
-        return float(ngrams.split_half(part, order, vocab).rank)
+        found = ngrams.split_half(part, order, vocab)
+        return float(found.rank)
 
     without = [supported(group) for group in range(groups)]
     rank = stats.jackknife(without, supported(None))
@@ -223,9 +230,11 @@ def references(fingerprint: str = "", perplexity: float = 0.0) -> pd.DataFrame:
     A model of the same text (its fingerprint) and perplexity is the one in hand, and left out.
     """
     known = pd.read_csv(pythia.DATA / "references.csv")
-    mine = (known["quantity"] == "perplexity") & (known["fingerprint"] == fingerprint)
-    mine &= np.isclose(known["value"], perplexity, 1e-3)
-    return known[~known["reference"].isin(known.loc[mine, "reference"])]
+    mine = np.isclose(known["value"], perplexity, 1e-3)
+    mine &= known["quantity"] == "perplexity"
+    mine &= known["fingerprint"] == fingerprint
+    same = known.loc[mine, "reference"]
+    return known[~known["reference"].isin(same)]
 
 
 def places(known: pd.DataFrame, mine: Mapping[str, stats.Estimate | float]) -> pd.DataFrame:
@@ -252,6 +261,9 @@ def _place(known: pd.DataFrame, value: float) -> tuple[str, str]:
     ordered = known.sort_values("value")
     named = [f"{row.reference} ({row.value:.3g})" for row in ordered.itertuples()]
     below = int((ordered["value"] <= value).sum())
-    words = [f"above {name}" for name in named[:below][-1:]]
-    words += [f"below {name}" for name in named[below:][:1]]
+    words = []
+    if below:
+        words.append(f"above {named[below - 1]}")
+    if below < len(named):
+        words.append(f"below {named[below]}")
     return f"{below} of {len(named)}", ", ".join(words) or "none is known"

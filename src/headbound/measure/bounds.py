@@ -107,8 +107,10 @@ def reach(
     starts = [_start(target, rank, power) for power in powers]
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(sum(target.shape), rank, generator=generator).double() / 3
-        starts.append(drawn.split(list(target.shape)))
+        drawn = torch.randn(sum(target.shape), rank, generator=generator)
+        small = drawn.double() / 3
+        both = small.split(list(target.shape))
+        starts.append(both)
     found = [_descend(target, left, right, steps) for left, right in starts]
     finite = [z for z in found if np.isfinite(z).all()]
     return min(finite, key=lambda z: loss_gap(logits, z))
@@ -157,13 +159,15 @@ def lower(
     kept = max(tokens, 2 * chosen[-1])
     likely = target.exp().mean(0).argsort(descending=True)
     target = target[:, likely[:kept]]
-    places = np.linspace(0, len(chosen) - 1, anchors).round().astype(int)
+    spread = np.linspace(0, len(chosen) - 1, anchors)
+    places = spread.round().astype(int)
     found = [torch.zeros(min(target.shape), dtype=torch.float64)]
     for rank in np.unique(chosen[places]).tolist():
         if rank < min(target.shape):
             found.append(_ascend(target, rank, steps, margin))
     terms = torch.stack(found)
-    best = [float(terms[:, rank:].sum(1).max()) for rank in ranks]
+    totals = [terms[:, rank:].sum(1) for rank in ranks]
+    best = [float(total.max()) for total in totals]
     return np.array(best) / len(target)
 
 
@@ -228,8 +232,11 @@ def _start(target: Tensor, rank: int, power: float) -> tuple[Tensor, Tensor]:
     root = mean ** (power / 2)
     a = _centred(target, root)
     vectors = torch.linalg.eigh(_smaller_gram(a)).eigenvectors
-    kept = vectors.flip(1)[:, :rank]
-    left, right = (kept, a.T @ kept) if len(kept) == len(a) else (a @ kept, kept)
+    left = right = vectors.flip(1)[:, :rank]
+    if len(left) == len(a):
+        right = a.T @ left
+    else:
+        left = a @ right
     return left, right / root[:, None]
 
 

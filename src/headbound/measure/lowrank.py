@@ -293,7 +293,8 @@ def above_full(ranks: Sequence[int], losses: Losses, texts: Texts) -> pd.DataFra
     rows = []
     for rank, row in zip(ranks, losses, strict=True):
         above = stats.mean(row - losses[-1], texts)
-        rows.append((rank, rank / ranks[-1], *above[:3]))
+        share = rank / ranks[-1]
+        rows.append((rank, share, *above[:3]))
     names = ["rank r", "share r/d", "loss above the full head (nats)", "low", "high"]
     return pd.DataFrame(rows, columns=names)
 
@@ -312,7 +313,8 @@ def knee(
         if not len(above):
             return float(ranks[0])
         pair = slice(above[-1], above[-1] + 2)
-        crossed = np.interp(-allowed, -excess[pair], np.log(ranks[pair]))
+        logarithms = np.log(ranks[pair])
+        crossed = np.interp(-allowed, -excess[pair], logarithms)
         return math.exp(crossed)
 
     return _of_excess(losses, texts, crossing)
@@ -406,7 +408,8 @@ def _roots(
 def _batches(states: int, batch: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
     # Ascending within a batch, which a disk reads faster. Every epoch has an order of its own.
     for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(states)
+        generator = np.random.default_rng([seed, epoch])
+        order = generator.permutation(states)
         whole = order[: states // batch * batch].reshape(-1, batch)
         yield from np.sort(whole, axis=1)
 

@@ -135,7 +135,8 @@ def _singular_values(gram: Float64[np.ndarray, "vocab vocab"]) -> Float64[np.nda
 
     Eigenvalues that float64 can't tell from zero are zero. W-error is good to 1e-15 / W-error.
     """
-    matrix = torch.from_numpy(gram).to(device.precise(device.pick()))
+    where = device.precise(device.pick())
+    matrix = torch.from_numpy(gram).to(where)
     values = torch.linalg.eigvalsh(matrix).flip(0).cpu().numpy()
     least = len(values) * EPSILON * values[0]
     values[values < least] = 0.0
@@ -194,7 +195,8 @@ def split_half(pieces: Sequence[Tokens], order: int, vocab_size: int) -> SplitHa
     """
     halves = []
     for half in (0, 1):
-        found = gram(np.concatenate(pieces[half::2]), order, vocab_size, "tokens", unbiased=True)
+        tokens = np.concatenate(pieces[half::2])
+        found = gram(tokens, order, vocab_size, "tokens", unbiased=True)
         if found.trace() <= 0:
             raise ValueError("in one half no token follows a context twice; give more text")
         halves.append(torch.from_numpy(found / found.trace()))

@@ -70,7 +70,8 @@ class _Attention(torch.autograd.Function):
         # From the mixed projection, batch × length × 3 heads n, to batch × length × heads n.
         batch, length, width = mixed.shape
         size = width // (3 * heads)
-        parts = mixed.view(batch, length, heads, 3, size).permute(3, 0, 2, 1, 4)
+        parts = mixed.view(batch, length, heads, 3, size)
+        parts = parts.permute(3, 0, 2, 1, 4)
         parts = parts.clone(memory_format=torch.contiguous_format)
         parts = parts.view(3, batch * heads, length, size)
         _rotate(parts[:2], cosines, sines)
@@ -188,7 +189,8 @@ class _RoundedCrossEntropy(_CrossEntropy):
             target = targets[here, None]
             loss -= known.gather(1, target).sum()
             error = known.exp_()
-            error.scatter_add_(1, target, -torch.ones_like(target, dtype=error.dtype))
+            ones = torch.ones_like(target, dtype=error.dtype)
+            error.scatter_add_(1, target, -ones)
             error = _rounded(error.mul_(scale / tokens), precision).div_(scale)
             by_hidden[here] = error @ weight
             by_weight.addmm_(error.T, hidden[here])
@@ -221,7 +223,8 @@ def _rotate(parts: Tensor, cosines: Tensor, sines: Tensor) -> None:
 
 def _angles(model: GPTNeoXModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
     places = torch.arange(tokens.shape[1], device=tokens.device)
-    both = torch.stack(model.rotary_emb(model.embed_in.weight, places[None]))
+    weight = model.embed_in.weight
+    both = torch.stack(model.rotary_emb(weight, places[None]))
     # Each angle stands there twice, once for each half.
     once, _ = both.chunk(2, -1)
     cosines, sines = once[:, 0]

@@ -177,7 +177,6 @@ def test_checkpoint_steps(steps, checkpoints):
     schedule=st.sampled_from(["cosine", "constant"]),
 )
 def test_learning_rate_stays_between_zero_and_the_peak(steps, warmup, schedule):
-    rates = [
-        step.learning_rate(s, steps, 0.01, schedule, warmup) for s in {0, steps // 2, steps - 1}
-    ]
+    recipe = step.Recipe(8, steps, peak=0.01, schedule=schedule, warmup=warmup)
+    rates = [recipe.learning_rate(s) for s in {0, steps // 2, steps - 1}]
     assert all(0 < rate <= 0.01 + 1e-12 for rate in rates)

@@ -295,7 +295,7 @@ def _selected(columns: list[np.ndarray], vocab_size: int, slots: range) -> list[
 
 
 def _runs(columns: list[np.ndarray], vocab_size: int) -> csr_array:
-    """Sort n-grams as 64-bit keys and count runs; a context of more bits becomes its rank."""
+    """Count n-grams as 64-bit keys; a context of more bits becomes its rank."""
     bits = (vocab_size - 1).bit_length()
     key = columns[0].astype(np.uint64)
     used = bits
@@ -306,16 +306,13 @@ def _runs(columns: list[np.ndarray], vocab_size: int) -> csr_array:
             used = len(key).bit_length()
         key = (key << bits) | column.astype(np.uint64)
         used += bits
-    key.sort()
-    first = np.flatnonzero(np.diff(key, prepend=~key[:1]))
-    counts = np.diff(first, append=len(key)).astype(np.float64)
-    found = key[first]
-    context = found >> bits
+    found, counts = np.unique(key, return_counts=True)
     last = (1 << bits) - 1
     followers = (found & last).astype(np.int32)
-    starts = np.flatnonzero(np.diff(context, prepend=~context[:1]))
-    starts = np.append(starts, len(context)).astype(np.int32)
-    return csr_array((counts, followers, starts), shape=(len(starts) - 1, vocab_size))
+    starts = np.unique(found >> bits, return_index=True)[1]
+    starts = np.append(starts, len(found)).astype(np.int32)
+    shape = (len(starts) - 1, vocab_size)
+    return csr_array((counts.astype(np.float64), followers, starts), shape=shape)
 
 
 def _rows(

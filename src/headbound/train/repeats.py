@@ -7,7 +7,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from headbound import device
 from headbound.measure.gradients import share_kept
 from headbound.measure.lowrank import Examples
-from headbound.train.step import learning_rate
+from headbound.train.step import Recipe
 
 BATCH = 256  # tokens a step
 SHOWN = 512  # tokens that the trained model is measured on, at most
@@ -42,8 +42,9 @@ def learn(
         optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
     else:
         optimizer = torch.optim.SGD(model.parameters(), momentum=momentum)
+    schedule = Recipe(8, max(steps, 1), peak=peak, warmup=WARMUP)  # for its learning rate alone
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, "cosine", WARMUP)
+        optimizer.param_groups[0]["lr"] = schedule.learning_rate(step)
         drawn = torch.randint(vocab, (BATCH, 1), device=model.device)
         logits = model(drawn, use_cache=False).logits[:, 0]
         optimizer.zero_grad()

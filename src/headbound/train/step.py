@@ -29,7 +29,7 @@ class Recipe:
     - `steps`: updates, each of `batch_size` windows of `context` tokens.
     - `vocab_size`: tokens of the tokenizer. `unused`: the share of the model's rows beyond these.
     - `layers`: blocks, with feed-forwards of 4 d.
-    - `peak`, `schedule`, `warmup`: of the learning rate; see `learning_rate`.
+    - `peak`, `schedule`, `warmup`: of the learning rate; see its method.
     - `optimizer`: `adamw` with betas .9 and .95; `coupled`, the same with one second moment for all
       rows of embedding and head; or `sgd`, with momentum .9.
     - `weight_decay`: of matrices, a share of the weight for each unit of learning rate.
@@ -105,22 +105,17 @@ class Recipe:
         )
 
     def learning_rate(self, step: int) -> float:
-        """See `learning_rate`."""
-        return learning_rate(step, self.steps, self.peak, self.schedule, self.warmup)
+        """The rate of a step: linear in the warm-up, a share of `steps`, then by the schedule.
 
-
-def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
-    """The rate of a step: linear in the warm-up, a share of `steps`, then by the schedule.
-
-    `cosine` falls to a tenth of the peak, as Pythia's does; `constant` stays.
-    """
-    ramp = warmup * steps
-    if step < ramp:
-        return peak * (step + 1) / (ramp + 1)
-    if schedule == "constant":
-        return peak
-    fall = 0.45 * (1 - math.cos(math.pi * (step - ramp) / (steps - ramp)))
-    return peak * (1 - fall)
+        `cosine` falls to a tenth of the peak, as Pythia's does; `constant` stays.
+        """
+        ramp = self.warmup * self.steps
+        if step < ramp:
+            return self.peak * (step + 1) / (ramp + 1)
+        if self.schedule == "constant":
+            return self.peak
+        fall = 0.45 * (1 - math.cos(math.pi * (step - ramp) / (self.steps - ramp)))
+        return self.peak * (1 - fall)
 
 
 class Trainer:
@@ -249,7 +244,10 @@ class _CoupledAdamW(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             (weights,) = group["params"]
-            state = self.state[weights] or self._start(weights)
+            state = self.state[weights]
+            if not state:
+                zeros = torch.zeros_like(weights)
+                state.update(exp_avg=zeros, exp_avg_sq=zeros.clone(), step=0)
             state["step"] += 1
             mean = state["exp_avg"]
             square = state["exp_avg_sq"]
@@ -258,20 +256,12 @@ class _CoupledAdamW(torch.optim.Optimizer):
             square.lerp_(weights.grad.square(), 1 - second)
             shared = square / (1 - second ** state["step"])
             if group is self.param_groups[0]:
-                self._couple(shared)
+                for table, place in self.tables.items():
+                    rows = shared[place].view_as(table)
+                    rows.copy_(rows.mean(0).expand_as(rows))
             weights.mul_(1 - group["lr"] * group["weight_decay"])
             rate = group["lr"] / (1 - first ** state["step"])
             weights.addcdiv_(mean, shared.sqrt_().add_(group["eps"]), value=-rate)
-
-    def _couple(self, squares: Tensor) -> None:
-        for table, place in self.tables.items():
-            rows = squares[place].view_as(table)
-            rows.copy_(rows.mean(0).expand_as(rows))
-
-    def _start(self, weights: Tensor) -> dict:
-        zeros = {name: torch.zeros_like(weights) for name in ("exp_avg", "exp_avg_sq")}
-        self.state[weights].update(zeros, step=0)
-        return self.state[weights]
 
 
 def _cut_backward(numbers: Tensor, projection: Tensor) -> Tensor:

@@ -124,8 +124,7 @@ def _parts(cells: Sequence[NotebookNode]) -> list[tuple[str, list[NotebookNode]]
         parts[-1][1].append(nbformat.v4.new_markdown_cell(before))
         for heading, text in zip(sections[::2], sections[1::2], strict=True):
             inside = nbformat.v4.new_markdown_cell(text)
-            title = html.escape(heading)
-            parts.append((title, [inside]))
+            parts.append((html.escape(heading), [inside]))
     return parts[1:] if len(parts) > 1 else parts
 
 

@@ -93,8 +93,7 @@ def plot(
     fig = draw(frame, x, y, by=by, panels=panels, **look)
     what = y
     if panels and y == "value":
-        names = frame[panels].unique()
-        what = ", ".join(map(str, names))
+        what = ", ".join(map(str, frame[panels].unique()))
     kind = look.get("kind", "line")
     caption = _caption(frame, x, what, by, kind)
     alt = _alt(frame, x, what, by, panels, kind)
@@ -251,9 +250,8 @@ def _lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> Non
     if by:
         keys = list(parts)
         count = len(keys)
-        style = {"hue": by, "hue_order": keys, "palette": COLORS[:count]}
-        style |= {"style": by, "style_order": keys}
-        style |= {"dashes": DASHES[:count], "markers": MARKERS[:count]}
+        style = {"hue": by, "hue_order": keys, "style": by, "style_order": keys}
+        style |= {"palette": COLORS[:count], "dashes": DASHES[:count], "markers": MARKERS[:count]}
     sns.lineplot(frame, x=x, y=y, ax=ax, estimator=None, errorbar=None, **style)
     if {"low", "high"} <= set(frame):
         for part, color in zip(parts.values(), COLORS, strict=False):
@@ -265,9 +263,7 @@ def _lines_cited(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) 
     parts = _parts(frame, by)
     dashes = DASHES[1:] + DASHES[:1]
     for (key, part), dash in zip(parts.items(), dashes, strict=False):
-        label = "cited"
-        if by:
-            label = f"{key} (cited)"
+        label = f"{key} (cited)" if by else "cited"
         style = {"color": CITED, "lw": 1.2, "ls": (0, dash), "marker": ""}
         ax.plot(part[x], part[y], label=label, **style)
 

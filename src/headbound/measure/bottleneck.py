@@ -59,8 +59,8 @@ def working_rank(
     """The least rank at which a cut of `head` (of `lowrank.low_rank`) predicts as the whole does.
 
     That is ½ E[Δ²] ≤ `tolerance` nats, Δ the change of a token's loss: to second order the
-    divergence. Found by bisection, and again without each of `groups` groups of texts (jackknife).
-    A numerical rank would take the rounding of stored weights for dimensions.
+    divergence. The interval leaves out one of `groups` groups of texts at a time. A numerical rank
+    would take the rounding of stored weights for dimensions.
     """
     (whole,) = lowrank.token_losses(data, [head])
 

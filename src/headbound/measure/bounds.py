@@ -27,10 +27,7 @@ LEAST = -30.0  # of a logarithm at the ascent's start
 
 
 def context_gaps(logits: Logits, approximation: Logits) -> Float64[np.ndarray, " contexts"]:
-    """KL(softmax(logits) ‖ softmax(approximation)) of each context, in nats.
-
-    **Raises:** `ValueError` for logits that are not finite.
-    """
+    """KL(softmax(logits) ‖ softmax(approximation)) of each context, in nats."""
     target = _log_softmax(logits)
     change = target - _log_softmax(approximation)
     return (target.exp() * change).sum(1).clamp(min=0).numpy()
@@ -119,8 +116,7 @@ def reach(
 def upper(logits: Logits, ranks: Sequence[int], steps: int = 200) -> PerRank:
     """Upper bound on gap(d), for each rank: the exact loss gap of the logits that `reach` finds.
 
-    gap(d) ≤ (1/N) Σ_i KL(p_i ‖ softmax(z_i)) for any Z of rank ≤ d, so the bound holds however far
-    the descent got.
+    It holds however far the descent got.
 
     >>> upper(np.eye(3), [1, 2]).round(4).tolist()  # gap(2) = 0
     [0.0552, 0.0]
@@ -145,7 +141,7 @@ def lower(
         gap(d) ≥ (κ/N) Σ_{j>d} φ(−σ_j(A)),  φ(t) = eᵗ − 1 − t,
 
     where A = diag(α) (log P* − its β²-weighted row means) diag(β). Ascent on β and κ looks for good
-    weights. Whatever it finds gives a bound, at every rank.
+    weights; whatever it finds gives a bound.
 
     **Arguments:** `tokens`: how many of the likeliest may have β > 0 (at least 2 max(ranks)).
     `anchors`: at how many of the ranks weights are sought.

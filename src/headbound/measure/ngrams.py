@@ -131,9 +131,9 @@ def gram(
 
 
 def _singular_values(gram: Float64[np.ndarray, "vocab vocab"]) -> Float64[np.ndarray, " vocab"]:
-    """All singular values of W, the largest first, as roots of the eigenvalues of WᵀW.
+    """All singular values of W, the largest first, from WᵀW.
 
-    Eigenvalues that float64 can't tell from zero are zero. W-error is good to 1e-15 / W-error.
+    Those that float64 can't tell from zero are zero. W-error is good to 1e-15 / W-error.
     """
     where = device.precise(device.pick())
     matrix = torch.from_numpy(gram).to(where)
@@ -147,8 +147,6 @@ def _leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " valu
     """The `ranks` largest singular values by Lanczos, for vocabularies beyond `gram`.
 
     The others are given as their root mean square, from ‖W‖: W-error is exact up to `ranks`.
-
-    **Raises:** `ValueError` for ranks out of range.
     """
     most = min(matrix.shape) - 1
     if not 1 <= ranks <= most:
@@ -221,11 +219,7 @@ def study(
 
 
 def needed_rank(errors: Curve, level: float) -> int | None:
-    """The least d whose error is at most `level`; None if the curve ends above it.
-
-    >>> needed_rank(np.array([1.0, 0.5, 0.2]), 0.5)
-    1
-    """
+    """The least d whose error is at most `level`; None if the curve ends above it."""
     below = np.flatnonzero(errors <= level)
     return int(below[0]) if len(below) else None
 

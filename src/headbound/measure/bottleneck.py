@@ -71,7 +71,7 @@ def working_rank(
 
     def least(chosen: np.ndarray) -> float:
         def predicts(rank: int) -> bool:
-            return divergence(rank)[chosen].mean() <= tolerance
+            return bool(divergence(rank)[chosen].mean() <= tolerance)
 
         return 1.0 + bisect_left(range(1, len(head.B)), True, key=predicts)
 

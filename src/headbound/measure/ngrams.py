@@ -24,6 +24,7 @@ from headbound import device, stats
 from headbound.measure import spectrum
 
 Tokens = Integer[np.ndarray, " tokens"]
+Pieces = Sequence[Integer[np.ndarray, " _"]]
 Curve = Float64[np.ndarray, " ranks"]  # entry d belongs to rank d
 BLOCK = 1 << 22  # n-grams read at once
 PARTITION = 1 << 23  # n-grams sorted at once (about 0.4 GB)
@@ -178,7 +179,7 @@ def errors(tokens: Tokens, order: int, vocab_size: int, leading: int = 0, **rows
     return spectrum.w_error(values, range(len(values) + 1))
 
 
-def split_half(pieces: Sequence[Tokens], order: int, vocab_size: int) -> SplitHalf:
+def split_half(pieces: Pieces, order: int, vocab_size: int) -> SplitHalf:
     """What two halves of a text agree on: every other piece, and the pieces between.
 
     The halves have `unbiased` matrices S and S', weighted by tokens, so that noise is alike in all
@@ -204,7 +205,7 @@ def split_half(pieces: Sequence[Tokens], order: int, vocab_size: int) -> SplitHa
 
 
 def study(
-    pieces: Sequence[Tokens], order: int, vocab_size: int, seed: int = 0
+    pieces: Pieces, order: int, vocab_size: int, seed: int = 0
 ) -> tuple[Curve, Curve, SplitHalf]:
     """A list of texts as counted, with what follows each context shuffled, and split in halves.
 

@@ -25,7 +25,7 @@ def tail(values, squares):
 def exact(tokens):
     from headbound.measure import ngrams
 
-    values = ngrams.singular_values(ngrams.gram(tokens, ORDER, VOCAB))
+    values = ngrams._singular_values(ngrams.gram(tokens, ORDER, VOCAB))
     return values, float((values**2).sum())
 
 
@@ -39,7 +39,7 @@ def counting(tokens):
 def peer(kind, tokens):
     from headbound.measure import ngrams
 
-    matrix = ngrams.context_matrix(tokens, ORDER, VOCAB)
+    matrix = ngrams._context_matrix(tokens, ORDER, VOCAB)
     squares = float((matrix.data**2).sum())
     if kind == "scipy svds":
         from scipy.sparse.linalg import svds
@@ -83,8 +83,8 @@ def against_dense(tokens):
     from headbound.measure import ngrams
 
     part = np.asarray(tokens[:4000])
-    dense = np.linalg.svd(ngrams.context_matrix(part, ORDER, VOCAB).toarray(), compute_uv=False)
-    ours = ngrams.singular_values(ngrams.gram(part, ORDER, VOCAB))
+    dense = np.linalg.svd(ngrams._context_matrix(part, ORDER, VOCAB).toarray(), compute_uv=False)
+    ours = ngrams._singular_values(ngrams.gram(part, ORDER, VOCAB))
 
     def curve(values):
         squares = np.cumsum(np.sort(np.append(values, np.zeros(VOCAB - len(values)))) ** 2)

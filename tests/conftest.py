@@ -32,3 +32,24 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """Call something that trains; it is stopped as by Ctrl-C when it asks for a step's windows."""
+    from headbound.train import tunnel
+
+    def call(train, at):
+        real = tunnel.batch
+
+        def batch(stream, step, *rest):
+            if step == at:
+                raise KeyboardInterrupt
+            return real(stream, step, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tunnel, "batch", batch)
+            with pytest.raises(KeyboardInterrupt):
+                train()
+
+    return call

@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
@@ -13,14 +12,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 from headbound.measure import bounds
 
 rng = np.random.default_rng
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny matrices: threads cost more than they bring
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @st.composite
@@ -266,9 +258,6 @@ def test_large_targets_descend_in_single_precision_and_are_measured_in_double(mo
     assert bounds.lower(logits, [4])[0] <= single[0]
 
 
-@pytest.mark.parametrize(("power", "agrees"), [(2, True), (1, True), (0.5, False)])
+@pytest.mark.parametrize(("power", "agrees"), [(2.0, True), (1.0, True), (0.99, False)])
 def test_what_falls_slower_than_the_distance_is_not_the_papers_lemma(power, agrees):
-    distances = np.geomspace(1, 1e-3, 7)
-    order = bounds.local_order(distances, 5 * distances**power)
-    assert order == pytest.approx(power)
-    assert bounds.of_first_order(order + 1e-9).agrees is agrees
+    assert bounds.of_first_order(power).agrees is agrees

@@ -136,9 +136,9 @@ def test_a_random_subspace_keeps_d_of_v():
     [
         (
             {"targets": np.array([0, 9])},
-            r"2 targets, states \(2, 3\), head \(5, 3\): they do not fit",
+            r"2 targets from 0 to 9, states \(2, 3\), head \(5, 3\): they do not fit",
         ),
-        ({"targets": np.array([0])}, r"1 targets, states \(2, 3\)"),
+        ({"targets": np.array([0])}, r"1 targets from 0 to 0, states \(2, 3\)"),
         ({"hidden_states": np.zeros((0, 3)), "targets": np.zeros(0, int)}, "0 targets"),
         ({"hidden_states": np.zeros((2, 4))}, r"states \(2, 4\), head \(5, 3\)"),
         ({"hidden_states": np.full((2, 3), np.nan)}, "NaN or Inf"),

@@ -186,10 +186,11 @@ def test_a_planted_frequency_direction_is_found_and_noise_is_not():
     counts = rng.zipf(1.3, 3000).clip(max=10**6) - 1
     noise = rng.normal(size=(3000, 12))
     planted = noise + np.outer(np.log1p(counts), 3 * np.eye(12)[4])
-    found = frequency_link(torch.from_numpy(planted).float(), counts, groups=5)
+    found, loadings = frequency_link(torch.from_numpy(planted).float(), counts, groups=5)
+    assert np.corrcoef(loadings, np.log1p(counts))[0, 1] > 0.8
     assert found.low > 0.8
     assert found.n == 5
-    nothing = frequency_link(torch.from_numpy(noise).float(), counts, groups=5)
+    nothing, _ = frequency_link(torch.from_numpy(noise).float(), counts, groups=5)
     assert nothing.low < 0 < nothing.high < 0.3
 
 
@@ -199,9 +200,9 @@ def test_the_frequency_link_is_spearmans_over_the_tokens_that_occur():
     direction = np.linalg.svd(weight)[2][0]
     seen = counts > 0
     expected = abs(stats.spearmanr(weight[seen] @ direction, counts[seen]).statistic)
-    found = frequency_link(torch.from_numpy(weight), counts)
+    found, _ = frequency_link(torch.from_numpy(weight), counts)
     assert found.value == pytest.approx(expected)
-    turned = frequency_link(torch.from_numpy(-weight), counts)
+    turned, _ = frequency_link(torch.from_numpy(-weight), counts)
     assert turned == pytest.approx(found)
 
 

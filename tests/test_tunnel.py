@@ -129,8 +129,8 @@ def test_epochs_cut_the_data_and_ties_tie(source, tmp_path):
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     # 16 steps of 4 windows over 4 epochs: 16 of 64 windows, each seen four times.
     stream = np.arange(64 * 16 + 1)
-    recipe = step.Recipe(8, 16, context=16, batch_size=4)
-    seen = torch.cat([tunnel.batch(stream, n, recipe, kept=16)[:, 0] for n in range(16)])
+    recipe = step.Recipe(8, 16, context=16, batch_size=4, epochs=4.0)
+    seen = torch.cat([tunnel.batch(stream, n, recipe)[:, 0] for n in range(16)])
     assert sorted(seen.bincount().tolist())[-17:] == [0] + [4] * 16
     assert seen.max() > 16 * 16  # drawn from the whole stream, not cut from its beginning
 
@@ -177,7 +177,6 @@ def test_checkpoint_steps(steps, checkpoints):
     schedule=st.sampled_from(["cosine", "constant"]),
 )
 def test_learning_rate_stays_between_zero_and_the_peak(steps, warmup, schedule):
-    rates = [
-        step.learning_rate(s, steps, 0.01, schedule, warmup) for s in {0, steps // 2, steps - 1}
-    ]
+    recipe = step.Recipe(8, steps, peak=0.01, schedule=schedule, warmup=warmup)
+    rates = [recipe.learning_rate(s) for s in {0, steps // 2, steps - 1}]
     assert all(0 < rate <= 0.01 + 1e-12 for rate in rates)

@@ -107,7 +107,8 @@ def _parts(cells: Sequence[NotebookNode]) -> list[tuple[str, list[NotebookNode]]
         before, *sections = HEADING.split(cell.source)
         parts[-1][1].append(nbformat.v4.new_markdown_cell(before))
         for heading, text in zip(sections[::2], sections[1::2], strict=True):
-            parts.append((html.escape(heading), [nbformat.v4.new_markdown_cell(text)]))
+            inside = nbformat.v4.new_markdown_cell(text)
+            parts.append((html.escape(heading), [inside]))
     return parts[1:] if len(parts) > 1 else parts
 
 

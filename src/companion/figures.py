@@ -91,9 +91,11 @@ def plot(
 
     **Raises:** `ValueError` for a column that is not there, more than six curves, or no row.
     """
-    kind = look.get("kind", "line")
     fig = draw(frame, x, y, by=by, panels=panels, **look)
-    what = ", ".join(map(str, frame[panels].unique())) if panels and y == "value" else y
+    what = y
+    if panels and y == "value":
+        what = ", ".join(map(str, frame[panels].unique()))
+    kind = look.get("kind", "line")
     caption = _caption(frame, x, what, by, kind)
     alt = _alt(frame, x, what, by, panels, kind)
     show(fig, name, f"{caption} {see}.", f"{alt} {see}.")
@@ -247,7 +249,8 @@ def _lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> Non
     parts = _parts(frame, by)
     style: dict[str, Any] = {}
     if by:
-        keys, count = list(parts), len(parts)
+        keys = list(parts)
+        count = len(keys)
         style = {"hue": by, "hue_order": keys, "style": by, "style_order": keys}
         style |= {"palette": COLORS[:count], "dashes": DASHES[:count], "markers": MARKERS[:count]}
     sns.lineplot(frame, x=x, y=y, ax=ax, estimator=None, errorbar=None, **style)
@@ -261,9 +264,7 @@ def _lines_cited(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) 
     parts = _parts(frame, by)
     dashes = DASHES[1:] + DASHES[:1]
     for (key, part), dash in zip(parts.items(), dashes, strict=False):
-        label = "cited"
-        if by:
-            label = f"{key} (cited)"
+        label = f"{key} (cited)" if by else "cited"
         style = {"color": CITED, "lw": 1.2, "ls": (0, dash), "marker": ""}
         ax.plot(part[x], part[y], label=label, **style)
 

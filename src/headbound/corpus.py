@@ -2,8 +2,8 @@
 
 import ast
 import hashlib
-import json
 import inspect
+import json
 import re
 import sys
 import warnings

@@ -279,7 +279,7 @@ def _only(table: pd.DataFrame, by: list[str], column: str) -> None:
     if column != "path":
         told = rows[column] + " in " + told
     curve = " ".join(map(str, group))
-    raise ValueError(f"{curve}: {' but '.join(told)}; keep one")
+    raise ValueError(f"{curve}: {', but '.join(told)}; keep one")
 
 
 def _origin(content: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ MOST = 1e12  # and up to here none that overflow
 
 def mean_cosine(
     hidden_states: Float[Tensor, "tokens d"] | Iterable[Float[Tensor, "_ d"]],
-    sink_ratio: float | None = None,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
@@ -28,8 +27,7 @@ def mean_cosine(
 
     **Arguments:** `hidden_states`: one block, or one a text. Texts are the units of the bootstrap:
     a token never meets its own copy. One block, or a resample without a pair, has no interval
-    (NaN). `sink_ratio`: leaves out states longer than this many times the median norm of their
-    block.
+    (NaN).
 
     **Raises:** `ValueError` for NaN, Inf, a zero state, or fewer than two states.
 
@@ -39,8 +37,6 @@ def mean_cosine(
     0.3333333333333333
     """
     blocks = [hidden_states] if isinstance(hidden_states, Tensor) else hidden_states
-    if sink_ratio is not None:
-        blocks = [block[~sinks(block, sink_ratio)] for block in blocks]
     parts = [_part(block) for block in blocks if len(block)]
     return _over_texts(parts, resamples, seed)
 
@@ -53,7 +49,7 @@ def by_layer(
 ) -> list[list[Estimate]]:
     """`mean_cosine` of every layer from one pass over `hidden.stream`, for each sink ratio.
 
-    A state that is zero has no direction and is left out.
+    The `sinks` of each text are left out, and states that are zero, which have no direction.
 
     **Raises:** `ValueError` as `mean_cosine` does, or if the stream is empty.
     """
@@ -107,10 +103,7 @@ def sum_of_units(hidden_states: Float[Tensor, "tokens d"]) -> Float[Tensor, " d"
 def cosines(
     hidden_states: Float[Tensor, "tokens d"], count: int, seed: int = 0
 ) -> Float[Tensor, " count"]:
-    """Cosines of `count` random pairs i ≠ j: what the mean hides.
-
-    **Raises:** `ValueError` as `mean_cosine` does.
-    """
+    """Cosines of `count` random pairs i ≠ j. **Raises:** `ValueError` as `mean_cosine` does."""
     tokens = len(hidden_states)
     if tokens < 2:
         raise ValueError(f"{tokens} hidden states: a pair needs two")
@@ -145,15 +138,12 @@ def fits_size(parameters: float, last: Estimate) -> bool | None:
 def _peak_one(block: Tensor, first: int) -> Tensor:
     """Rows over their largest entry, in float64, so that every norm can be squared."""
     peaks = block.abs().amax(1, keepdim=True)
-    _refuse(peaks == 0, first, "is zero: it has no direction")
-    _refuse(~peaks.isfinite(), first, "has NaN or Inf")
+    problems = {"is zero: it has no direction": peaks == 0, "has NaN or Inf": ~peaks.isfinite()}
+    for problem, wrong in problems.items():
+        if wrong.any():
+            raise ValueError(f"hidden state {first + int(wrong.int().argmax())} {problem}")
     where = device.precise(block.device)
     return block.to(where, torch.float64) / peaks
-
-
-def _refuse(wrong: Tensor, first: int, problem: str) -> None:
-    if wrong.any():
-        raise ValueError(f"hidden state {first + int(wrong.int().argmax())} {problem}")
 
 
 def _part(block: Tensor) -> tuple[np.ndarray, int]:

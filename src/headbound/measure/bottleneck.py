@@ -1,8 +1,10 @@
 """Is a model's head its bottleneck? Frozen states under heads of equal and of higher rank."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -57,10 +59,9 @@ def working_rank(
     """The least rank at which a cut of `head` (of `lowrank.low_rank`) predicts as the whole does.
 
     That is ½ E[Δ²] ≤ `tolerance` nats, Δ the change of a token's loss: to second order the
-    divergence. Found by bisection, and again without each of `groups` groups of texts (jackknife).
-    A numerical rank would take the rounding of stored weights for dimensions.
+    divergence. The interval leaves out one of `groups` groups of texts at a time. A numerical rank
+    would take the rounding of stored weights for dimensions.
     """
-
     (whole,) = lowrank.token_losses(data, [head])
 
     @cache
@@ -69,15 +70,10 @@ def working_rank(
         return np.square(cut - whole) / 2
 
     def least(chosen: np.ndarray) -> float:
-        low = 1
-        high = len(head.B)
-        while low < high:
-            middle = (low + high) // 2
-            if divergence(middle)[chosen].mean() <= tolerance:
-                high = middle
-            else:
-                low = middle + 1
-        return float(low)
+        def predicts(rank: int) -> bool:
+            return bool(divergence(rank)[chosen].mean() <= tolerance)
+
+        return 1.0 + bisect_left(range(1, len(head.B)), True, key=predicts)
 
     group = np.unique(data.texts, return_inverse=True)[1] % groups
     without = [least(group != left_out) for left_out in range(groups)]
@@ -90,35 +86,36 @@ def lift(
     head: Head,
     pairs: Sequence[tuple[int, int]],
     others: int = 1024,
-    batch: int = 128,
-    learning_rate: float = 0.008,
     seed: int = 0,
+    **training: Any,
 ) -> Float[np.ndarray, "pairs tokens"]:
     """Nats that a higher rank gains over a lower one on each token of `test`, for pairs of ranks.
 
     All heads read the same inputs: a one, the coordinates u = B h of `head` (of `lowrank.low_rank`)
     and as many fixed random features GELU(R u). All start as `head` cut to the lower rank and are
-    trained alike on `train`, one epoch. Logits are A·B·inputs for each, so that they differ in rank
-    alone, not in what is known or may be bent.
+    trained alike on `train`, one epoch, so that they differ in rank alone.
 
     **Arguments:** `others`: the softmax is over the tokens that occur and this many more.
+    `training`: options of `lowrank.train`; the learning rate is 0.008 unless given.
 
     **Raises:** `ValueError` for ranks outside 1 to r and 2r, where r is the rank of `head`.
     """
     r = len(head.B)
-    fit = [1 <= low <= r and low <= high <= 2 * r for low, high in pairs]
-    if not all(fit):
+    if not all(1 <= low <= r and low <= high <= 2 * r for low, high in pairs):
         raise ValueError(f"pairs = {list(pairs)}: need 1 ≤ lower ≤ {r}, lower ≤ higher ≤ {2 * r}")
     random = np.random.default_rng(seed)
     kept = _vocabulary(train, test, len(head.A), others, random)
-    mixing = torch.from_numpy(random.standard_normal((r, r))).float()
+    drawn = random.standard_normal((r, r))
+    mixing = torch.from_numpy(drawn).float()
     mixing *= 2 / math.sqrt(r)
     learn = _features(train, head, mixing, kept)
     judge = _features(test, head, mixing, kept)
     starts = []
     for low, high in pairs:
-        starts += [_start(head, kept, low, rank) for rank in (low, high)]
-    trained = lowrank.train(learn, starts, 1, batch, learning_rate, seed=seed)
+        starts.append(_start(head, kept, low, low))
+        starts.append(_start(head, kept, low, high))
+    training.setdefault("learning_rate", 0.008)
+    trained = lowrank.train(learn, starts, 1, seed=seed, **training)
     losses = lowrank.token_losses(judge, trained)
     return losses[::2] - losses[1::2]
 
@@ -200,8 +197,6 @@ def target_rank(
 
     The `vocab` − 1 most frequent tokens are told apart, the others are merged. About `most` tokens
     are read. **Returns:** the rank, the tokens read, and the share of them that was merged.
-
-    **Raises:** `ValueError` if in half of the text no context occurs twice.
     """
     pieces = []
     read = 0
@@ -211,7 +206,8 @@ def target_rank(
         read += len(pieces[-1])
         if read >= most:
             break
-    counts = np.bincount(np.concatenate(pieces))
+    tokens = np.concatenate(pieces)
+    counts = np.bincount(tokens)
     kept = np.argsort(-counts, kind="stable")[: vocab - 1]
     merged = np.full(len(counts), vocab - 1)
     merged[kept] = np.arange(len(kept))
@@ -220,12 +216,8 @@ def target_rank(
 
     def supported(left_out: int | None) -> float:
         part = [piece for place, piece in enumerate(pieces) if place % groups != left_out]
-        grams = []
-        for half in (0, 1):
-            tokens = np.concatenate(part[half::2])
-            gram = ngrams.gram(tokens, order, vocab, "tokens", unbiased=True)
-            grams.append(gram)
-        return float(ngrams.split_half(*grams).rank)
+        found = ngrams.split_half(part, order, vocab)
+        return float(found.rank)
 
     without = [supported(group) for group in range(groups)]
     rank = stats.jackknife(without, supported(None))
@@ -233,16 +225,15 @@ def target_rank(
 
 
 def references(fingerprint: str = "", perplexity: float = 0.0) -> pd.DataFrame:
-    """What this report found for known models, and what the paper's figures say of its own.
+    """What this report found for known models, and the paper's figures say of its own: a row each.
 
-    A row a model and quantity, with its origin. A model of the same text (its fingerprint) and
-    perplexity is the one in hand, and left out.
+    A model of the same text (its fingerprint) and perplexity is the one in hand, and left out.
     """
     known = pd.read_csv(pythia.DATA / "references.csv")
-    near = np.isclose(known["value"], perplexity, 1e-3)
-    near &= known["quantity"] == "perplexity"
-    near &= known["fingerprint"] == fingerprint
-    same = known.loc[near, "reference"]
+    mine = np.isclose(known["value"], perplexity, 1e-3)
+    mine &= known["quantity"] == "perplexity"
+    mine &= known["fingerprint"] == fingerprint
+    same = known.loc[mine, "reference"]
     return known[~known["reference"].isin(same)]
 
 
@@ -257,7 +248,7 @@ def places(known: pd.DataFrame, mine: Mapping[str, stats.Estimate | float]) -> p
     cited = known["verdict"] == "cited"
     rows = []
     for quantity, number in mine.items():
-        value = number.value if isinstance(number, stats.Estimate) else number
+        value = getattr(number, "value", number)
         here = known["quantity"] == quantity
         less, near = _place(known[here & ~cited], value)
         paper_less, paper_near = _place(known[here & cited], value)
@@ -268,9 +259,7 @@ def places(known: pd.DataFrame, mine: Mapping[str, stats.Estimate | float]) -> p
 
 def _place(known: pd.DataFrame, value: float) -> tuple[str, str]:
     ordered = known.sort_values("value")
-    named = []
-    for row in ordered.itertuples():
-        named.append(f"{row.reference} ({row.value:.3g})")
+    named = [f"{row.reference} ({row.value:.3g})" for row in ordered.itertuples()]
     below = int((ordered["value"] <= value).sum())
     words = []
     if below:

@@ -16,7 +16,6 @@ from headbound.measure.rules import Ruling
 
 Logits = Float[np.ndarray, "contexts vocab"]
 PerRank = Float64[np.ndarray, " ranks"]
-PerStep = Float64[np.ndarray, " steps"]
 EPS = float(np.finfo(np.float64).eps)
 ROUNDINGS = 8  # times EPS: what a sum or a decomposition here may be off, in units of its size
 LARGE = 2**20  # logits beyond which the descent, not what it reaches, is in float32
@@ -28,10 +27,7 @@ LEAST = -30.0  # of a logarithm at the ascent's start
 
 
 def context_gaps(logits: Logits, approximation: Logits) -> Float64[np.ndarray, " contexts"]:
-    """KL(softmax(logits) ‖ softmax(approximation)) of each context, in nats.
-
-    **Raises:** `ValueError` for logits that are not finite: probability zero has no logarithm.
-    """
+    """KL(softmax(logits) ‖ softmax(approximation)) of each context, in nats."""
     target = _log_softmax(logits)
     change = target - _log_softmax(approximation)
     return (target.exp() * change).sum(1).clamp(min=0).numpy()
@@ -55,15 +51,6 @@ def second_order(logits: Logits, change: Logits) -> float:
     squares = (delta - means) ** 2
     variances = (p * squares).sum(1)
     return float(variances.mean() / 2)
-
-
-def local_order(distances: PerStep, gaps: PerStep) -> float:
-    """The power of the distance with which the gap falls: the slope of their logarithms.
-
-    >>> round(local_order(np.array([1.0, 0.1, 0.01]), np.array([3.0, 0.03, 0.0003])), 6)
-    2.0
-    """
-    return float(np.polyfit(np.log(distances), np.log(gaps), 1)[0])
 
 
 def of_first_order(order: float) -> Ruling:
@@ -119,8 +106,8 @@ def reach(
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(sum(target.shape), rank, generator=generator)
         small = drawn.double() / 3
-        left, right = small.split(list(target.shape))
-        starts.append((left, right))
+        both = small.split(list(target.shape))
+        starts.append(both)
     found = [_descend(target, left, right, steps) for left, right in starts]
     finite = [z for z in found if np.isfinite(z).all()]
     return min(finite, key=lambda z: loss_gap(logits, z))
@@ -129,8 +116,7 @@ def reach(
 def upper(logits: Logits, ranks: Sequence[int], steps: int = 200) -> PerRank:
     """Upper bound on gap(d), for each rank: the exact loss gap of the logits that `reach` finds.
 
-    gap(d) ≤ (1/N) Σ_i KL(p_i ‖ softmax(z_i)) for any Z of rank ≤ d, so the bound holds however far
-    the descent got.
+    It holds however far the descent got.
 
     >>> upper(np.eye(3), [1, 2]).round(4).tolist()  # gap(2) = 0
     [0.0552, 0.0]
@@ -139,13 +125,10 @@ def upper(logits: Logits, ranks: Sequence[int], steps: int = 200) -> PerRank:
     logits that are not finite.
     """
     _check(ranks, logits)
-    least = np.inf
-    gaps = {}
-    for rank in sorted(set(ranks)):
-        found = reach(logits, rank, steps)
-        least = min(least, loss_gap(logits, found))
-        gaps[rank] = least
-    return np.array([gaps[rank] for rank in ranks])
+    ascending = np.unique(ranks)
+    gaps = [loss_gap(logits, reach(logits, int(rank), steps)) for rank in ascending]
+    least = np.minimum.accumulate(gaps)
+    return least[np.searchsorted(ascending, ranks)]
 
 
 def lower(
@@ -158,7 +141,7 @@ def lower(
         gap(d) ≥ (κ/N) Σ_{j>d} φ(−σ_j(A)),  φ(t) = eᵗ − 1 − t,
 
     where A = diag(α) (log P* − its β²-weighted row means) diag(β). Ascent on β and κ looks for good
-    weights. Whatever it finds gives a bound, at every rank.
+    weights; whatever it finds gives a bound.
 
     **Arguments:** `tokens`: how many of the likeliest may have β > 0 (at least 2 max(ranks)).
     `anchors`: at how many of the ranks weights are sought.
@@ -168,14 +151,14 @@ def lower(
     _check(ranks, logits)
     target = _log_softmax(logits)
     margin = EPS * float(target.abs().max())
-    chosen = sorted(set(ranks))
+    chosen = np.unique(ranks)
     kept = max(tokens, 2 * chosen[-1])
     likely = target.exp().mean(0).argsort(descending=True)
     target = target[:, likely[:kept]]
     spread = np.linspace(0, len(chosen) - 1, anchors)
     places = spread.round().astype(int)
     found = [torch.zeros(min(target.shape), dtype=torch.float64)]
-    for rank in {chosen[place] for place in places}:
+    for rank in np.unique(chosen[places]).tolist():
         if rank < min(target.shape):
             found.append(_ascend(target, rank, steps, margin))
     terms = torch.stack(found)
@@ -196,8 +179,7 @@ def _ascend(target: Tensor, rank: int, steps: int, margin: float) -> Tensor:
         log_alpha = -torch.logsumexp(-sharpness * room, 1) / sharpness
         alpha = log_alpha.exp()
         a = alpha[:, None] * _centred(target, log_beta.exp())
-        gram = a @ a.T if len(a) <= a.shape[1] else a.T @ a
-        squares = torch.linalg.eigvalsh(gram).flip(0)
+        squares = torch.linalg.eigvalsh(_smaller_gram(a)).flip(0)
         values = squares.clamp(min=TINY).sqrt()
         tail = _phi(values[rank:]).sum()
         objective = torch.log(tail + TINY**2) + log_kappa
@@ -245,13 +227,11 @@ def _start(target: Tensor, rank: int, power: float) -> tuple[Tensor, Tensor]:
     mean = target.exp().mean(0) + TINY
     root = mean ** (power / 2)
     a = _centred(target, root)
-    if len(a) <= a.shape[1]:
-        vectors = torch.linalg.eigh(a @ a.T).eigenvectors
-        left = vectors.flip(1)[:, :rank]
+    vectors = torch.linalg.eigh(_smaller_gram(a)).eigenvectors
+    left = right = vectors.flip(1)[:, :rank]
+    if len(left) == len(a):
         right = a.T @ left
     else:
-        vectors = torch.linalg.eigh(a.T @ a).eigenvectors
-        right = vectors.flip(1)[:, :rank]
         left = a @ right
     return left, right / root[:, None]
 
@@ -298,12 +278,16 @@ def _centred(target: Tensor, root: Tensor) -> Tensor:
     return (target - means[:, None]) * root
 
 
+def _smaller_gram(a: Tensor) -> Tensor:
+    return a @ a.T if len(a) <= a.shape[1] else a.T @ a
+
+
 def _log_softmax(logits: Logits) -> Tensor:
     if not np.isfinite(logits).all():
         i, v = np.argwhere(~np.isfinite(logits))[0]
         raise ValueError(
             f"logits[{i}, {v}] = {logits[i, v]}: a probability of zero has no logarithm; "
-            "give finite logits (drop that token or smooth the target)"
+            "drop that token or smooth the target"
         )
     return torch.log_softmax(torch.as_tensor(logits, dtype=torch.float64), 1)
 
@@ -311,5 +295,4 @@ def _log_softmax(logits: Logits) -> Tensor:
 def _check(ranks: Sequence[int], logits: Logits) -> None:
     for rank in ranks:
         if not 1 <= rank <= min(logits.shape):
-            side = f"{min(logits.shape)}, the smaller side of the logits"
-            raise ValueError(f"rank = {rank}: must be between 1 and {side}")
+            raise ValueError(f"rank = {rank}: must be between 1 and {min(logits.shape)}")

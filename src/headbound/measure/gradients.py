@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from headbound import device, progress, stats
-from headbound.measure.lowrank import Examples, blocks
+from headbound.measure.lowrank import Examples
 from headbound.measure.spectrum import ROWS
 
 LARGE = 100_000  # symbols from which the repetition is said to be unlearnable
@@ -34,12 +34,11 @@ class Squares(NamedTuple):
 
         **Raises:** `ValueError` if `where` chooses no token.
         """
-        chosen = np.ones(len(self.texts), bool) if where is None else where
-        if not chosen.any():
-            raise ValueError("where chooses no token; widen it or give more text")
+        chosen = slice(None) if where is None else where
         kept = self.kept[chosen]
-        gradient = self.gradient[chosen]
-        return stats.mean(kept, self.texts[chosen], gradient)
+        if not len(kept):
+            raise ValueError("where chooses no token; widen it or give more text")
+        return stats.mean(kept, self.texts[chosen], self.gradient[chosen])
 
 
 @torch.inference_mode()
@@ -48,20 +47,20 @@ def share_kept(
 ) -> Squares:
     """How much of each token's logit gradient passes through the head W, exactly, in float64.
 
-    It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's (see `_orthonormal`).
-    Beside the arguments nothing is larger than `block` × V.
+    It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's. Beside the arguments
+    nothing is larger than `block` × V.
 
     **Arguments:** `weight`: W, best without its mean row, which the softmax ignores. `logits`: from
-    states to logits, such as `models.Readout.logits`; None is W alone. A soft cap is part of them.
+    states to logits, such as `models.Readout.logits`; None is W alone.
 
     **Raises:** `ValueError` for no token, sizes that do not fit, NaN or Inf.
 
-    **Source:** Godey & Artzi 2026, arXiv 2603.10145; the definition of what is kept is ours.
+    **Source:** Godey & Artzi 2026, arXiv 2603.10145; what is kept is defined by us.
     """
-    _check(data, weight, block)
+    _check(data, weight)
     basis = _orthonormal(weight)
     squares = []
-    for here in progress.bar(blocks(len(data.targets), block), "gradients"):
+    for here in progress.bar(data.blocks(block), "gradients"):
         g = _gradient(data, here, weight, logits)
         parts = zip(g.split(ROWS, 1), _rows(weight), strict=True)
         received = sum(part @ rows for part, rows in parts)
@@ -77,10 +76,6 @@ def _orthonormal(weight: Float[Tensor, "vocab d"]) -> Float64[Tensor, "d rank"]:
 
     From WᵀW = Q Λ Qᵀ follows B = Q Λ^(−½), but squaring W costs half of the digits. A second round
     on W·B, whose columns are orthonormal but for that, wins them back.
-
-    >>> parallel = torch.tensor([[3.0, 3.0], [4.0, 4.0]], dtype=torch.float64)
-    >>> (parallel @ _orthonormal(parallel)).abs().round(decimals=3).tolist()
-    [[0.6], [0.8]]
 
     **Source:** Stathopoulos & Wu 2002 (SVQB), twice.
     """
@@ -101,17 +96,15 @@ def singular_values(
 ) -> Float64[np.ndarray, " tokens"]:
     """Singular values of G (tokens × V), the largest first, from G Gᵀ: for a few thousand tokens.
 
-    By Eckart–Young no r-dimensional subspace keeps more of ‖G‖_F² than Σ_{j≤r} σ_j².
-    **Arguments**, **Raises:** as `share_kept`.
+    No r-dimensional subspace keeps more of ‖G‖_F² than Σ_{j≤r} σ_j². Else as `share_kept`.
     """
-    _check(data, weight, block)
+    _check(data, weight)
     tokens = len(data.targets)
     products = np.empty((tokens, tokens))
-    for here in blocks(tokens, block):
+    places = data.blocks(block)
+    for number, here in enumerate(places):
         g = _gradient(data, here, weight, logits)
-        for there in blocks(tokens, block):
-            if there.start > here.start:
-                break
+        for there in places[: number + 1]:
             others = g if there == here else _gradient(data, there, weight, logits)
             products[here, there] = (g @ others.T).cpu()
     squares = np.linalg.eigvalsh(products, "L")
@@ -121,8 +114,7 @@ def singular_values(
 def lost(share: stats.Estimate) -> dict[str, stats.Estimate]:
     """Three readings of what is lost where the share κ of the squared norm is kept.
 
-    >>> readings = lost(stats.Estimate(0.04, 0.01, 0.09, 48))
-    >>> [round(reading.value, 2) for reading in readings.values()]
+    >>> [round(reading.value, 2) for reading in lost(stats.Estimate(0.04, 0.01, 0.09, 48)).values()]
     [0.96, 0.8, 0.98]
     """
     readings = {
@@ -142,11 +134,11 @@ def as_claimed(loss: stats.Estimate, low: float = 0.945, high: float = 0.995) ->
 
 
 def unlearnable(same_head: Mapping[str, stats.Estimate], vocab: int) -> bool | None:
-    """Does no way of training a head learn the repetition? None at a vocabulary too small to say.
+    """Does no way of training a head surely get 99 % of the repetition right?
 
-    A way has learned it if surely 99 % of the tokens are right.
+    None at a vocabulary too small to say.
     """
-    learned = [name for name, share in same_head.items() if share.low > 0.99]
+    learned = any(share.low > 0.99 for share in same_head.values())
     return not learned if vocab >= LARGE else None
 
 
@@ -174,14 +166,7 @@ def _gram(weight: Tensor, basis: Tensor | None = None) -> Tensor:
     return sum(part.T @ part for part in parts)
 
 
-def _check(data: Examples, weight: Tensor, block: int) -> None:
-    count, width = data.hidden_states.shape
-    fits = count == len(data.targets) > 0 and width == weight.shape[1] and block > 0
-    known = fits and data.targets.min() >= 0 and data.targets.max() < len(weight)
-    if not known:
-        raise ValueError(
-            f"block = {block}, {len(data.targets)} targets, states {(count, width)}, head "
-            f"{tuple(weight.shape)}: they do not fit; take all of them from one model"
-        )
+def _check(data: Examples, weight: Tensor) -> None:
+    data.check(*weight.shape)
     if not (torch.isfinite(weight).all() and np.isfinite(data.hidden_states).all()):
         raise ValueError("NaN or Inf in the head or the states; run the checkpoint in float32")

@@ -48,6 +48,21 @@ class Examples(NamedTuple):
     targets: np.ndarray
     texts: np.ndarray
 
+    def blocks(self, size: int) -> list[slice]:
+        """The places of all tokens, `size` at a time."""
+        return [slice(start, start + size) for start in range(0, len(self.targets), size)]
+
+    def check(self, vocab: int, width: int) -> None:
+        """**Raises:** `ValueError` if there is none, or if they do not fit a head of that shape."""
+        states = self.hidden_states.shape
+        low, high = self.targets.min(initial=0), self.targets.max(initial=0)
+        fits = len(self.targets) == states[0] > 0 and states[1] == width
+        if not fits or low < 0 or high >= vocab:
+            raise ValueError(
+                f"{len(self.targets)} targets from {low} to {high}, states {states}, head "
+                f"{(vocab, width)}: they do not fit; take all of them from one model"
+            )
+
 
 def examples(
     model: nn.Module, input_ids: Int[Tensor, "texts length"], readout: Readout | None = None
@@ -71,8 +86,9 @@ def token_losses(
     data: Examples, heads: Sequence[Head], block: int = 128
 ) -> Float[np.ndarray, "heads tokens"]:
     """Nats a token of each head over its whole vocabulary, `block` tokens at a time."""
-    _check(data, heads)
-    places = blocks(len(data.targets), block)
+    for head in heads:
+        data.check(len(head.A), head.B.shape[1])
+    places = data.blocks(block)
     parts = device.feed(data[:2], places, heads[0].A.device)
     losses = []
     for states, targets in progress.bar(parts, "measuring heads", len(places)):
@@ -85,16 +101,16 @@ def token_losses(
 def covariance(
     hidden_states: Float[np.ndarray, "tokens d"], ridge: float = 1e-8, block: int = 8192
 ) -> Float[Tensor, "d d"]:
-    """The second moment C = E[h hᵀ], mean included, in float64, `block` states at a time.
+    """The second moment C = E[h hᵀ], mean included, in float64.
 
-    `ridge` times the mean diagonal entry is added to the diagonal, because states after a LayerNorm
-    may leave a direction out.
+    `ridge` times the mean diagonal entry is added to the diagonal: a LayerNorm leaves a direction
+    out.
     """
     count, d = hidden_states.shape
     total = torch.zeros(d, d, dtype=torch.float64)
-    for here in blocks(count, block):
-        states = torch.from_numpy(np.array(hidden_states[here]))
-        precise = states.double()
+    for start in range(0, count, block):
+        states = np.array(hidden_states[start : start + block], np.float64)
+        precise = torch.from_numpy(states)
         total.addmm_(precise.T, precise)
     diagonal = total.diagonal()
     diagonal += ridge * diagonal.mean()
@@ -118,7 +134,7 @@ def low_rank(
     **Raises:** `ValueError` for a rank not in 1 to min(V, d), or a covariance that is singular or
     of another width.
 
-    **Source:** Eckart & Young 1936. The paper's section 5.1 trains A and B instead.
+    **Source:** Eckart & Young 1936.
     """
     vocab, d = weight.shape
     if not 1 <= rank <= min(vocab, d):
@@ -159,8 +175,8 @@ def train(
 ) -> list[Head]:
     """Train heads of any ranks in one pass over a frozen model's hidden states, by cross-entropy.
 
-    Each batch is read once and shown to every head in turn. The heads share nothing else, so each
-    ends where it would have ended alone. Adam's rate falls linearly to zero. A bias or a cap stays.
+    Each batch is read once and shown to every head in turn; each ends where it would have ended
+    alone. Adam's rate falls linearly to zero.
 
     **Arguments:**
 
@@ -173,13 +189,13 @@ def train(
     **Raises:** `ValueError` without a whole batch; `FloatingPointError` if a head diverges: a loss
     that is not finite, or a nat higher at the end than at first.
     """
+    for head in heads:
+        data.check(len(head.A), head.B.shape[1])
     steps = epochs * (len(data.targets) // batch)
-    if steps < 1 or len(data.hidden_states) != len(data.targets):
+    if steps < 1:
         raise ValueError(
-            f"{len(data.hidden_states)} hidden states, {len(data.targets)} targets, epochs = "
-            f"{epochs}: need one target a state, an epoch and a batch of {batch}; give more text"
+            f"{len(data.targets)} targets, epochs = {epochs}: need an epoch and a batch of {batch}"
         )
-    _check(data, heads)
     where = heads[0].A.device
     rows = _Rows(data.targets, len(heads[0].A), sampled, seed)
     pupils = [_Pupil(head, rows, learning_rate) for head in heads]
@@ -211,13 +227,12 @@ class _Rows:
 
     def __init__(self, targets: np.ndarray, vocab: int, sampled: int | None, seed: int):
         self.seen = np.unique(targets)
-        self.rest = np.setdiff1d(np.arange(vocab), self.seen)
-        self.sampled = sampled
-        self.random = np.random.default_rng(seed)
-        if sampled is None or sampled >= len(self.rest):
+        self.sampled = sampled or 0
+        if sampled is None or sampled >= vocab - len(self.seen):
             self.seen = np.arange(vocab)
-            self.rest = self.seen[:0]
             self.sampled = 0
+        self.rest = np.setdiff1d(np.arange(vocab), self.seen)
+        self.random = np.random.default_rng(seed)
 
     def draw(self, where: torch.device) -> tuple[Tensor, float]:
         """Places in `rest`, and the logarithm of a drawn token's weight in the softmax."""
@@ -289,8 +304,7 @@ def knee(
 ) -> stats.Estimate:
     """The rank above which perplexity stays within `tolerance` (0.05: 5 %) of the largest rank's.
 
-    It is interpolated in the log of the rank; `ranks` ascend. Texts are resampled, all ranks
-    together.
+    It is interpolated in the log of the rank; `ranks` ascend.
     """
     allowed = math.log1p(tolerance)
 
@@ -298,8 +312,7 @@ def knee(
         above = np.flatnonzero(excess > allowed)
         if not len(above):
             return float(ranks[0])
-        last = above[-1]
-        pair = slice(last, last + 2)
+        pair = slice(above[-1], above[-1] + 2)
         logarithms = np.log(ranks[pair])
         crossed = np.interp(-allowed, -excess[pair], logarithms)
         return math.exp(crossed)
@@ -308,17 +321,14 @@ def knee(
 
 
 def if_settled(ruling: Ruling, moved: float) -> Ruling:
-    """What a rule says of a curve. None if half the text `moved` its perplexity by 5 % or more."""
+    """A ruling on a curve; None if half the text `moved` its perplexity by 5 % or more."""
     if abs(moved) < NOTICEABLE:
         return ruling
     return Ruling(None, f"half the training text moves perplexity by {moved:+.0%}: more is needed")
 
 
 def knee_at_claim(knee: stats.Estimate, width: int) -> Ruling:
-    """Section 5.1: perplexity is noticeably worse below rank 1,000.
-
-    The knee must lie within a factor of 2 of 1,000. None for a model that is not wider than that.
-    """
+    """Section 5.1: the knee lies within a factor of 2 of rank 1,000. None for a narrower model."""
     if width <= CLAIMED:
         return Ruling(None, f"d = {width}: a knee at 1,000 is out of reach")
     factor = max(knee.value / CLAIMED, CLAIMED / knee.value)
@@ -331,7 +341,8 @@ def rank_or_share(
     """Does a cut cost models the same at equal rank r, or at equal share r/d of their width d?
 
     The distance to other models' curves at equal r/d, less that at equal r: root mean squares over
-    the ranks below d, of the loss above the full head, in nats. Above 0 the rank itself decides.
+    the ranks below d, of the loss above the full head, in nats. Above 0 the rank itself decides
+    (section 5.1: "regardless of the model size"). Too short a training favours that.
 
     **Arguments:** `ranks`, `losses`, `texts`: as of `knee`; the last rank is d. `others`: columns
     `curve`, `x` (ranks, the largest is that model's d) and `y` (nats).
@@ -358,15 +369,6 @@ def rank_or_share(
     return _of_excess(losses, texts, nearer)
 
 
-def rank_decides(difference: stats.Estimate) -> Ruling:
-    """Section 5.1: a rank costs the same "regardless of the model size".
-
-    The interval of `rank_or_share` must lie above 0; below, it is refused. None if it holds 0.
-    """
-    agrees = True if difference.low > 0 else False if difference.high < 0 else None
-    return Ruling(agrees, "agrees if the interval lies above 0; short training favours that")
-
-
 def _of_excess(
     losses: Losses, texts: Texts, number: Callable[[Float[np.ndarray, " ranks"]], float]
 ) -> stats.Estimate:
@@ -385,23 +387,6 @@ def _of_excess(
     return stats.bootstrap(statistic, len(counts))
 
 
-def _check(data: Examples, heads: Sequence[Head]) -> None:
-    width = data.hidden_states.shape[1]
-    vocab = min(len(head.A) for head in heads)
-    if any(head.B.shape[1] != width for head in heads):
-        raise ValueError(
-            f"hidden states of width {width}, heads of width {[h.B.shape[1] for h in heads]}: "
-            "they must come from one model; take both from the same models.load"
-        )
-    if not len(data.targets):
-        raise ValueError("no token to measure; give more text")
-    if data.targets.min() < 0 or data.targets.max() >= vocab:
-        raise ValueError(
-            f"targets from {data.targets.min()} to {data.targets.max()}: the head has rows 0 to "
-            f"{vocab - 1}; encode the text with this model's tokenizer"
-        )
-
-
 def _roots(
     covariance: Float[Tensor, "d1 d2"], d: int
 ) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
@@ -414,16 +399,10 @@ def _roots(
     rank = int((values > d * torch.finfo(values.dtype).eps * values[-1]).sum())
     if rank < d:
         raise ValueError(
-            f"covariance of rank {rank}: singular, for the head is {d} wide; use many more than "
-            f"{d} hidden states, or a ridge as lowrank.covariance adds"
+            f"covariance of rank {rank}: singular, for the head is {d} wide; use more hidden states"
         )
     roots = values.sqrt()
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
-
-
-def blocks(count: int, size: int) -> list[slice]:
-    """The places of `count` rows, `size` at a time."""
-    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _batches(states: int, batch: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
@@ -431,8 +410,8 @@ def _batches(states: int, batch: int, epochs: int, seed: int) -> Iterator[np.nda
     for epoch in range(epochs):
         generator = np.random.default_rng([seed, epoch])
         order = generator.permutation(states)
-        for here in blocks(states // batch * batch, batch):
-            yield np.sort(order[here])
+        whole = order[: states // batch * batch].reshape(-1, batch)
+        yield from np.sort(whole, axis=1)
 
 
 def _check_convergence(history: Float[Tensor, "steps heads"], heads: Sequence[Head]) -> None:

@@ -15,7 +15,7 @@ import psutil
 import torch
 from jaxtyping import Float64, Integer
 from scipy.sparse import csr_array, diags_array, vstack
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import aslinearoperator, eigsh
 from scipy.special import expit, logit
 from statsmodels.api import OLS, add_constant
 from torch.nn.functional import pad
@@ -24,6 +24,7 @@ from headbound import device, stats
 from headbound.measure import spectrum
 
 Tokens = Integer[np.ndarray, " tokens"]
+Pieces = Sequence[Integer[np.ndarray, " _"]]
 Curve = Float64[np.ndarray, " ranks"]  # entry d belongs to rank d
 BLOCK = 1 << 22  # n-grams read at once
 PARTITION = 1 << 23  # n-grams sorted at once (about 0.4 GB)
@@ -32,23 +33,13 @@ SLOTS = 1 << 16  # values of the hash that deals out contexts
 EPSILON = np.finfo(float).eps
 
 
-class Gram(NamedTuple):
-    """WᵀW, how many rows (contexts) W has, and the n-grams counted in them."""
-
-    matrix: Float64[np.ndarray, "vocab vocab"]
-    contexts: int
-    ngrams: int
-
-
 class SplitHalf(NamedTuple):
-    """What two halves of a text agree on; `rank` has the least `held_out`.
+    """What two halves of a text agree on: the rank, and W-error without noise.
 
-    The W-error without noise lies between `floor` (a half judged by itself, which flatters) and
-    `ceiling` (judged by the other half: what was really found).
+    It lies between `floor` (a half judged by itself) and `ceiling` (judged by the other half).
     """
 
     rank: int
-    held_out: Curve
     floor: Curve
     ceiling: Curve
 
@@ -68,7 +59,7 @@ def count(
 
     - `tokens`: the corpus, perhaps memory-mapped: it is read in blocks.
     - `order`: tokens in an n-gram; a context has one less.
-    - `targets`: what follows each context; by default what does in `tokens`.
+    - `targets`: what follows each context, where that is not what does in `tokens`.
     - `partitions`: how many; by default enough for `PARTITION` n-grams in each.
     - `only`: the partitions wanted, by default all; jobs may count some each and add up.
 
@@ -95,7 +86,7 @@ def count(
         yield _runs(chosen, vocab_size)
 
 
-def context_matrix(
+def _context_matrix(
     tokens: Tokens, order: int, vocab_size: int, weighting: str = "contexts"
 ) -> csr_array:
     """W itself, sparse; it grows with the corpus, which the memory of `gram` does not."""
@@ -110,7 +101,7 @@ def gram(
     weighting: str = "contexts",
     unbiased: bool = False,
     **counting: Any,
-) -> Gram:
+) -> Float64[np.ndarray, "vocab vocab"]:
     """WᵀW of the rows √w · k / n: k a context's counts, n their sum.
 
     With `unbiased`, Σ w (k kᵀ − diag k) / (n (n − 1)), over pairs of *different* occurrences. Its
@@ -127,12 +118,8 @@ def gram(
     _check_memory(vocab_size)
     total = np.zeros((vocab_size, vocab_size))
     diagonal = np.zeros(vocab_size)
-    contexts = 0
-    ngrams = 0
     for counts in count(tokens, order, vocab_size, **counting):
-        rows, factor, n = _rows(counts, weighting, unbiased)
-        contexts += len(n)
-        ngrams += int(n.sum())
+        rows, factor = _rows(counts, weighting, unbiased)
         if unbiased:
             diagonal -= rows.T @ factor
         # A context with one follower only adds to the diagonal, and most are such.
@@ -141,43 +128,33 @@ def gram(
         diagonal += np.bincount(alone.indices, alone.data**2, vocab_size)
         _add_square(total, rows[~single])
     total[np.diag_indices(vocab_size)] += diagonal
-    return Gram(total, contexts, ngrams)
+    return total
 
 
-def singular_values(gram: Gram) -> Float64[np.ndarray, " vocab"]:
-    """All singular values of W, the largest first, as roots of the eigenvalues of WᵀW.
+def _singular_values(gram: Float64[np.ndarray, "vocab vocab"]) -> Float64[np.ndarray, " vocab"]:
+    """All singular values of W, the largest first, from WᵀW.
 
-    Eigenvalues that float64 can't tell from zero are zero. W-error is good to 1e-15 / W-error.
-
-    **Raises:** `ValueError` if no context is left.
+    Those that float64 can't tell from zero are zero. W-error is good to 1e-15 / W-error.
     """
-    if not gram.contexts:
-        raise ValueError("0 contexts: none occurs twice; give more text")
-    matrix = torch.from_numpy(gram.matrix).to(device.precise(device.pick()))
+    where = device.precise(device.pick())
+    matrix = torch.from_numpy(gram).to(where)
     values = torch.linalg.eigvalsh(matrix).flip(0).cpu().numpy()
     least = len(values) * EPSILON * values[0]
     values[values < least] = 0.0
     return np.sqrt(values)
 
 
-def leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " values"]:
+def _leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " values"]:
     """The `ranks` largest singular values by Lanczos, for vocabularies beyond `gram`.
 
     The others are given as their root mean square, from ‖W‖: W-error is exact up to `ranks`.
-
-    **Raises:** `ValueError` for ranks out of range.
     """
     most = min(matrix.shape) - 1
     if not 1 <= ranks <= most:
         raise ValueError(f"ranks = {ranks}: must be between 1 and {most}")
-    size = matrix.shape[1]
-
-    def square(vector: np.ndarray) -> np.ndarray:
-        return matrix.T @ (matrix @ vector)
-
-    operator = LinearOperator((size, size), square, dtype=np.float64)
-    start = np.random.default_rng(0).random(size)
-    found = eigsh(operator, ranks, v0=start, return_eigenvectors=False)
+    operator = aslinearoperator(matrix)
+    start = np.random.default_rng(0).random(matrix.shape[1])
+    found = eigsh(operator.T @ operator, ranks, v0=start, return_eigenvectors=False)
     values = found[::-1]
     others = most + 1 - ranks
     norm = np.sum(matrix.data**2)
@@ -195,38 +172,40 @@ def errors(tokens: Tokens, order: int, vocab_size: int, leading: int = 0, **rows
     array([1.   , 0.816, 0.577, 0.   ])
     """
     if leading:
-        matrix = context_matrix(tokens, order, vocab_size, **rows)
-        values = leading_values(matrix, leading)
+        matrix = _context_matrix(tokens, order, vocab_size, **rows)
+        values = _leading_values(matrix, leading)
         return spectrum.w_error(values, range(leading + 1))
-    values = singular_values(gram(tokens, order, vocab_size, **rows))
+    values = _singular_values(gram(tokens, order, vocab_size, **rows))
     return spectrum.w_error(values, range(len(values) + 1))
 
 
-def split_half(first: Gram, second: Gram) -> SplitHalf:
-    """What two halves of a text agree on, from their `unbiased` matrices S and S' at trace one.
+def split_half(pieces: Pieces, order: int, vocab_size: int) -> SplitHalf:
+    """What two halves of a text agree on: every other piece, and the pieces between.
 
-    With S = Σ λᵢ vᵢvᵢᵀ the rank-d part of one half misses the other by
+    The halves have `unbiased` matrices S and S', weighted by tokens, so that noise is alike in all
+    rows, and scaled to trace one. With S = Σ λᵢ vᵢvᵢᵀ the rank-d part of one misses the other by
 
         ‖S' − Σ_{i≤d} λᵢ vᵢvᵢᵀ‖² = ‖S'‖² + Σ_{i≤d} (λᵢ² − 2 λᵢ vᵢᵀS'vᵢ)
 
-    `held_out` is its share of ‖S'‖², both ways round and averaged. A direction of noise has a λᵢ
-    but nothing of S'. Weigh by `tokens`: noise is then alike in all rows.
+    The rank is where this is least, both ways round and averaged. A direction of noise has a λᵢ but
+    nothing of S'.
 
-    **Raises:** `ValueError` if in a half no context occurs twice.
+    **Raises:** `ValueError` if in a half no token follows the same context twice.
     """
-    if not (first.contexts and second.contexts):
-        raise ValueError("0 contexts in one half: none occurs twice; give more text")
-    one = torch.from_numpy(first.matrix / first.matrix.trace())
-    other = torch.from_numpy(second.matrix / second.matrix.trace())
-    both = (_judged(one, other) + _judged(other, one)) / 2
-    held_out = both[0].numpy()
+    halves = []
+    for half in (0, 1):
+        tokens = np.concatenate(pieces[half::2])
+        found = gram(tokens, order, vocab_size, "tokens", unbiased=True)
+        if found.trace() <= 0:
+            raise ValueError("in one half no token follows a context twice; give more text")
+        halves.append(torch.from_numpy(found / found.trace()))
+    both = (_judged(*halves) + _judged(*halves[::-1])) / 2
     floor, ceiling = both[1:].clamp(min=0).sqrt().numpy()
-    rank = int(held_out.argmin())
-    return SplitHalf(rank, held_out, floor, ceiling)
+    return SplitHalf(int(both[0].argmin()), floor, ceiling)
 
 
 def study(
-    pieces: Sequence[Tokens], order: int, vocab_size: int, seed: int = 0
+    pieces: Pieces, order: int, vocab_size: int, seed: int = 0
 ) -> tuple[Curve, Curve, SplitHalf]:
     """A list of texts as counted, with what follows each context shuffled, and split in halves.
 
@@ -235,22 +214,13 @@ def study(
     tokens = np.concatenate(pieces)
     following = tokens[order - 1 :]
     targets = np.random.default_rng(seed).permutation(following)
-    asked = {"order": order, "vocab_size": vocab_size, "weighting": "tokens"}
-    counted = errors(tokens, **asked)
-    shuffled = errors(tokens, **asked, targets=targets)
-    grams = []
-    for half in (0, 1):
-        part = np.concatenate(pieces[half::2])
-        grams.append(gram(part, **asked, unbiased=True))
-    return counted, shuffled, split_half(*grams)
+    counted = errors(tokens, order, vocab_size, weighting="tokens")
+    shuffled = errors(tokens, order, vocab_size, weighting="tokens", targets=targets)
+    return counted, shuffled, split_half(pieces, order, vocab_size)
 
 
 def needed_rank(errors: Curve, level: float) -> int | None:
-    """The least d whose error is at most `level`; None if the curve ends above it.
-
-    >>> needed_rank(np.array([1.0, 0.5, 0.2]), 0.5)
-    1
-    """
+    """The least d whose error is at most `level`; None if the curve ends above it."""
     below = np.flatnonzero(errors <= level)
     return int(below[0]) if len(below) else None
 
@@ -279,7 +249,7 @@ def meets(
 ) -> bool | None:
     """Whether an interval meets a range; None if it spans `factor` or more, which is no test.
 
-    None also where it was carried to more than twice the largest V measured (`reach`, a factor).
+    None also where it was `carried` to more than twice (`reach`) the largest V measured.
     """
     if not found.high < factor * found.low or reach > 2:
         return None
@@ -287,11 +257,9 @@ def meets(
 
 
 def _check_ids(ids: Tokens, vocab_size: int) -> None:
-    for first in range(0, len(ids), BLOCK):
-        block = ids[first : first + BLOCK]
-        wrong = block[(block < 0) | (block >= vocab_size)]
-        if len(wrong):
-            raise ValueError(f"token id {wrong[0]}: outside the vocabulary of {vocab_size}")
+    for extreme in (ids.min(), ids.max()):
+        if not 0 <= extreme < vocab_size:
+            raise ValueError(f"token id {extreme}: outside the vocabulary of {vocab_size}")
 
 
 def _check_memory(vocab_size: int) -> None:
@@ -300,7 +268,7 @@ def _check_memory(vocab_size: int) -> None:
     if vocab_size > most:
         raise ValueError(
             f"vocab_size = {vocab_size}: its spectrum needs {16e-9 * vocab_size**2:.1f} GB, "
-            f"{free / 1e9:.1f} are free; take at most {most} tokens, or leading_values"
+            f"{free / 1e9:.1f} are free; take at most {most} tokens, or `leading` ones"
         )
 
 
@@ -322,7 +290,7 @@ def _selected(columns: list[np.ndarray], vocab_size: int, slots: range) -> list[
 
 
 def _runs(columns: list[np.ndarray], vocab_size: int) -> csr_array:
-    """Sort n-grams as 64-bit keys and count runs; a context of more bits becomes its rank."""
+    """Count n-grams as 64-bit keys; a context of more bits becomes its rank."""
     bits = (vocab_size - 1).bit_length()
     key = columns[0].astype(np.uint64)
     used = bits
@@ -333,22 +301,19 @@ def _runs(columns: list[np.ndarray], vocab_size: int) -> csr_array:
             used = len(key).bit_length()
         key = (key << bits) | column.astype(np.uint64)
         used += bits
-    key.sort()
-    first = np.flatnonzero(np.diff(key, prepend=~key[:1]))
-    counts = np.diff(first, append=len(key)).astype(np.float64)
-    found = key[first]
-    context = found >> bits
+    found, counts = np.unique(key, return_counts=True)
     last = (1 << bits) - 1
     followers = (found & last).astype(np.int32)
-    starts = np.flatnonzero(np.diff(context, prepend=~context[:1]))
-    starts = np.append(starts, len(context)).astype(np.int32)
-    return csr_array((counts, followers, starts), shape=(len(starts) - 1, vocab_size))
+    starts = np.unique(found >> bits, return_index=True)[1]
+    starts = np.append(starts, len(found)).astype(np.int32)
+    shape = (len(starts) - 1, vocab_size)
+    return csr_array((counts.astype(np.float64), followers, starts), shape=shape)
 
 
 def _rows(
     counts: csr_array, weighting: str, unbiased: bool = False
-) -> tuple[csr_array, np.ndarray, np.ndarray]:
-    """Weighted rows, the factors that made them of counts, and how often each context occurs."""
+) -> tuple[csr_array, np.ndarray]:
+    """Weighted rows, and the factors that made them of counts."""
     if weighting not in ("contexts", "tokens"):
         raise ValueError(f"weighting = {weighting!r}: must be 'contexts' or 'tokens'")
     n = counts.sum(axis=1)
@@ -358,7 +323,7 @@ def _rows(
     factor = 1 / np.sqrt(n * (n - 1)) if unbiased else 1 / n
     if weighting == "tokens":
         factor *= np.sqrt(n)
-    return diags_array(factor).tocsr() @ counts, factor, n
+    return diags_array(factor).tocsr() @ counts, factor
 
 
 def _add_square(total: np.ndarray, rows: csr_array) -> None:

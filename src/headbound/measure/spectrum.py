@@ -37,10 +37,6 @@ def singular_values(weight: Float[Tensor, "rows d"]) -> Values:
 
 
 def _probabilities(singular_values: Values) -> Values:
-    """Each value's share of their sum.
-
-    **Raises:** `ValueError` for values that are negative, not finite or all zero.
-    """
     values = singular_values
     if not len(values) or not np.isfinite(values).all() or values.min() < 0:
         raise ValueError("singular values must be finite, not negative, and at least one")
@@ -96,18 +92,15 @@ def w_error(singular_values: Values, ranks: Sequence[int]) -> Float[np.ndarray, 
     return np.sqrt(tails[asked] / tails[0])
 
 
-def first_loadings(weight: Float[Tensor, "vocab d"]) -> Float[np.ndarray, " vocab"]:
-    """Each row's product with the first singular direction v₁, whose sign is arbitrary."""
-    return (weight.double().cpu() @ _first_direction(weight)).numpy()
-
-
 def frequency_link(
     weight: Float[Tensor, "vocab d"], counts: Int[np.ndarray, " vocab"], groups: int = 10
-) -> stats.Estimate:
+) -> tuple[stats.Estimate, Float[np.ndarray, " vocab"]]:
     """Spearman's correlation of tokens' loadings on the first singular direction with their counts.
 
-    Token v loads w_v · v₁; the direction is turned so that the correlation is not negative.
-    Tokens that never occur are left out. The interval leaves out one group of tokens at a time.
+    Token v loads w_v · v₁; the direction is turned so that the correlation is not negative. Tokens
+    that never occur are left out. The interval leaves out one group of tokens at a time.
+
+    **Returns:** the correlation and the loadings.
     """
     group = np.random.default_rng(0).integers(groups, size=len(weight))
     first = _first_direction(weight)
@@ -124,7 +117,7 @@ def frequency_link(
     whole = link(group >= 0)
     turned = -1 if whole < 0 else 1
     without = [turned * link(group != g) for g in range(groups)]
-    return stats.jackknife(without, turned * whole)
+    return stats.jackknife(without, turned * whole), turned * (rows @ first).numpy()
 
 
 def fits_size(parameters: float, entropy: stats.Estimate, cut: float = 1.6) -> bool | None:

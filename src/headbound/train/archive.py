@@ -31,8 +31,8 @@ from headbound.corpus import END_OF_TEXT
 from headbound.measure import spectrum
 from headbound.measure.anisotropy import mean_cosine
 from headbound.measure.checkpoint import SHOWN
-from headbound.train import changes, tunnel
-from headbound.train.step import Recipe, Trainer, last_matrix, last_states
+from headbound.train import changes, fast, tunnel
+from headbound.train.step import Recipe, Trainer, last_matrix
 
 BLOCK = 2048  # tokens whose logits are held at once
 DIGITS = 5  # significant ones in a table
@@ -64,7 +64,7 @@ def _measure(
 
     A head of two layers is described by its last matrix and the states that this matrix reads.
     """
-    parts = [last_states(model, some[:, :-1]) for some in rows.split(16)]
+    parts = [fast.states(model, some[:, :-1]) for some in rows.split(16)]
     before, after = (torch.cat(side).flatten(0, 1) for side in zip(*parts, strict=True))
     head = model.get_output_embeddings()
     inner, matrix = last_matrix(head, after)
@@ -195,9 +195,8 @@ def keep_first_text(arms: Mapping[str, int], folder: Path = TABLES) -> None:
     read = np.zeros(len(text.stream), bool)
     for arm, steps in arms.items():
         recipe = changes.recipe(arm, 8, 0)
-        kept = tunnel.kept_windows(recipe, text.stream)
         for step in range(steps):
-            read[tunnel.batch(places, step, recipe, kept).numpy()] = True
+            read[tunnel.batch(places, step, recipe).numpy()] = True
     np.savez_compressed(
         folder / "first-text.npz",
         length=len(text.stream),

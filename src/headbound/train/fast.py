@@ -4,54 +4,58 @@ A narrow model spends its time on logits and attention scores, which have far mo
 weights. Both functions here keep these entries in the processor's cache and never normalise them.
 """
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import embedding, gelu, layer_norm
-from transformers import GPTNeoXConfig, GPTNeoXModel
+from transformers import GPTNeoXModel, PreTrainedModel
 
 SAFE = 60.0  # exp of numbers up to this neither overflows nor vanishes in a float32 sum
 TOKENS = 256  # a block of logits, which stays in the cache for a vocabulary of a few thousand
-
-Rounding = Callable[[Tensor], Tensor]
-
-
-def exact(numbers: Tensor) -> Tensor:
-    """The numbers as they are: the rounding of a model in full precision."""
-    return numbers
+LOSS_SCALE = 2.0**12  # what the loss is multiplied by for float16, Pythia's first scale
 
 
-def can_follow(config: GPTNeoXConfig) -> bool:
-    """Whether `states` computes what a model of this configuration computes in training."""
-    dropout = config.hidden_dropout + config.attention_dropout
-    usual = config.hidden_act == "gelu" and config.attention_bias
-    return usual and config.use_parallel_residual and dropout == 0
+def _rounded(numbers: Tensor, precision: torch.dtype) -> Tensor:
+    """The nearest numbers of a 16-bit format, in their own one; the gradient passes as it is."""
+    return numbers if precision == torch.float32 else _Rounded.apply(numbers, precision)
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, numbers, precision):
+        return numbers.to(precision).to(numbers.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
 
 
 def states(
-    model: GPTNeoXModel, tokens: Int[Tensor, "batch length"], rounding: Rounding = exact
-) -> tuple[Float[Tensor, "batch length d"], Float[Tensor, "batch length d"]]:
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "batch length"],
+    precision: torch.dtype = torch.float32,
+) -> tuple[Float[Tensor, "batch length d"] | None, Float[Tensor, "batch length d"]]:
     """The last hidden states of a GPT-NeoX, before and after the final norm.
 
     They are those of the model's own forward pass up to rounding, in about three quarters of the
-    time. A `rounding` is applied to the states after each layer and after the final norm.
+    time, and are rounded to `precision` after each layer and after the final norm. A model with
+    dropout or without parallel residuals goes its own way, which shows no states before the norm.
     """
-    cosines, sines = _angles(model, tokens)
-    hidden = rounding(embedding(tokens, model.embed_in.weight))
-    for layer in model.layers:
-        attention, mlp = layer.attention, layer.mlp
+    body = model.base_model
+    dropout = model.config.hidden_dropout + model.config.attention_dropout
+    if dropout or not model.config.use_parallel_residual:
+        return None, body(tokens, use_cache=False).last_hidden_state
+    cosines, sines = _angles(body, tokens)
+    hidden = _rounded(body.embed_in(tokens), precision)
+    for layer in body.layers:
+        attention = layer.attention
         heads = hidden.shape[-1] // attention.head_size
-        normed = _norm(layer.input_layernorm, hidden)
-        mixed = attention.query_key_value(normed)
+        mixed = attention.query_key_value(layer.input_layernorm(hidden))
         attended = _Attention.apply(mixed, cosines, sines, heads)
-        normed = _norm(layer.post_attention_layernorm, hidden)
-        wide = gelu(mlp.dense_h_to_4h(normed))
-        hidden = hidden + attention.dense(attended) + mlp.dense_4h_to_h(wide)
-        hidden = rounding(hidden)
-    normed = _norm(model.final_layer_norm, hidden)
-    return hidden, rounding(normed)
+        normed = layer.post_attention_layernorm(hidden)
+        hidden = hidden + attention.dense(attended) + layer.mlp(normed)
+        hidden = _rounded(hidden, precision)
+    normed = body.final_layer_norm(hidden)
+    return hidden, _rounded(normed, precision)
 
 
 class _Attention(torch.autograd.Function):
@@ -63,19 +67,20 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mixed, cosines, sines, heads):
-        """From the mixed projection, batch × length × 3 heads n, to batch × length × heads n."""
+        # From the mixed projection, batch × length × 3 heads n, to batch × length × heads n.
         batch, length, width = mixed.shape
         size = width // (3 * heads)
-        parts = mixed.view(batch, length, heads, 3, size).permute(3, 0, 2, 1, 4)
-        parts = parts.reshape(3, batch * heads, length, size)
-        if parts.data_ptr() == mixed.data_ptr():
-            parts = parts.clone()
+        parts = mixed.view(batch, length, heads, 3, size)
+        parts = parts.permute(3, 0, 2, 1, 4)
+        parts = parts.clone(memory_format=torch.contiguous_format)
+        parts = parts.view(3, batch * heads, length, size)
         _rotate(parts[:2], cosines, sines)
         query, key, value = parts
         query *= size**-0.5
         weights = torch.bmm(query, key.mT)
         if not _bound(query, key) < SAFE:
-            _lower(_hide_later(weights))
+            later = torch.ones_like(weights[0], dtype=torch.bool).triu(1)
+            _lower(weights.masked_fill_(later, -torch.inf))
         weights.exp_().tril_()
         total = weights.sum(-1, keepdim=True)
         out = torch.bmm(weights, value) / total
@@ -84,7 +89,6 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        """The gradient by the mixed projection."""
         (query, key, value), weights, total, out, cosines, sines = ctx.kept
         batch, length, width = gradient.shape
         size = query.shape[-1]
@@ -109,8 +113,7 @@ def cross_entropy(
     weight: Float[Tensor, "vocab d"],
     targets: Int[Tensor, " tokens"],
     z_loss: float = 0.0,
-    rounding: Rounding | None = None,
-    loss_scale: float = 1.0,
+    precision: torch.dtype = torch.float32,
 ) -> Float[Tensor, ""]:
     """The mean of −ln softmax(W h)[target] in nats, with both gradients, block by block.
 
@@ -119,15 +122,14 @@ def cross_entropy(
 
     **Arguments:**
 
-    - `z_loss`: this times the mean of (ln Z)² is added.
-    - `rounding`: of logits and of their gradient, as a 16-bit format does it; None keeps float32.
-    - `loss_scale`: what the gradient of the logits is multiplied by while it is rounded.
+    - `z_loss`: this times the mean of (ln Z)² is added, in float32 only.
+    - `precision`: a 16-bit format to which the logits are rounded, and their gradient too.
 
     **Source:** of the z-loss Chowdhery et al. 2022.
     """
-    if rounding is None:
+    if precision == torch.float32:
         return _CrossEntropy.apply(hidden, weight, targets, z_loss)
-    return _RoundedCrossEntropy.apply(hidden, weight, targets, rounding, loss_scale)
+    return _RoundedCrossEntropy.apply(hidden, weight, targets, precision)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -135,7 +137,6 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, z_loss):
-        """The loss; `ctx` keeps the gradients of the mean."""
         tokens, d = hidden.shape
         wide = torch.cat([weight, weight.new_ones(len(weight), 1)], 1)
         expected = hidden.new_empty(tokens, d + 1)
@@ -169,40 +170,32 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        """The gradients by states and head."""
         by_hidden, by_weight = ctx.gradients
         return gradient * by_hidden, gradient * by_weight, None, None
 
 
-class _RoundedCrossEntropy(torch.autograd.Function):
-    """`cross_entropy` with logits and their scaled gradient rounded to another format."""
-
+class _RoundedCrossEntropy(_CrossEntropy):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, rounding, loss_scale):
-        """The loss; `ctx` keeps the gradients of the mean."""
+    def forward(ctx, hidden, weight, targets, precision):
         tokens = len(hidden)
+        scale = LOSS_SCALE if precision == torch.float16 else 1.0
         by_hidden = torch.empty_like(hidden)
         by_weight = torch.zeros_like(weight)
         loss = hidden.new_zeros(())
         for start in range(0, tokens, TOKENS):
             here = slice(start, start + TOKENS)
-            logits = rounding(hidden[here] @ weight.T)
+            logits = _rounded(hidden[here] @ weight.T, precision)
             known = torch.log_softmax(logits, 1)
             target = targets[here, None]
             loss -= known.gather(1, target).sum()
             error = known.exp_()
-            error.scatter_add_(1, target, -torch.ones_like(target, dtype=error.dtype))
-            error = rounding(error.mul_(loss_scale / tokens)).div_(loss_scale)
+            ones = torch.ones_like(target, dtype=error.dtype)
+            error.scatter_add_(1, target, -ones)
+            error = _rounded(error.mul_(scale / tokens), precision).div_(scale)
             by_hidden[here] = error @ weight
             by_weight.addmm_(error.T, hidden[here])
         ctx.gradients = by_hidden, by_weight
         return loss / tokens
-
-    @staticmethod
-    def backward(ctx, gradient):
-        """The gradients by states and head."""
-        by_hidden, by_weight = ctx.gradients
-        return gradient * by_hidden, gradient * by_weight, None, None, None
 
 
 def _bound(one: Tensor, other: Tensor) -> float:
@@ -218,13 +211,6 @@ def _lower(logits: Tensor) -> Tensor:
     return highest
 
 
-def _hide_later(scores: Tensor) -> Tensor:
-    """Minus infinity above the diagonal, in place."""
-    length = scores.shape[-1]
-    later = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-    return scores.masked_fill_(later, -torch.inf)
-
-
 def _rotate(parts: Tensor, cosines: Tensor, sines: Tensor) -> None:
     """Turn the two halves of the rotary dimensions against each other, in place."""
     half = cosines.shape[-1]
@@ -237,12 +223,9 @@ def _rotate(parts: Tensor, cosines: Tensor, sines: Tensor) -> None:
 
 def _angles(model: GPTNeoXModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
     places = torch.arange(tokens.shape[1], device=tokens.device)
-    both = torch.stack(model.rotary_emb(model.embed_in.weight, places[None]))
+    weight = model.embed_in.weight
+    both = torch.stack(model.rotary_emb(weight, places[None]))
     # Each angle stands there twice, once for each half.
     once, _ = both.chunk(2, -1)
     cosines, sines = once[:, 0]
     return cosines, sines
-
-
-def _norm(norm: torch.nn.LayerNorm, hidden: Tensor) -> Tensor:
-    return layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

@@ -7,7 +7,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from headbound import device
 from headbound.measure.gradients import share_kept
 from headbound.measure.lowrank import Examples
-from headbound.train.step import learning_rate
+from headbound.train.step import Recipe
 
 BATCH = 256  # tokens a step
 SHOWN = 512  # tokens that the trained model is measured on, at most
@@ -27,7 +27,6 @@ def learn(
 
     **Arguments:**
 
-    - `vocab`, `d`: V and the hidden size.
     - `layers`: with 0, embedding, final norm and head are all there is.
     - `peak`: of the learning rate, after a warm-up, then a cosine.
     - `momentum`: of plain gradient descent; None trains with Adam.
@@ -39,18 +38,32 @@ def learn(
     """
     torch.manual_seed(seed)
     model = _model(vocab, d, layers)
-    optimizer = _optimizer(model, momentum)
+    if momentum is None:
+        optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), momentum=momentum)
+    schedule = Recipe(8, max(steps, 1), peak=peak, warmup=WARMUP)  # for its learning rate alone
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, "cosine", WARMUP)
+        optimizer.param_groups[0]["lr"] = schedule.learning_rate(step)
         drawn = torch.randint(vocab, (BATCH, 1), device=model.device)
         logits = model(drawn, use_cache=False).logits[:, 0]
         optimizer.zero_grad()
         cross_entropy(logits, drawn[:, 0]).backward()
         optimizer.step()
-    found = _measure(model, vocab)
-    if found is None:
+    shown = torch.arange(0, vocab, max(1, vocab // SHOWN), device=model.device)[:SHOWN]
+    with torch.no_grad():
+        states = model.base_model(shown[:, None]).last_hidden_state[:, 0]
+        logits = model.lm_head(states)
+    if not torch.isfinite(logits).all():
         raise FloatingPointError(f"peak = {peak}: training diverged at V = {vocab}; lower it")
-    return found
+    numbers = shown.cpu().numpy()
+    data = Examples(states.cpu().numpy(), numbers, numbers)
+    squares = share_kept(data, model.lm_head.weight.detach())
+    return {
+        "loss": cross_entropy(logits, shown).item(),
+        "learned": (logits.argmax(1) == shown).double().mean().item(),
+        "kept": float(squares.kept.sum() / squares.gradient.sum()),
+    }
 
 
 def _model(vocab: int, d: int, layers: int) -> GPTNeoXForCausalLM:
@@ -63,27 +76,3 @@ def _model(vocab: int, d: int, layers: int) -> GPTNeoXForCausalLM:
         max_position_embeddings=1,
     )
     return GPTNeoXForCausalLM(config).to(device.pick())
-
-
-def _optimizer(model: GPTNeoXForCausalLM, momentum: float | None) -> torch.optim.Optimizer:
-    if momentum is None:
-        return torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
-    return torch.optim.SGD(model.parameters(), momentum=momentum)
-
-
-@torch.no_grad()
-def _measure(model: GPTNeoXForCausalLM, vocab: int) -> dict[str, float] | None:
-    shown = torch.arange(0, vocab, max(1, vocab // SHOWN), device=model.device)[:SHOWN]
-    states = model.base_model(shown[:, None]).last_hidden_state[:, 0]
-    logits = model.lm_head(states)
-    if not torch.isfinite(logits).all():
-        return None
-    numbers = shown.cpu().numpy()
-    squares = share_kept(
-        Examples(states.cpu().numpy(), numbers, numbers), model.lm_head.weight.detach()
-    )
-    return {
-        "loss": cross_entropy(logits, shown).item(),
-        "learned": (logits.argmax(1) == shown).double().mean().item(),
-        "kept": float(squares.kept.sum() / squares.gradient.sum()),
-    }

@@ -1,7 +1,7 @@
 """A recipe, and one step of training by it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +11,12 @@ from transformers import GPTNeoXConfig, PreTrainedModel
 
 from headbound.train import fast
 
-FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CHOICES = {
     "schedule": ("cosine", "constant"),
     "optimizer": ("adamw", "coupled", "sgd"),
-    "precision": ("float32", *FORMATS),
+    "precision": ("float32", "float16", "bfloat16"),
     "cut": ("none", "forward", "backward"),
 }
-LOSS_SCALE = 2.0**12  # what a float16 recipe multiplies the loss by, Pythia's first scale
 
 
 @dataclass(frozen=True)
@@ -29,19 +27,18 @@ class Recipe:
 
     - `hidden_size`: d, a multiple of 8; a head of attention has 16 dimensions, or all 8.
     - `steps`: updates, each of `batch_size` windows of `context` tokens.
-    - `vocab_size`: tokens of the tokenizer. `unused`: the share of the model's rows beyond these,
-      for tokens that never occur.
+    - `vocab_size`: tokens of the tokenizer. `unused`: the share of the model's rows beyond these.
     - `layers`: blocks, with feed-forwards of 4 d.
-    - `peak`, `schedule`, `warmup`: of the learning rate; see `learning_rate`.
-    - `optimizer`: `adamw` with betas .9 and .95; `coupled`, whose second moment is one for all rows
-      of embedding and head; or `sgd`, gradient descent with momentum .9.
+    - `peak`, `schedule`, `warmup`: of the learning rate; see its method.
+    - `optimizer`: `adamw` with betas .9 and .95; `coupled`, the same with one second moment for all
+      rows of embedding and head; or `sgd`, with momentum .9.
     - `weight_decay`: of matrices, a share of the weight for each unit of learning rate.
-    - `precision`: `float32`, `float16` or `bfloat16`, to which weights, states, logits and their
-      gradient are rounded. Sums, moments and the kept weights stay float32.
+    - `precision`: what weights, states, logits and their gradient are rounded to. Sums, moments and
+      the kept weights stay float32.
     - `centred`: the mean row is taken out of the head after each step.
     - `z_loss`: the factor of the mean (ln Z)² in the loss.
-    - `cut`: the head's rank is cut to d/2, in the pass `forward` or in the pass `backward` alone.
-      The cut is the projection on the d/2 leading right singular vectors of the head at that step.
+    - `cut`: in the pass `forward` or `backward` alone, the head is projected on its d/2 leading
+      right singular vectors at that step.
     - `tied`: one matrix for embedding and head. Pythia's are two.
     - `epochs`: passes over a part of the windows that is drawn to fit; None keeps all of them.
     - `checkpoints`: measured models after the first. `held_out_texts`: texts they are measured on.
@@ -76,7 +73,6 @@ class Recipe:
     variant: str = "neox"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained."""
         if self.hidden_size < 8 or self.hidden_size % 8:
             raise ValueError(f"hidden_size = {self.hidden_size}: must be a multiple of 8")
         if min(self.steps, self.checkpoints) < 1:
@@ -109,22 +105,17 @@ class Recipe:
         )
 
     def learning_rate(self, step: int) -> float:
-        """See `learning_rate`."""
-        return learning_rate(step, self.steps, self.peak, self.schedule, self.warmup)
+        """The rate of a step: linear in the warm-up, a share of `steps`, then by the schedule.
 
-
-def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
-    """The rate of a step: linear in the warm-up, a share of `steps`, then by the schedule.
-
-    `cosine` falls to a tenth of the peak, as Pythia's does; `constant` stays.
-    """
-    ramp = warmup * steps
-    if step < ramp:
-        return peak * (step + 1) / (ramp + 1)
-    if schedule == "constant":
-        return peak
-    fall = 0.45 * (1 - math.cos(math.pi * (step - ramp) / (steps - ramp)))
-    return peak * (1 - fall)
+        `cosine` falls to a tenth of the peak, as Pythia's does; `constant` stays.
+        """
+        ramp = self.warmup * self.steps
+        if step < ramp:
+            return self.peak * (step + 1) / (ramp + 1)
+        if self.schedule == "constant":
+            return self.peak
+        fall = 0.45 * (1 - math.cos(math.pi * (step - ramp) / (self.steps - ramp)))
+        return self.peak * (1 - fall)
 
 
 class Trainer:
@@ -137,17 +128,17 @@ class Trainer:
     def __init__(self, model: PreTrainedModel, recipe: Recipe):
         self.model = model
         self.recipe = recipe
-        self.rounding = _rounding(recipe.precision)
+        self.precision = getattr(torch, recipe.precision)
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim < 2]
-        self.flat = [_Flat(part, self.rounding) for part in (matrices, vectors)]
-        self.optimizer = self._optimizer(matrices)
+        self.flat = [_Flat(part, self.precision) for part in (matrices, vectors)]
+        self.optimizer = self._optimizer()
 
     def loss(self, rows: Int[Tensor, "size length"]) -> Float[Tensor, ""]:
         """The mean loss of the windows, nats a token, with the recipe's additions."""
         inputs = rows[:, :-1]
         targets = rows[:, 1:].flatten()
-        _, states = last_states(self.model, inputs, self.rounding)
+        _, states = fast.states(self.model, inputs, self.precision)
         hidden = states.flatten(0, 1)
         head = self.model.get_output_embeddings()
         parts = last_matrix(head, hidden)
@@ -156,10 +147,7 @@ class Trainer:
         hidden, weight = parts
         if self.recipe.cut != "none":
             hidden, weight = self._cut(hidden, weight)
-        if self.recipe.precision == "float32":
-            return fast.cross_entropy(hidden, weight, targets, self.recipe.z_loss)
-        scale = LOSS_SCALE if self.recipe.precision == "float16" else 1.0
-        return fast.cross_entropy(hidden, weight, targets, rounding=self.rounding, loss_scale=scale)
+        return fast.cross_entropy(hidden, weight, targets, self.recipe.z_loss, self.precision)
 
     def apply(self, loss: Float[Tensor, ""], rate: float) -> None:
         """Move the weights against a loss's gradient, clipped to norm 1, at a learning rate."""
@@ -187,7 +175,7 @@ class Trainer:
             flat.show()
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def _optimizer(self, matrices: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    def _optimizer(self) -> torch.optim.Optimizer:
         decayed, others = (flat.weights for flat in self.flat)
         groups = [
             {"params": [decayed], "weight_decay": self.recipe.weight_decay},
@@ -197,7 +185,9 @@ class Trainer:
             return torch.optim.SGD(groups, lr=self.recipe.peak, momentum=0.9)
         if self.recipe.optimizer == "coupled":
             tables = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-            return _CoupledAdamW(groups, _places(matrices, [table.weight for table in tables]))
+            matrices = self.flat[0].places
+            places = {t.weight: matrices[t.weight] for t in tables if t.weight in matrices}
+            return _CoupledAdamW(groups, places)
         return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
     def _cut(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +197,7 @@ class Trainer:
         projection = kept @ kept.T
         if self.recipe.cut == "forward":
             return hidden @ projection, weight
-        return _BackwardCut.apply(hidden, projection), _BackwardCut.apply(weight, projection)
+        return _cut_backward(hidden, projection), _cut_backward(weight, projection)
 
 
 class _Flat:
@@ -216,45 +206,48 @@ class _Flat:
     With a rounding they are views of a second vector, which `show` makes the rounded first.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], rounding: fast.Rounding):
+    def __init__(self, parameters: Sequence[nn.Parameter], precision: torch.dtype):
         joined = torch.cat([parameter.detach().flatten() for parameter in parameters])
         self.weights = nn.Parameter(joined)
         self.weights.grad = torch.zeros_like(joined)
-        self.rounding = rounding
-        self.shown = joined if rounding is fast.exact else joined.clone()
+        self.precision = precision
+        self.shown = joined if precision == torch.float32 else joined.clone()
+        self.places = {}
         start = 0
         for parameter in parameters:
             here = slice(start, start + parameter.numel())
             parameter.data = self.shown[here].view_as(parameter)
             parameter.grad = self.weights.grad[here].view_as(parameter)
+            self.places[parameter] = here
             start = here.stop
         self.show()
 
     def show(self) -> None:
         """Copy the kept weights, rounded, to where the model reads them."""
-        if self.shown.data_ptr() != self.weights.data_ptr():
-            self.shown.copy_(self.rounding(self.weights.detach()))
+        if self.precision != torch.float32:
+            self.shown.copy_(self.weights.detach().to(self.precision))
 
 
 class _CoupledAdamW(torch.optim.Optimizer):
     """AdamW with one second moment for all rows of a table of tokens.
 
-    **Arguments:** `groups`: each of one flat vector. `tables`: where tables lie in the first of
-    them, and their widths.
+    `tables` lie in the first group, a flat vector, at these places.
 
     **Source:** Stollenwerk & Stollenwerk 2025.
     """
 
-    def __init__(self, groups: list[dict], tables: Sequence[tuple[slice, int]]):
+    def __init__(self, groups: list[dict], tables: Mapping[nn.Parameter, slice]):
         super().__init__(groups, {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8})
         self.tables = tables
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update from the gradients that are there."""
         for group in self.param_groups:
             (weights,) = group["params"]
-            state = self.state[weights] or self._start(weights)
+            state = self.state[weights]
+            if not state:
+                zeros = torch.zeros_like(weights)
+                state.update(exp_avg=zeros, exp_avg_sq=zeros.clone(), step=0)
             state["step"] += 1
             mean = state["exp_avg"]
             square = state["exp_avg_sq"]
@@ -263,71 +256,19 @@ class _CoupledAdamW(torch.optim.Optimizer):
             square.lerp_(weights.grad.square(), 1 - second)
             shared = square / (1 - second ** state["step"])
             if group is self.param_groups[0]:
-                self._couple(shared)
+                for table, place in self.tables.items():
+                    rows = shared[place].view_as(table)
+                    rows.copy_(rows.mean(0).expand_as(rows))
             weights.mul_(1 - group["lr"] * group["weight_decay"])
             rate = group["lr"] / (1 - first ** state["step"])
             weights.addcdiv_(mean, shared.sqrt_().add_(group["eps"]), value=-rate)
 
-    def _couple(self, squares: Tensor) -> None:
-        for place, width in self.tables:
-            rows = squares[place].view(-1, width)
-            rows.copy_(rows.mean(0).expand_as(rows))
 
-    def _start(self, weights: Tensor) -> dict:
-        zeros = {name: torch.zeros_like(weights) for name in ("exp_avg", "exp_avg_sq")}
-        self.state[weights].update(zeros, step=0)
-        return self.state[weights]
-
-
-class _BackwardCut(torch.autograd.Function):
+def _cut_backward(numbers: Tensor, projection: Tensor) -> Tensor:
     """The numbers as they are; their gradient projected."""
-
-    @staticmethod
-    def forward(ctx, numbers, projection):
-        """The numbers."""
-        ctx.projection = projection
-        return numbers.view_as(numbers)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        """The gradient of rank d/2."""
-        return gradient @ ctx.projection, None
-
-
-class _Rounded(torch.autograd.Function):
-    """The nearest numbers of another format, in float32; the gradient passes as it is."""
-
-    @staticmethod
-    def forward(ctx, numbers, name):
-        """The rounded numbers."""
-        return numbers.to(FORMATS[name]).to(numbers.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        """The gradient."""
-        return gradient, None
-
-
-def _rounding(precision: str) -> fast.Rounding:
-    """The function that rounds float32 to a format of `Recipe.precision`."""
-    if precision == "float32":
-        return fast.exact
-
-    def to_format(numbers: Tensor) -> Tensor:
-        return _Rounded.apply(numbers, precision)
-
-    return to_format
-
-
-def last_states(
-    model: PreTrainedModel,
-    tokens: Int[Tensor, "batch length"],
-    to_format: fast.Rounding = fast.exact,
-) -> tuple[Float[Tensor, "batch length d"] | None, Float[Tensor, "batch length d"]]:
-    """The last states before the final norm, where the fast way is open, and after it."""
-    if fast.can_follow(model.config):
-        return fast.states(model.base_model, tokens, to_format)
-    return None, model.base_model(tokens, use_cache=False).last_hidden_state
+    passed = numbers.view_as(numbers)
+    passed.register_hook(lambda gradient: gradient @ projection)
+    return passed
 
 
 def last_matrix(
@@ -337,17 +278,3 @@ def last_matrix(
     if isinstance(head, nn.Linear) and head.bias is None:
         return hidden, head.weight
     return head.factors(hidden) if hasattr(head, "factors") else None
-
-
-def _places(
-    parameters: Sequence[nn.Parameter], tables: Sequence[nn.Parameter]
-) -> list[tuple[slice, int]]:
-    """Where tables lie in a vector of all parameters, and their widths."""
-    found = []
-    start = 0
-    for parameter in parameters:
-        end = start + parameter.numel()
-        if any(parameter is table for table in tables):
-            found.append((slice(start, end), parameter.shape[1]))
-        start = end
-    return found

@@ -52,10 +52,7 @@ def corpus(
     context: int = 128,
     held_out_texts: int = 256,
 ) -> Text:
-    """What the suite trains and is measured on.
-
-    **Returns:** the tokenizer, the stream of training tokens, and the first `context + 1` tokens of
-    `held_out_texts` held-out texts, drawn from all of them.
+    """What the suite trains on, and the first `context + 1` tokens of held-out texts.
 
     **Raises:** `ValueError` if the text is too short.
     """
@@ -77,12 +74,7 @@ def _corpus(source, vocab_size, context, held_out_texts, cache, changed):
 
 
 def _checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
-    """Step 0 and `checkpoints` log-spaced steps from steps/200 to `steps`, rounded, each once.
-
-    **Raises:** `ValueError` if one of the two is below 1.
-    """
-    if min(steps, checkpoints) < 1:
-        raise ValueError(f"steps = {steps}, checkpoints = {checkpoints}: both must be 1 or more")
+    """Step 0 and `checkpoints` log-spaced steps from steps/200 to `steps`, rounded, each once."""
     # From the end, which one alone is.
     spaced = np.geomspace(steps, max(1, steps / 200), checkpoints)
     whole = spaced.round().astype(int)
@@ -90,13 +82,19 @@ def _checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
 
 
 def batch(
-    stream: Int[np.ndarray, " tokens"], step: int, recipe: Recipe, kept: int | None = None
+    stream: Int[np.ndarray, " tokens"], step: int, recipe: Recipe
 ) -> Int[Tensor, "size length"]:
     """One step's windows of `context + 1` tokens, in a new order each epoch, from seed and step.
 
-    With `kept`, an epoch has that many windows, drawn from the whole stream.
+    **Raises:** `ValueError` if the text has fewer windows than `recipe.epochs` needs.
     """
     windows = (len(stream) - 1) // recipe.context
+    kept = recipe.epochs and round(recipe.steps * recipe.batch_size / recipe.epochs)
+    if not 1 <= (windows if kept is None else kept) <= windows:
+        raise ValueError(
+            f"epochs = {recipe.epochs}: {kept} windows of {windows}; "
+            "give more text or choose other epochs"
+        )
     first = step * recipe.batch_size
     running = np.arange(first, first + recipe.batch_size)
     epochs, places = np.divmod(running, kept or windows)
@@ -118,21 +116,6 @@ def _order(windows: int, kept: int | None, epoch: int, seed: int) -> Int[np.ndar
     return np.random.default_rng(seed).choice(windows, kept, replace=False)[order]
 
 
-def kept_windows(recipe: Recipe, stream: Int[np.ndarray, " tokens"]) -> int | None:
-    """How many windows `recipe.epochs` leaves, None for all.
-
-    **Raises:** `ValueError` if the text has fewer.
-    """
-    windows = (len(stream) - 1) // recipe.context
-    kept = recipe.epochs and round(recipe.steps * recipe.batch_size / recipe.epochs)
-    if not 1 <= (windows if kept is None else kept) <= windows:
-        raise ValueError(
-            f"epochs = {recipe.epochs}: {kept} windows of {windows}; "
-            "give more text or choose other epochs"
-        )
-    return kept
-
-
 def train(
     hidden_sizes: Sequence[int],
     steps: int,
@@ -143,9 +126,8 @@ def train(
 ) -> pd.DataFrame:
     """Train the suite, or what is missing of it; called again, it only reads.
 
-    A killed run goes on from its last training state and ends as an unbroken one, bit for bit.
-    Data order and random numbers follow from seed and step, and on a CPU a model has one thread.
-    Several models train at once.
+    A killed run goes on from its last training state and ends as an unbroken one, bit for bit: data
+    order and random numbers follow from seed and step, and on a CPU a model has one thread.
 
     **Arguments:**
 
@@ -169,7 +151,7 @@ def train(
             f"variant = {first.variant!r}: only a model of another build has a name of its own"
         )
     text = corpus(first.source, first.vocab_size, first.context, first.held_out_texts)
-    kept_windows(first, text.stream)
+    batch(text.stream, 0, first)  # refuses a text that is too short, before anything is written
     root = _settle(first, text, folder)
     on = device.pick()
     jobs = [delayed(_one)(root, recipe, text, build, on) for recipe in recipes]
@@ -178,21 +160,13 @@ def train(
 
 
 def fit(
-    trainer: Trainer,
-    text: Text,
-    state: Path,
-    wanted: Collection[int],
-    keep: Callable[[int], None],
+    trainer: Trainer, text: Text, state: Path, wanted: Collection[int], keep: Callable[[int], None]
 ) -> None:
     """Train to the last `wanted` step, from a kept `state` where there is one.
 
-    `keep` is called with each `wanted` step, before its update. After a kill it may be called
-    once more for the last of them.
-
-    **Raises:** `FloatingPointError` as `train`.
+    `keep` is called with each `wanted` step, before its update; after a kill perhaps once more.
     """
     recipe = trainer.recipe
-    kept = kept_windows(recipe, text.stream)
     first = 0
     if state.exists():
         first, before = torch.load(state, map_location=trainer.model.device)
@@ -202,7 +176,7 @@ def fit(
     last = max(wanted)
     for step in progress.bar(range(first, last + 1), name, last + 1 - first):
         torch.manual_seed(recipe.seed * 1_000_003 + step)  # for a build with dropout
-        rows = batch(text.stream, step, recipe, kept).to(trainer.model.device)
+        rows = batch(text.stream, step, recipe).to(trainer.model.device)
         loss = trainer.loss(rows)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(
@@ -249,15 +223,24 @@ def _settle(recipe: Recipe, text: Text, folder: Path | str | None) -> Path:
 
 
 def _one(root: Path, recipe: Recipe, text: Text, build: Build, on: torch.device) -> list[dict]:
+    """Train a model, or what is missing of it, and read its rows."""
     folder = root / f"{recipe.variant}-d{recipe.hidden_size}"
     steps = _checkpoint_steps(recipe.steps, recipe.checkpoints)
     wanted = {step: folder / f"step{step}" for step in steps}
+    state = folder / "training.pt"
     folder.mkdir(exist_ok=True)
     # The lock ends with its process: of two chapters that ask for a suite at once, one trains it.
-    with FileLock(folder / ".lock"):
+    with FileLock(folder / ".lock"), one_thread(on):
         if not all(path.exists() for path in wanted.values()):
-            with one_thread(on):
-                _train_one(folder, wanted, recipe, text, build, on)
+            torch.manual_seed(recipe.seed)
+            model = build(recipe.config(text.tokenizer.eos_token_id)).to(on)
+
+            def keep(step: int) -> None:
+                if not wanted[step].exists():
+                    _publish(wanted[step], model, text, step * recipe.tokens_a_step)
+
+            fit(Trainer(model, recipe), text, state, wanted, keep)
+            state.unlink()
     name = {"variant": recipe.variant, "hidden_size": recipe.hidden_size, "seed": recipe.seed}
     rows = []
     for step, path in wanted.items():
@@ -266,30 +249,10 @@ def _one(root: Path, recipe: Recipe, text: Text, build: Build, on: torch.device)
     return rows
 
 
-def _train_one(
-    folder: Path,
-    wanted: dict[int, Path],
-    recipe: Recipe,
-    text: Text,
-    build: Build,
-    on: torch.device,
-) -> None:
-    torch.manual_seed(recipe.seed)
-    model = build(recipe.config(text.tokenizer.eos_token_id)).to(on)
-
-    def keep(step: int) -> None:
-        if not wanted[step].exists():
-            size = {"tokens": step * recipe.tokens_a_step, "parameters": model.num_parameters()}
-            _publish(wanted[step], model, text, size)
-
-    state = folder / "training.pt"
-    fit(Trainer(model, recipe), text, state, wanted, keep)
-    state.unlink()
-
-
-def _publish(path: Path, model: PreTrainedModel, text: Text, size: dict[str, int]) -> None:
+def _publish(path: Path, model: PreTrainedModel, text: Text, tokens: int) -> None:
     """Keep a checkpoint in the Hub's layout, measured."""
-    numbers = {**size, **checkpoint.measure(model, text.held_out)}
+    numbers = {"tokens": tokens, "parameters": model.num_parameters()}
+    numbers |= checkpoint.measure(model, text.held_out)
     temporary = path.with_name(f".{path.name}")
     transformers.utils.logging.disable_progress_bar()
     shutil.rmtree(temporary, ignore_errors=True)  # what a kill left

@@ -46,6 +46,7 @@ def write(chapters: Sequence[Chapter], preset: str, folder: Path) -> None:
         "found": {finding["key"]: finding for _, finding in every},
         "front": next((figures[f] for f in claims.get("front", []) if f in figures), None),
         "preset": preset,
+        "quiz": results.load(BOOK / "quiz.yaml"),
         "sections": sections,
         "signed": {change.key: change.signed for change in changes},
         "words": WORDS,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jsonschema
 import numpy as np
+import pace
 import pytest
 import torch
 import yaml
@@ -395,3 +396,33 @@ def test_every_slot_of_a_lecture_is_on_a_slide():
     for *_, figure in SLOT.findall(PROSE[SYLLABUS]):
         (name,) = re.findall(r"`(fig-[\w-]+)`", figure)
         assert f'figure("{name}")' in shown, name
+
+
+FASTEST, SLOWEST = 8, 25  # words of prose a visible line of code; QuantEcon has 17, d2l 25
+BEFORE = {"cells": 6, "lines": 22, "prose": 520}  # at most, before the first result
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_chapter_keeps_its_pace(path):
+    found = pace.pace(path)
+    assert FASTEST <= found.ratio <= SLOWEST, found
+    assert found.longest < 30, found
+    assert all(getattr(found, name) <= most for name, most in BEFORE.items()), found
+
+
+def test_the_pace_counts_what_a_page_shows(tmp_path):
+    texts = [
+        ("markdown", "# A title\n\nFour words of prose: $x^2$ and `code`.", []),
+        ("code", "seed = 0", ["parameters"]),
+        ("code", "a = 1\n\n# why\nb = 2", []),
+        ("code", "chapter.plot(frame)", ["hide-input"]),
+        ("markdown", "Exercises are not counted.", []),
+    ]
+    cells = [
+        {"id": str(i), "cell_type": kind, "source": [text], "metadata": {"tags": tags}}
+        for i, (kind, text, tags) in enumerate(texts)
+    ]
+    cells[-1]["id"] = "exercises"
+    (tmp_path / "01_small.ipynb").write_text(json.dumps({"cells": cells}))
+    # "A title" and "Four words of prose and code".
+    assert pace.pace(tmp_path / "01_small.ipynb") == (8, 2, 4.0, 3, 2, 8, 2)

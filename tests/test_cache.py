@@ -52,10 +52,17 @@ def test_a_kill_while_writing_leaves_the_earlier_result(cache):
     assert path.read_text() == "first"
 
 
-@pytest.mark.parametrize(
-    ("owner", "name"), [(pathlib.Path, "replace"), (cache_file.tempfile, "mkstemp")]
-)
-def test_no_space_is_said_with_the_fix(cache, monkeypatch, owner, name):
+def test_what_is_written_is_as_readable_as_other_files_of_the_user(cache):
+    path = cache / "x.txt"
+    with cache_file.replacing(path) as temporary:
+        temporary.write_text("shared")
+    plain = cache / "plain.txt"
+    plain.write_text("shared")
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("name", ["replace", "touch"])
+def test_no_space_is_said_with_the_fix(cache, monkeypatch, name):
     path = cache / "x.txt"
     with cache_file.replacing(path) as temporary:
         temporary.write_text("first")
@@ -63,7 +70,7 @@ def test_no_space_is_said_with_the_fix(cache, monkeypatch, owner, name):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(owner, name, full)
+    monkeypatch.setattr(pathlib.Path, name, full)
     with (
         pytest.raises(
             OSError,

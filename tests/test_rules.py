@@ -129,10 +129,10 @@ def test_nothing_to_judge_is_no_verdict():
 
 def test_a_missing_sign_refutes_only_after_enough_seeds_and_steps():
     refuted = rules.Ruling(False, "never above 0.5")
-    assert rules.absent(refuted, 3, 67_000) == refuted
-    assert rules.absent(refuted, 2, 67_000).agrees is None
-    assert rules.absent(refuted, 3, 35_438).agrees is None
-    assert rules.absent(rules.Ruling(True, "seen"), 1, 10).agrees is True
+    assert rules.absent(refuted, [[35_438], [67_000] * 3]) == refuted
+    assert rules.absent(refuted, [[67_000] * 2, [67_000]]).agrees is None
+    assert rules.absent(refuted, [[67_000, 67_000, 35_438]]).agrees is None
+    assert rules.absent(rules.Ruling(True, "seen"), [[10]]).agrees is True
 
 
 def test_thresholds_say_how_far_they_could_move():

@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 
 from companion import gates, pages, results
-from companion.build import names
+from companion.build import BOOK, names
 from companion.results import Change
 from companion.words import markdown
 
@@ -112,8 +112,7 @@ def sphinx(builder: str) -> int:
     # Absolute, since sphinx-external-toc takes relative paths as relative to the book's folder.
     files = ["--config", Path("_config.yml").resolve(), "--toc", Path("_toc.yml").resolve()]
     how = [] if builder == "html" else ["--builder", "custom", "--custom-builder", builder]
-    program = Path(sys.executable).with_name("jupyter-book")  # whatever PATH says
-    command = [program, "build", "book", *files, "-n", "-W", "--keep-going", *how]
+    command = [*BOOK, "build", "book", *files, "-n", "-W", "--keep-going", *how]
     log = Path("_build/sphinx.log")
     with log.open("w") as file:
         command += ["--path-output", STAGING]

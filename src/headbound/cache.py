@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -61,10 +61,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.")
-        os.close(handle)
-        temporary = Path(name)
+        temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(6)}")
         try:
+            temporary.touch()  # not mkstemp, whose files only their owner may read
             yield temporary
             temporary.replace(path)
         finally:

@@ -72,11 +72,11 @@ def measure(
 
 
 @app.command()
-def tunnel(
+def suite(
     values: Set = None,
     parameters: Annotated[str, typer.Option(help="Parameters as a JSON object.")] = "{}",
 ) -> None:
-    """Train what is missing of the wind tunnel's suite, with its chapter's parameters."""
+    """Train what is missing of the wind tunnel's small models, with its chapter's parameters."""
 
     def work() -> None:
         from companion.execute import check_parameters, defaults
@@ -90,6 +90,26 @@ def tunnel(
         tunnel.train(chosen["hidden_sizes"], chosen["steps"], source=chosen["text"], **options)
 
     raise typer.Exit(done(work))
+
+
+@app.command()
+def tunnel(
+    arm: Annotated[str, typer.Argument(help="What is changed, such as 'weight decay 0'.")],
+    width: Annotated[int, typer.Argument(min=1, help="The hidden size: 8, 16, 32.")],
+    seed: Annotated[int, typer.Argument(min=0)],
+    folder: Annotated[Path, typer.Option(help="For the table.")] = ROOT / "book" / "archive",
+) -> None:
+    """Make a long run of the archive again, or go on where it was stopped."""
+
+    def work() -> None:
+        from headbound.cache import cache_dir
+        from headbound.train import archive, changes
+
+        if arm not in changes.ARMS:
+            raise ValueError(f"arm = {arm}: must be one of {'; '.join(changes.ARMS)}")
+        archive.run(arm, width, seed, folder, cache_dir() / "tunnel")
+
+    raise typer.Exit(done(work, "tunnel"))
 
 
 @app.command()

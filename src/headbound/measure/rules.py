@@ -4,7 +4,7 @@ Tests run them on the paper's own curves and on counter-examples. Each rule says
 threshold could move before its word changes.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,14 +61,17 @@ def last_layers_part(cosines: Mapping[str, float], small: Collection[str]) -> Ru
     return _just_the_small(cosines, APART, small, "mean cosine")
 
 
-def absent(ruling: Ruling, seeds: int, steps: int) -> Ruling:
+def absent(ruling: Ruling, steps: Iterable[Sequence[int]]) -> Ruling:
     """A sign that is missing refutes the paper only after runs enough and long enough.
 
-    Each width needs three seeds, and as many steps as Pythia's turn took.
+    Some width needs three runs that each took as many steps as Pythia's turn.
+
+    **Arguments:** `steps`: for each width, the steps of its runs.
     """
-    if ruling.agrees is not False or (seeds >= SEEDS and steps >= TURN):
+    long_runs = [sum(run >= TURN for run in of_width) for of_width in steps]
+    if ruling.agrees is not False or max(long_runs) >= SEEDS:
         return ruling
-    told = f"open: {seeds} of {SEEDS} seeds a width, {steps:,} of {TURN:,} steps"
+    told = f"open: {max(long_runs)} of {SEEDS} runs of one width took {TURN:,} steps"
     return Ruling(None, f"{told}; {ruling.comment}")
 
 
@@ -107,9 +110,9 @@ def bends_at(errors: ArrayLike, losses: ArrayLike, bend: float = 0.6) -> Ruling:
     beyond = (loss[-1] - there) / (error[-1] - bend)
     steeper = beyond / before if before > 0 else np.inf
     agrees = bool(steeper >= STEEPER and beyond > 0 and grown <= SLOW)
-    comment = f"slope beyond {bend} over slope before: {steeper:.1f}; asked: {STEEPER:.0f}. "
-    comment += f"Loss grown up to there: {grown:.2f} nats; slow up to {SLOW} (the paper: 0.09)"
-    return Ruling(agrees, comment)
+    slopes = f"slope beyond {bend} over slope before: {steeper:.1f}; asked: {STEEPER:.0f}"
+    growth = f"loss grown up to there: {grown:.2f} nats; slow up to {SLOW} (the paper: 0.09)"
+    return Ruling(agrees, f"{slopes}; {growth}")
 
 
 def width_alone(differences: Mapping[str, Estimate]) -> Ruling:

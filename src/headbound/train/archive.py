@@ -1,15 +1,15 @@
-"""Long runs kept as tables: `python -m headbound.train.archive baseline 8 0 --folder tables`.
+"""Long runs kept as tables: `headbound tunnel baseline 8 0` makes one.
 
 A run is measured while its weights are in memory, and only the numbers are kept. After any stop
 the same command goes on from the last state, and ends as if nothing had happened.
 """
 
-import argparse
 import datetime
 import json
 import math
 import platform
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Mapping
@@ -288,7 +288,7 @@ def _describe(
     """Write beside a table where it comes from."""
     before = json.loads(path.read_text()) if path.exists() else {}
     today = datetime.date.today().isoformat()
-    command = f"python -m headbound.train.archive {arm!r} {recipe.hidden_size} {recipe.seed}"
+    command = f"headbound tunnel {shlex.quote(arm)} {recipe.hidden_size} {recipe.seed}"
     record = {
         "command": command,
         "commit": before.get("commit") or _commit(),
@@ -319,19 +319,3 @@ def _processor() -> str:
     text = info.read_text() if info.exists() else ""
     found = re.search(r"model name\s*:\s*(.+)", text)
     return found[1] if found else platform.processor()
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("arm", choices=changes.ARMS)
-    parser.add_argument("hidden_size", type=int)
-    parser.add_argument("seed", type=int)
-    parser.add_argument("--folder", type=Path, default=TABLES)
-    parser.add_argument("--state", type=Path, default=cache.cache_dir() / "tunnel")
-    asked = parser.parse_args(arguments)
-    run(asked.arm, asked.hidden_size, asked.seed, asked.folder, asked.state)
-
-
-if __name__ == "__main__":
-    main()

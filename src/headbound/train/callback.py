@@ -70,7 +70,7 @@ class SaturationCallback(TrainerCallback):
 
 @torch.inference_mode()
 def measure(model: nn.Module, input_ids: Int[Tensor, "texts length"]) -> dict[str, float]:
-    """What chapters 2, 3 and 7 measure of a model, on one batch.
+    """Anisotropy, the head's spectrum and the gradient that passes, on one batch.
 
     - `loss`: nats a token.
     - `entropy`, `entropy_centred`: singular entropy of the head in nats, as it is and with its mean

@@ -73,7 +73,9 @@ def main() -> int:
     scratch = Path(tempfile.mkdtemp(prefix="paper-"))
     sweep = scratch / "sweep.yaml"
     with hub.serving() as server:
-        hub.pythia_suite(server, {"pythia-1b": 64}, steps=hub.STEPS[:1])  # the model of 03_head_spectrum
+        hub.pythia_suite(
+            server, {"pythia-1b": 64}, steps=hub.STEPS[:1]
+        )  # the model of 03_head_spectrum
         models = ["EleutherAI/pythia-14m", "EleutherAI/pythia-31m", "EleutherAI/pythia-70m"]
         plan = {
             "name": "loopback",

@@ -98,7 +98,7 @@ def test_a_chapter_has_exercises_in_three_grades_each_with_its_time_and_a_hint(p
     assert set(grades) == set(GRADES)
     assert grades == sorted(grades, key=GRADES.index)
     for title in titles:
-        assert re.search(r" \((\d+ min|half a day|a day)\)$", title), title
+        assert re.search(r", (\d+ min|half a day|a day)$", title), title
     assert exercises_cell(path).count("```{admonition} Hint\n:class: tip dropdown") == len(titles)
 
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 from axe_playwright_python.sync_playwright import Axe
@@ -111,6 +112,75 @@ def picture(chromium: Browser, address: str, hide: str = "") -> Image.Image:
     shot = Image.open(io.BytesIO(page.screenshot()))
     context.close()
     return shot.convert("L").resize((320, 225), Image.Resampling.BOX)
+
+
+class Explored(NamedTuple):
+    """What an explorable said to keys, a finger and its choices."""
+
+    errors: list[str]
+    first: str
+    last: str
+    before_last: str
+    touched: str
+    chosen: list[str]
+    value: str
+    said: str
+    target: float
+    drawn: int
+
+
+def explored(chromium: Browser, address: str, page_name: str, name: str) -> Explored:
+    """Use an explorable on a phone with the network cut; what it said each time."""
+    errors: list[str] = []
+    size = {"width": 390, "height": 900}
+    context = chromium.new_context(viewport=size, has_touch=True, reduced_motion="reduce")
+    page = context.new_page()
+    page.set_default_timeout(120_000)
+
+    def watch(route):
+        if route.request.url.startswith((address, "data:", "blob:")):
+            route.continue_()
+        else:
+            errors.append(f"outside request {route.request.url}")
+            route.abort()
+
+    page.route("**/*", watch)
+    page.on("pageerror", lambda error: errors.append(f"script error: {error}"))
+    settle(page, f"{address}/{page_name}")
+    place = page.locator(f"#{name}")
+    slider = place.locator("input[type=range]")
+
+    def live() -> str:
+        return place.locator("[data-part=live]").inner_text()
+
+    def press(key: str) -> str:
+        slider.press(key)
+        return live()
+
+    first, last, before_last = (press(key) for key in ("Home", "End", "ArrowLeft"))
+    slider.press("Home")
+    box = slider.bounding_box()
+    page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    touched = live()
+    chosen = [live()]
+    for choice in place.locator("select").all():
+        for index in range(1, min(3, choice.locator("option").count())):
+            choice.select_option(index=index)
+            chosen.append(place.inner_text())
+    found = Explored(
+        errors,
+        first,
+        last,
+        before_last,
+        touched,
+        chosen,
+        value=place.locator("[data-part=value]").inner_text(),
+        said=slider.get_attribute("aria-valuetext") or "",
+        target=box["height"],
+        drawn=place.locator("svg polyline").count(),
+    )
+    context.close()
+    return found
 
 
 def cut_formulas(chromium: Browser, address: str, without: str = "") -> int:

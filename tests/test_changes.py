@@ -183,11 +183,17 @@ def test_outcomes_and_judgements_of_planted_effects():
             effect("a", "cosine_after_norm", 0.2, 0.5, 0.4),
             effect("a", "entropy_late", 0.5, 0.1, 0.001),
             effect("a", "entropy_centred_late", -0.5, 0.1, 0.001),
+            effect("a", "loss", 0.01, 0.02, 0.9),
         ]
     )
     words = [changes.outcome(row) for _, row in table.iterrows()]
-    assert words == ["same", "open", "more", "less"]
+    assert words == ["same", "open", "more", "less", "same"]
     assert changes.parted(table) == (["a"], 1)
+    worse = table.assign(value=table["value"].where(table["quantity"] != "loss", 0.3))
+    worse["adjusted"] = worse["adjusted"].where(worse["quantity"] != "loss", 0.001)
+    assert changes.parted(worse) == ([], 1)
+    flat = table.assign(adjusted=0.9)
+    assert changes.parted(flat) == ([], 0)
     runs = pd.DataFrame({"arm": ["a"] * 3, "loss": [False] * 3, "entropy": [True, False, True]})
     said = {
         "a": {

@@ -185,3 +185,14 @@ def test_an_answer_is_shown_and_kept(monkeypatch):
 )
 def test_one_number_format(value, text):
     assert chapter.number(value) == text
+
+
+def test_an_explorable_holds_its_data_and_what_all_share(tmp_path, monkeypatch):
+    (tmp_path / "shared.html").write_text("<i>shared</i>")
+    (tmp_path / "one.html").write_text("<b>__SHARED__ __DATA__</b>")
+    seen = []
+    monkeypatch.setattr(chapter, "display", seen.append)
+    data = {"x": np.arange(2), "y": np.float32(0.5), "said": "</script>"}
+    chapter.explore(tmp_path / "one.html", data)
+    told = r'{"x": [0, 1], "y": 0.5, "said": "\u003c/script>"}'
+    assert seen[0].data == f"<b><i>shared</i> {told}</b>"

@@ -18,7 +18,7 @@ import yaml
 from filelock import FileLock
 from PIL import Image
 
-from companion import execute
+from companion import execute, results
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "tests" / "screenshots"
@@ -319,6 +319,86 @@ def test_the_site_has_solutions_only_on_their_pages(site):
     for name in html_pages(site):
         folded = (site / name).read_text("utf-8").count('class="solution')
         assert bool(folded) == (Path(name).stem in {"solutions", "project_solutions"} | kept), name
+
+
+EXPLORABLES = {
+    "hb-long-run": "chapters/01_wind_tunnel.html",
+    "hb-spectrum": "chapters/03_head_spectrum.html",
+    "hb-w-error": "chapters/04_target_rank.html",
+    "hb-head-bound": "chapters/06_head_bound.html",
+}
+
+
+@needs_chromium
+@pytest.mark.parametrize("name", EXPLORABLES)
+def test_an_explorable_answers_to_keys_touch_and_choices_with_the_network_cut(site, chromium, name):
+    with pages.served(site) as address:
+        found = pages.explored(chromium, address, EXPLORABLES[name], name)
+    assert found.errors == []
+    assert len({found.first, found.last, found.before_last}) == 3, "keys move the slider"
+    assert found.touched not in (found.first, found.last), "a finger moves it"
+    assert len(set(found.chosen)) == len(found.chosen), "each choice says something else"
+    assert found.said == found.value, "a screen reader hears what is shown"
+    assert found.target >= 44, "large enough for a finger"
+    assert found.drawn > 0
+
+
+def test_an_explorable_without_its_script_fails_its_test(chromium, tmp_path):
+    page = "<div id='hb-x'><output data-part='value'>1</output><input type='range' max='9'></div>"
+    (tmp_path / "x.html").write_text(PAGE.format(page + "<p data-part='live'></p>"))
+    with pages.served(tmp_path) as address:
+        found = pages.explored(chromium, address, "x.html", "hb-x")
+    assert len({found.first, found.last, found.before_last}) == 1
+    assert found.drawn == 0
+
+
+def unsourced(decisions: dict, cited: set[str], findings: set[str]) -> list[str]:
+    """Cells of the page for builders whose source is not there."""
+    found = []
+    for decision in decisions["decisions"]:
+        cells = [
+            (cell, cell.get("cite") in cited) for cell in decision["for"] + decision["against"]
+        ]
+        cells += [(cell, cell.get("finding") in findings) for cell in decision["here"]]
+        found += [f"{decision['id']}: {cell['says']}" for cell, there in cells if not there]
+        if decision["strength"] not in decisions["strengths"] or not decision["unknown"]:
+            found.append(f"{decision['id']}: no strength, or nothing is unknown")
+    return found
+
+
+BUILDERS = ROOT / "book" / "decisions.yaml"
+ENTRY = re.compile(r"^@\w+\{(\S+),", re.MULTILINE)
+
+
+def test_every_cell_for_builders_has_a_source(clone):
+    decisions = yaml.safe_load(BUILDERS.read_text("utf-8"))
+    cited = set(ENTRY.findall((ROOT / "book" / "references.bib").read_text("utf-8")))
+    executed = sorted((clone / "_build" / "executed" / "smoke").glob("*.ipynb"))
+    findings = {f["key"] for path in executed for f in results.read(path).findings}
+    assert len(decisions["decisions"]) == 10
+    assert unsourced(decisions, cited, findings) == []
+    page = (clone / "book" / "generated" / "what_to_do.md").read_text("utf-8")
+    assert "not in this edition" not in page
+    for decision in decisions["decisions"]:
+        assert f"## {decision['title']}" in page
+
+
+@pytest.mark.parametrize(
+    ("side", "cell"),
+    [
+        ("for", {"says": "It helps."}),
+        ("against", {"says": "It hurts.", "cite": "nobody1999"}),
+        ("here", {"says": "It was measured.", "finding": "tunnel.nothing"}),
+    ],
+)
+def test_a_cell_for_builders_without_a_source_is_found(side, cell):
+    decisions = yaml.safe_load(BUILDERS.read_text("utf-8"))
+    sides = [decision[key] for decision in decisions["decisions"] for key in ("for", "against")]
+    cited = {cell["cite"] for side in sides for cell in side}
+    findings = {cell["finding"] for decision in decisions["decisions"] for cell in decision["here"]}
+    assert unsourced(decisions, cited, findings) == []
+    decisions["decisions"][3][side].append(cell)
+    assert unsourced(decisions, cited, findings) == [f"cap: {cell['says']}"]
 
 
 GIF = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import html
+import json
 import math
 import os
 import platform
@@ -12,12 +13,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from operator import methodcaller
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from IPython.display import Markdown, display
+from IPython.display import HTML, Markdown, display
 from pandas.io.formats.style import Styler
 
 from companion import figures
@@ -25,7 +28,7 @@ from companion.figures import draw, plot, show
 from companion.words import VERDICTS, Estimate, markdown, number, visible
 
 __all__ = ["VERDICTS", "Finding", "Run", "answer", "begin", "draw", "end", "findings"]
-__all__ += ["markdown", "number", "plot", "say", "show", "table"]
+__all__ += ["explore", "markdown", "number", "plot", "say", "show", "table"]
 
 
 class Run(NamedTuple):
@@ -153,6 +156,17 @@ def table(frame: pd.DataFrame, caption: str, digits: int = 4) -> None:
         return f"{cell:.{digits}g}" if isinstance(cell, float) else visible(cell)
 
     display(_styled(frame, caption).format(words, escape="html"))
+
+
+def explore(page: Path, data: Mapping[str, Any]) -> None:
+    """Show a page of plain JavaScript over computed data, arrays of numpy among them.
+
+    `__DATA__` in it becomes the data, `__SHARED__` the file `shared.html` beside it.
+    """
+    told = json.dumps(data, default=methodcaller("tolist")).replace("<", "\\u003c")
+    shared = page.with_name("shared.html").read_text("utf-8")
+    whole = page.read_text("utf-8").replace("__SHARED__", shared)
+    display(HTML(whole.replace("__DATA__", told)))
 
 
 def findings(rows: Sequence[Finding]) -> None:

@@ -17,26 +17,7 @@ from companion import execute
 FORMAT = "companion report, 1"
 ROLE = re.compile(r"\{\w+\}`([^`<]*?)(?: <[^`]*>)?`")  # a cross-reference of the book
 HEADING = re.compile(r"^##? +(.+)$", re.M)
-STYLE = """
-:root { color-scheme: light }
-body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 72rem;
-  margin: auto; padding: 0 1rem 2rem; overflow-wrap: anywhere }
-h1 { font-size: 1.05rem; margin: .6rem 0 0; color: #444; font-weight: 600 }
-h2 { display: inline; font-size: 1.05rem } p { margin: .4rem 0 }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .85rem;
-  margin: .4rem 0 }
-td, th { border-bottom: 1px solid #ccc; padding: .15rem .6rem .15rem 0; text-align: left;
-  vertical-align: top }
-caption, figcaption { color: #444; font-size: .8rem; text-align: left }
-figure { margin: .4rem 0; max-width: 44rem } img { max-width: 100%; height: auto; display: block }
-details { border-top: 1px solid #ccc; padding: .5rem 0 } summary { cursor: pointer }
-.anchor-link { display: none } pre { overflow-x: auto } ul { margin: .3rem 0; padding-left: 1.2rem }
-@media (min-width: 900px) {
-  .first { display: grid; grid-template-columns: 1fr 1fr; column-gap: 2rem; align-items: start }
-  .first > * { grid-column: 1 / -1 }
-  .first > :has(figure), .first > :has(table) { grid-column: auto }
-}
-"""
+STYLE = Path(__file__).with_name("templates").joinpath("report.css").read_text("utf-8")
 
 
 def report(

@@ -14,6 +14,7 @@ import yaml
 from companion.execute import literals
 
 CLAIMS, SIGNED = Path("book/claims.yaml"), Path("book/verdicts.yaml")
+DECISIONS = Path("book/decisions.yaml")
 EXEMPT = {"smoke"}  # its numbers mean nothing, so neither do its verdicts
 WORDS = ("reproduced", "consistent", "in part", "divided", "not reproduced", "not testable here")
 SIGNED_HEADER = """\

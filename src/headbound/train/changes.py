@@ -17,7 +17,7 @@ from torch.nn.functional import gelu
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from headbound import stats
-from headbound.measure.rules import APART, SEEDS
+from headbound.measure.rules import APART, NOTICEABLE, SEEDS
 from headbound.measure.saturation import SEEN, late_rise
 from headbound.train.callback import ENTROPY_RATIO, LOSS_RISE
 from headbound.train.step import Recipe
@@ -26,14 +26,21 @@ from headbound.train.tunnel import Build
 TOKENS_A_PARAMETER = 4000  # Pythia-70M's
 VOCAB = 1024
 COURSES = ("loss", "cosine_before_norm", "cosine_after_norm", "entropy", "entropy_centred")
-# Within this of the baseline, with the whole interval, a sign is the same.
+# Within this of the baseline, with the whole interval, a quantity is the same.
 SAME = {
     "loss_late": LOSS_RISE,
     "cosine_after_norm": 0.05,
     "entropy_late": 0.1,
     "entropy_centred_late": 0.1,
+    "loss": NOTICEABLE,
 }
-QUANTITIES = dict(zip(("loss", "cosine", "entropy", "centred"), SAME, strict=True))
+# The quantity that shows each sign of `book/archive/predictions.yaml`.
+QUANTITIES = {
+    "loss": "loss_late",
+    "cosine": "cosine_after_norm",
+    "entropy": "entropy_late",
+    "centred": "entropy_centred_late",
+}
 
 
 class _Factored(nn.Module):
@@ -251,15 +258,18 @@ def outcome(effect: pd.Series) -> str:
 
 
 def parted(effects: pd.DataFrame) -> tuple[list[str], int]:
-    """Arms that move a spectrum while the late loss stays, of how many whose loss is settled."""
+    """Arms whose entropy, raw or centred, rises more than the baseline's, and whose loss does not.
+
+    **Returns:** those arms, and of how many whose entropy rises more and whose final loss is
+    settled.
+    """
     words = [outcome(row) for _, row in effects.iterrows()]
     named = effects.assign(outcome=words)
     outcomes = named.pivot(index="arm", columns="quantity", values="outcome")
-    settled = outcomes[outcomes["loss_late"] != "open"]
-    still = settled[settled["loss_late"] == "same"]
-    spectra = still[["entropy_late", "entropy_centred_late"]]
-    moved = spectra.isin(["more", "less"]).any(axis=1)
-    return list(still.index[moved]), len(settled)
+    spiked = outcomes[["entropy_late", "entropy_centred_late"]].eq("more").any(axis=1)
+    losses = outcomes["loss"][spiked]
+    settled = losses[losses != "open"]
+    return list(settled.index[settled != "more"]), len(settled)
 
 
 def judge(

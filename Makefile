@@ -21,7 +21,7 @@ ifneq "$(shell cat $(STAMP) 2>/dev/null)" "$(CURDIR)"
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install book check sign pdf linkcheck plan test test-fast proofs screenshots bench lint serve lock clean
+.PHONY: help install book check sign pdf slides wheel linkcheck plan test test-fast proofs screenshots bench lint serve lock clean
 
 help:  ## these explanations
 	@echo "Head-Bound, an executable companion to Godey et al. 2024. Commands:"
@@ -56,6 +56,20 @@ sign: $(STAMP)  ## accept the verdicts that PRESET's chapters now give; the diff
 
 pdf: book  ## the book as _build/book.pdf, printed by Chromium
 	@$(RUN) pdf
+
+slides: book  ## the slides as _build/slides.pdf, one a page, printed by Chromium
+	@browser=$$(command -v chromium || command -v chromium-browser || command -v google-chrome) \
+	  || { echo "headbound: no Chromium on this machine, so no PDF of the slides is made"; exit 0; }; \
+	  $$browser --headless --no-sandbox --disable-gpu --no-pdf-header-footer --virtual-time-budget=60000 \
+	  --print-to-pdf=_build/slides.pdf "file://$(CURDIR)/_build/html/generated/slides.html" 2> _build/slides.log \
+	  && echo "The slides as a PDF: $(CURDIR)/_build/slides.pdf"
+
+wheel: $(STAMP)  ## the package as one file beside the lab's notebook, in _build/lab; needs no network
+	@rm -rf build _build/lab && mkdir -p _build/lab
+	@$(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-index --no-deps --no-build-isolation \
+	  --wheel-dir _build/lab . && rm -rf build
+	@cp book/lab/lab.ipynb _build/lab && if [ -d _build/html/lab ]; then cp _build/lab/*.whl _build/html/lab; fi
+	@echo "To hand out: $(CURDIR)/_build/lab"
 
 linkcheck: book  ## do the links to other hosts still answer? needs the network
 	@$(RUN) links --preset $(PRESET)

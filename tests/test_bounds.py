@@ -1,4 +1,4 @@
-"""Each theorem of chapter 6 has a test here that tries to break it; names follow its labels."""
+"""Each theorem on the head bound has a test here that tries to break it; names follow its labels."""
 
 import itertools
 

@@ -52,7 +52,12 @@ def build(copy: Path) -> None:
 
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory, worker_id):
-    """A copy of the repository with the smoke book in it, built once for all workers."""
+    """A copy of the repository with the smoke book in it, built once for all workers.
+
+    The variable HEADBOUND_BOOK may name a copy whose book is built already.
+    """
+    if built := os.environ.get("HEADBOUND_BOOK"):
+        return Path(built)
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "book-clone"
     with FileLock(f"{folder}.lock"):
@@ -231,6 +236,89 @@ def test_no_formula_in_a_line_is_cut_on_a_phone(site, chromium):
         for name in ("chapters/06_head_bound.html", "chapters/07_gradient_bottleneck.html"):
             assert pages.cut_formulas(chromium, f"{address}/{name}") == 0
         assert pages.cut_formulas(chromium, f"{address}/{name}", without="companion.js") > 0
+
+
+@needs_chromium
+def test_the_quiz_is_worked_by_the_keyboard_and_its_reasons_lead_to_their_sections(site, chromium):
+    with pages.served(site) as address:
+        page = chromium.new_page()
+        pages.settle(page, f"{address}/generated/quiz.html")
+        chapters = yaml.safe_load((ROOT / "presets" / "smoke.yaml").read_text())
+        forms = page.locator("form.quiz")
+        assert forms.count() == 3 * len(chapters)
+        for number in range(forms.count()):
+            form = forms.nth(number)
+            right = int(form.get_attribute("data-right"))
+            told, why = form.locator("[role=status]"), form.locator(".why")
+            form.locator("input").first.focus()
+            page.keyboard.press("Space")
+            for _ in range(right):  # past the right one, or round to the first
+                page.keyboard.press("ArrowDown")
+            page.keyboard.press("Enter")
+            assert told.text_content() == "Not this one. Try again."
+            assert not why.is_visible()
+            page.keyboard.press("ArrowUp")
+            page.keyboard.press("Enter")
+            assert told.text_content() == "Right."
+            page.keyboard.press("Tab")
+            page.keyboard.press("Tab")
+            target = page.evaluate(
+                "document.activeElement.closest('.why') && document.activeElement.href"
+            )
+            file, place = target.removeprefix(f"{address}/").split("#")
+            assert f'id="{place}"' in (site / file).read_text("utf-8"), target
+        page.close()
+
+
+def printed(chromium, address: str, **look: object) -> tuple[int, bytes]:
+    """How many pages a page of the book makes on paper, and the PDF."""
+    page = chromium.new_page()
+    page.set_default_timeout(120_000)
+    pages.settle(page, address)
+    pdf = page.pdf(print_background=True, **look)
+    page.close()
+    return pdf.count(b"/Type /Page\n"), pdf
+
+
+WORDS_ON_SLIDES = """() => [...document.querySelectorAll("article section section")].map(slide => {
+  const copy = slide.cloneNode(true);
+  for (const part of copy.querySelectorAll("h2, figcaption, .math")) part.remove();
+  return copy.textContent.trim().split(/\\s+/).length;
+})"""
+
+
+@needs_chromium
+def test_slides_have_few_words_and_print_one_a_page(site, chromium):
+    with pages.served(site) as address:
+        slides = f"{address}/generated/slides.html"
+        page = chromium.new_page()
+        pages.settle(page, slides)
+        words = page.evaluate(WORDS_ON_SLIDES)
+        page.close()
+        count, pdf = printed(chromium, slides, prefer_css_page_size=True)
+    assert len(words) > 15
+    assert max(words) <= 25, words
+    assert count == len(words)
+    assert b"/MediaBox [0 0 906.95996 510]" in pdf, "wider than high, as a screen is"
+    for name in ("generated/slides.html", "syllabus.html"):
+        told = (site / name).read_text("utf-8")
+        assert "had no data for this" not in told
+        assert "could not make" not in told
+
+
+@needs_chromium
+def test_the_lab_sheet_prints_on_two_pages(site, chromium):
+    margin = dict.fromkeys(("top", "bottom", "left", "right"), "14mm")
+    with pages.served(site) as address:
+        count, _ = printed(chromium, f"{address}/lab/lab_sheet.html", format="A4", margin=margin)
+    assert count == 2
+
+
+def test_the_site_has_solutions_only_on_their_pages(site):
+    kept = {p.stem for p in (ROOT / "notebooks").glob("*.ipynb") if "{solution}" in p.read_text()}
+    for name in html_pages(site):
+        folded = (site / name).read_text("utf-8").count('class="solution')
+        assert bool(folded) == (Path(name).stem in {"solutions", "project_solutions"} | kept), name
 
 
 EXPLORABLES = {

@@ -150,6 +150,6 @@ def test_five_grams_are_halved_by_one_or_two_thousand_dimensions():
 
 
 def test_figure_1a_by_the_same_rule():
-    """As chapter 1 says: 28 checkpoints on 50,000 tokens do not show it for 160M, 410M."""
+    """As the chapter on saturation says: 28 checkpoints on 50,000 tokens do not show it for 160M, 410M."""
     seen = {name: rise.seen for name, rise in rises("1a").items()}
     assert seen == {"14M": True, "31M": True, "70M": True, "160M": False, "410M": False}

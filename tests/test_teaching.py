@@ -1,5 +1,6 @@
 """What learners are handed: exercises in three grades, solutions that run, hints that fit."""
 
+import ast
 import contextlib
 import io
 import json
@@ -8,10 +9,13 @@ import shlex
 from importlib import import_module
 from pathlib import Path
 
+import jsonschema
 import numpy as np
+import pace
 import pytest
 import torch
 import yaml
+from docutils.nodes import make_id
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,8 +36,14 @@ NO_PROSE = re.compile(
     r"^```(?:python|sh)\n.*?^```$|^(?:#|```|\([\w-]+\)=|:\w+:)[^\n]*$|\$\$.*?\$\$|\$[^$]*\$|(\{[\w:]+\})?`[^`\n]*`",
     re.MULTILINE | re.DOTALL,
 )
+SOLUTIONS = ("solutions", "project_solutions")  # pages that an instructor can leave out
+GRADES = ("Warm-up", "Standard", "Project")
+UNMOVED = {
+    "01_wind_tunnel",
+    "08_cause_or_company",
+}  # solutions in the chapter until it is rewritten
 PAGES = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md"))]
-PAGES += sorted((ROOT / "book").glob("*.md.j2"))
+PAGES += sorted([*(ROOT / "book").glob("*.md.j2"), *(ROOT / "book").glob("lab/*.md")])
 PROSE = {path: path.read_text("utf-8") for path in PAGES}
 PLACE = re.compile(r"\{\{ (figure|findings)\(\"([\w-]+)\"\) \}\}")
 
@@ -64,36 +74,74 @@ def answer(capsys, name: str, function) -> str:
     return capsys.readouterr().out.strip().removeprefix(f"{name}: ")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_chapter_has_exercises_in_three_grades_each_with_a_folded_solution(path):
-    found = DIRECTIVE.findall(exercises_cell(path))
-    titles = [title for _, kind, title, _ in found if kind == "exercise"]
-    labels = [
-        re.search(r":label: (\S+)", body)[1] for _, kind, _, body in found if kind == "exercise"
-    ]
-    solved = [title for _, kind, title, _ in found if kind == "solution"]
+def exercises_of(path: Path) -> dict[str, tuple[str, str]]:
+    """Label → title and text of a chapter's exercises."""
+    found = {}
+    for _, kind, title, body in DIRECTIVE.findall(exercises_cell(path)):
+        if kind == "exercise":
+            found[re.search(r":label: (\S+)", body)[1]] = (title, body)
+    return found
+
+
+def solved(text: str) -> dict[str, str]:
+    """Label → text of the solutions on a page."""
+    return {label: body for _, kind, label, body in DIRECTIVE.findall(text) if kind == "solution"}
+
+
+MOVED = [path for path in NOTEBOOKS if path.stem not in UNMOVED]
+
+
+@pytest.mark.parametrize("path", MOVED, ids=lambda p: p.stem)
+def test_a_chapter_has_exercises_in_three_grades_each_with_its_time_and_a_hint(path):
+    titles = [title for title, _ in exercises_of(path).values()]
     grades = [title.split(":")[0] for title in titles]
-    assert set(grades) == {"Warm-up", "Standard", "Project"}
-    assert grades == sorted(grades, key=["Warm-up", "Standard", "Project"].index)
-    assert solved == labels
-    assert all(":class: dropdown" in body for _, kind, _, body in found if kind == "solution")
+    assert set(grades) == set(GRADES)
+    assert grades == sorted(grades, key=GRADES.index)
+    for title in titles:
+        assert re.search(r", (\d+ min|half a day|a day)$", title), title
+    assert exercises_cell(path).count("```{admonition} Hint\n:class: tip dropdown") == len(titles)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_solutions_are_on_pages_of_their_own_that_the_contents_can_leave_out():
+    pages = {name: solved(PROSE[ROOT / "book" / f"{name}.md"]) for name in SOLUTIONS}
+    asked = {label: title for path in MOVED for label, (title, _) in exercises_of(path).items()}
+    projects = [label for label, title in asked.items() if title.startswith("Project")]
+    assert sorted(pages["project_solutions"]) == sorted(projects)
+    assert sorted(pages["solutions"]) == sorted(set(asked) - set(projects))
+    assert all(":class: dropdown" in body for page in pages.values() for body in page.values())
+    for path in MOVED:
+        assert not solved(exercises_cell(path)), f"{path.name}: a solution stands in the chapter"
+    contents = (ROOT / "_toc.yml").read_text("utf-8")
+    everything = "\n".join([*PROSE.values(), *map(exercises_cell, NOTEBOOKS)])
+    for name in SOLUTIONS:
+        assert len(re.findall(rf"^ *- file: {name}$", contents, re.MULTILINE)) == 1
+        # A link to a page that is left out would stop the build.
+        assert not re.search(rf"(?:\{{doc\}}`[^`]*|\]\()/?{name}\b", everything), name
+
+
+SOLVED = {
+    label: body
+    for name in SOLUTIONS
+    for label, body in solved(PROSE[ROOT / "book" / f"{name}.md"]).items()
+}
+
+
+@pytest.mark.parametrize("label", [label for label in SOLVED if CODE.search(SOLVED[label])])
 @pytest.mark.usefixtures("one_thread")
-def test_the_solutions_run_and_pass_their_checks(path):
-    text = exercises_cell(path)
-    for _, kind, label, body in DIRECTIVE.findall(text):
-        for code in CODE.findall(body) if kind == "solution" else []:
-            printed = io.StringIO()
-            with contextlib.redirect_stdout(printed):
-                exec(compile(code, f"{path.stem}, {label}", "exec"), {})
-            for name in re.findall(r'exercises\.check\("(\w+)"', code):
-                assert f"{name}: correct\n" in printed.getvalue()
-    asked = set(re.findall(r'exercises\.check\("(\w+)"', text))
-    assert asked == set(re.findall(r'^exercises\.check\("(\w+)"', text, re.MULTILINE)), (
-        "asked for and not solved"
-    )
+def test_the_solutions_run_and_pass_their_checks(label):
+    for code in CODE.findall(SOLVED[label]):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, label, "exec"), {})
+        for name in re.findall(r'exercises\.check\("(\w+)"', code):
+            assert f"{name}: correct\n" in printed.getvalue()
+
+
+def test_every_check_that_is_asked_for_is_solved():
+    for path in MOVED:
+        for label, (_, body) in exercises_of(path).items():
+            asked = re.findall(r'exercises\.check\("(\w+)"', body)
+            assert all(f'exercises.check("{name}"' in SOLVED[label] for name in asked), label
 
 
 def test_every_check_belongs_to_an_exercise():
@@ -220,3 +268,161 @@ def test_no_prose_counts_chapters_that_a_new_one_would_shift():
         for cell in json.loads(path.read_text("utf-8"))["cells"]:
             text = "".join(cell["source"]) if cell["cell_type"] == "markdown" else ""
             assert not counted.search(text), f"{path.name}: name the chapter, with a link"
+
+
+def headings(path: Path) -> set[str]:
+    """The places of a chapter that a link can name: its headings, as Sphinx names them."""
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    titles = re.findall(r"^##+ (.*)$", text, re.MULTILINE)
+    return {make_id(re.sub(r"[$`*’']", "", title)) for title in titles}
+
+
+QUIZ_SCHEMA = {
+    "type": "object",
+    "additionalProperties": {
+        "type": "array",
+        "minItems": 3,
+        "maxItems": 3,
+        "items": {
+            "type": "object",
+            "required": ["ask", "choices", "right", "why", "section"],
+            "additionalProperties": False,
+            "properties": {
+                "ask": {"type": "string", "pattern": r"\?$"},
+                "choices": {
+                    "type": "array",
+                    "minItems": 3,
+                    "uniqueItems": True,
+                    "items": {"type": "string", "pattern": r"\.$"},
+                },
+                "right": {"type": "integer", "minimum": 1},
+                "why": {"type": "string", "pattern": r"^[^.]*\.$"},
+                "section": {"type": "string"},
+            },
+        },
+    },
+}
+QUIZ = yaml.safe_load((ROOT / "book" / "quiz.yaml").read_text("utf-8"))
+
+
+def test_every_chapter_has_three_questions_with_a_reason_and_its_section():
+    jsonschema.validate(QUIZ, QUIZ_SCHEMA)
+    assert set(QUIZ) == {path.stem for path in NOTEBOOKS}
+    for path in NOTEBOOKS:
+        for question in QUIZ[path.stem]:
+            assert question["right"] <= len(question["choices"]), question
+            assert question["section"] in headings(path), (path.stem, question["section"])
+
+
+def test_the_right_answers_of_the_quiz_have_no_habit():
+    questions = [question for asked in QUIZ.values() for question in asked]
+    places = [question["right"] for question in questions]
+    assert max(places.count(place) for place in (1, 2, 3)) <= 0.4 * len(places)
+    longest = [
+        max(range(len(q["choices"])), key=lambda i: len(q["choices"][i])) + 1 == q["right"]
+        for q in questions
+    ]
+    assert sum(longest) <= 0.5 * len(questions), "the longest choice gives the answer away"
+
+
+def test_a_question_that_lacks_a_reason_or_asks_nothing_is_found():
+    sound = {"ask": "Why?", "choices": ["A.", "B.", "C."], "right": 1, "why": "So.", "section": "a"}
+    jsonschema.validate({"01_a": [sound] * 3}, QUIZ_SCHEMA)
+    for fault in ({"why": "Two. Sentences."}, {"ask": "Because."}, {"choices": ["A."]}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({"01_a": [sound, sound, sound | fault]}, QUIZ_SCHEMA)
+
+
+@pytest.mark.parametrize("path", MOVED, ids=lambda p: p.stem)
+def test_each_chapter_leads_to_its_questions(path):
+    assert f"<quiz-{path.stem}>`" in exercises_cell(path)
+
+
+SLOT = re.compile(r"^\| (\d+)–(\d+) \| (.*?) \| (.*?) \| (.*?) \|$", re.MULTILINE)
+SYLLABUS = ROOT / "book" / "syllabus.md"
+
+
+def always_drawn() -> dict[str, str]:
+    """Figure → chapter, of the figures that a chapter draws whatever data it has."""
+    found = {}
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text("utf-8"))["cells"]:
+            if cell["cell_type"] != "code":
+                continue
+            for statement in ast.parse("".join(cell["source"])).body:
+                if isinstance(statement, ast.Expr):
+                    names = re.findall(r"'(fig-[\w-]+)'", ast.unparse(statement))
+                    found |= dict.fromkeys(names, path.stem)
+    return found
+
+
+def test_every_slot_of_a_lecture_has_its_goal_and_its_figure():
+    drawn = always_drawn()
+    assert "fig-pythia-curves" not in drawn, "drawn with a sweep only"
+    lectures = PROSE[SYLLABUS].split("\n## Lecture ")[1:]
+    assert len(lectures) == 3
+    for lecture in lectures:
+        part = lecture.split("\n## ")[0]
+        slots = SLOT.findall(part)
+        times = [(int(start), int(end)) for start, end, *_ in slots]
+        assert [start for start, _ in times] == [0, *(end for _, end in times[:-1])]
+        assert times[-1][1] == 90
+        linked = set(re.findall(r"chapters/(\w+)", part))
+        for _, _, goal, _, figure in slots:
+            assert len(goal.split()) > 4
+            (name,) = re.findall(r"\{numref\}`(fig-[\w-]+)`", figure)
+            assert drawn[name] in linked, name
+
+
+def slides() -> dict[str, str]:
+    parts = PROSE[ROOT / "book" / "slides.md.j2"].split("\n## ")[1:]
+    return {title: body for title, _, body in (part.partition("\n") for part in parts)}
+
+
+def test_a_slide_has_at_most_one_figure_and_few_words():
+    deck = slides()
+    assert len(deck) > 15
+    for title, body in deck.items():
+        assert body.count("figure(") + body.count("findings(") <= 1, title
+        words = re.sub(
+            r"\$\$.*?\$\$|\{%.*?%\}|\{\{.*?\}\}|\{[\w:]+\}`.*?`", " ", body, flags=re.DOTALL
+        )
+        assert len(re.findall(r"[\w$\\]+(?:['’-]\w+)*", words)) <= 25, title
+
+
+def test_every_slot_of_a_lecture_is_on_a_slide():
+    shown = PROSE[ROOT / "book" / "slides.md.j2"]
+    for *_, figure in SLOT.findall(PROSE[SYLLABUS]):
+        (name,) = re.findall(r"`(fig-[\w-]+)`", figure)
+        assert f'figure("{name}")' in shown, name
+
+
+FASTEST, SLOWEST = 8, 28  # words of prose a visible line of code; the aim is 10 to 20
+BEFORE = {"cells": 6, "lines": 22, "prose": 520}  # at most, before the first result
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_chapter_keeps_its_pace(path):
+    found = pace.pace(path)
+    assert FASTEST <= found.ratio <= SLOWEST, found
+    assert found.longest < 30, found
+    assert all(getattr(found, name) <= most for name, most in BEFORE.items()), found
+
+
+def test_the_pace_counts_what_a_page_shows(tmp_path):
+    texts = [
+        ("markdown", "# A title\n\nFour words of prose: $x^2$ and `code`.", []),
+        ("code", "seed = 0", ["parameters"]),
+        ("code", "a = 1\n\n# why\nb = 2", []),
+        ("code", "chapter.plot(frame)", ["hide-input"]),
+        ("markdown", "Exercises are not counted.", []),
+    ]
+    cells = [
+        {"id": str(i), "cell_type": kind, "source": [text], "metadata": {"tags": tags}}
+        for i, (kind, text, tags) in enumerate(texts)
+    ]
+    cells[-1]["id"] = "exercises"
+    (tmp_path / "01_small.ipynb").write_text(json.dumps({"cells": cells}))
+    # "A title" and "Four words of prose and code".
+    assert pace.pace(tmp_path / "01_small.ipynb") == (8, 2, 4.0, 3, 2, 8, 2)

@@ -151,6 +151,8 @@ def table(frame: pd.DataFrame, caption: str, digits: int = 4) -> None:
     """
 
     def words(cell: Any) -> str:
+        if isinstance(cell, float) and abs(cell) >= 10**digits:
+            return f"{cell:,.0f}"  # no power of ten
         return f"{cell:.{digits}g}" if isinstance(cell, float) else visible(cell)
 
     display(_styled(frame, caption).format(words, escape="html"))

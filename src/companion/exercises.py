@@ -46,8 +46,7 @@ def _from_outside(
     found: Sequence[np.ndarray], expected: Sequence[np.ndarray], inputs: Sequence[tuple]
 ) -> str:
     tried = zip(inputs, found, expected, strict=True)
-    wrong = [part for part in tried if not _same(part[1:2], part[2:])]
-    asked, yours, mine = wrong[0]
+    asked, yours, mine = next(part for part in tried if not _same(part[1:2], part[2:]))
     if mine.shape != yours.shape:
         return f"your result has the shape {yours.shape}, it should have {mine.shape}"
     factor = float(yours.sum() / mine.sum())
@@ -55,8 +54,7 @@ def _from_outside(
     if np.isfinite(factor) and _same(found, scaled):
         return f"right but for a constant factor: your results are {factor:.4g} times as large"
     arguments = ", ".join(map(str, asked))
-    told = f"not yet: for {arguments} it should give"
-    return f"{told} {mine}, yours gives {yours}"
+    return f"not yet: for {arguments} it should give {mine}, yours gives {yours}"
 
 
 def _answers(function: Function, inputs: Sequence[tuple]) -> list[np.ndarray]:

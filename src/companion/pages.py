@@ -48,6 +48,7 @@ def write(chapters: Sequence[Chapter], preset: str, folder: Path) -> None:
         "front": next((figures[f] for f in claims.get("front", []) if f in figures), None),
         "home": {finding["key"]: chapter for chapter, finding in every},
         "preset": preset,
+        "quiz": results.load(BOOK / "quiz.yaml"),
         "sections": sections,
         "signed": {change.key: change.signed for change in changes},
         "words": WORDS,

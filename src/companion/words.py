@@ -39,7 +39,7 @@ def number(value: Any) -> str:
     if isinstance(value, Estimate):
         return _estimate(value)
     if isinstance(value, Real) and not isinstance(value, Integral):
-        return f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
     return "unknown" if value is None else str(value)
 
 

@@ -2,7 +2,7 @@
 
     make proofs
 
-It executes chapters 03 and 10 as `make book PRESET=paper` does, once unbroken and once killed with
+It executes 03_head_spectrum and 10_pythia as `make book PRESET=paper` does, once unbroken and once killed with
 -9 five times at random moments, and compares every result, byte for byte. Takes a quarter of an
 hour on two cores. Exit code 0 if equal.
 """
@@ -73,7 +73,9 @@ def main() -> int:
     scratch = Path(tempfile.mkdtemp(prefix="paper-"))
     sweep = scratch / "sweep.yaml"
     with hub.serving() as server:
-        hub.pythia_suite(server, {"pythia-1b": 64}, steps=hub.STEPS[:1])  # the model of chapter 3
+        hub.pythia_suite(
+            server, {"pythia-1b": 64}, steps=hub.STEPS[:1]
+        )  # the model of 03_head_spectrum
         models = ["EleutherAI/pythia-14m", "EleutherAI/pythia-31m", "EleutherAI/pythia-70m"]
         plan = {
             "name": "loopback",

@@ -159,7 +159,7 @@ def verdict(
     margin: float,
     possible: bool = True,
 ) -> tuple[str, str]:
-    """One of `VERDICTS` by chapter 9's rule, and why, with how far the margin could move.
+    """One of `VERDICTS` by the diagnosis's rule, and why, with how far the margin could move.
 
     **Arguments:** `gain` of a higher rank over the head's own, in nats a token, from `lift`;
     `control`, the same for the head cut on purpose; `lead` over token frequencies, from `ahead`;

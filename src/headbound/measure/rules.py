@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from headbound.measure.saturation import SEEN, LateRise, late_rise
-from headbound.stats import Estimate
+from headbound.stats import Estimate, above
 
 TENFOLD = 10.0  # an order of magnitude, which is what the paper's spectra rise by
 APART = 0.5  # mean cosine between "nearly isotropic" and "highly anisotropic"
@@ -154,10 +154,11 @@ def holds(measured: Estimate, claim: float) -> Ruling:
 
 
 def positive(measured: Estimate) -> Ruling:
-    """The interval lies above zero; left open where it holds zero."""
-    if measured.low <= 0 <= measured.high:
-        return Ruling(None, "the interval holds zero")
-    return Ruling(bool(measured.low > 0), "the interval lies on one side of zero")
+    """The interval lies above zero; left open where it holds zero or is unknown."""
+    agrees = above(measured, 0.0)
+    if agrees is None:
+        return Ruling(None, "the interval holds zero, or there is none")
+    return Ruling(agrees, "the interval lies on one side of zero")
 
 
 def near(measured: ArrayLike, claim: ArrayLike, tolerance: float) -> Ruling:

@@ -151,9 +151,11 @@ def table(frame: pd.DataFrame, caption: str, digits: int = 4) -> None:
     """
 
     def words(cell: Any) -> str:
-        if isinstance(cell, float) and abs(cell) >= 10**digits:
+        if not isinstance(cell, float):
+            return visible(cell)
+        if abs(cell) >= 10**digits:
             return f"{cell:,.0f}"  # no power of ten
-        return f"{cell:.{digits}g}" if isinstance(cell, float) else visible(cell)
+        return f"{cell:.{digits}g}"
 
     display(_styled(frame, caption).format(words, escape="html"))
 
@@ -163,10 +165,13 @@ def explore(page: Path, data: Mapping[str, Any]) -> None:
 
     `__DATA__` in it becomes the data, `__SHARED__` the file `shared.html` beside it.
     """
-    told = json.dumps(data, default=methodcaller("tolist")).replace("<", "\\u003c")
+    told = json.dumps(data, default=methodcaller("tolist"))
+    told = told.replace("<", "\\u003c")  # so that no text of the data ends the script
     shared = page.with_name("shared.html").read_text("utf-8")
-    whole = page.read_text("utf-8").replace("__SHARED__", shared)
-    display(HTML(whole.replace("__DATA__", told)))
+    whole = page.read_text("utf-8")
+    whole = whole.replace("__SHARED__", shared)
+    whole = whole.replace("__DATA__", told)
+    display(HTML(whole))
 
 
 def findings(rows: Sequence[Finding]) -> None:

@@ -178,12 +178,15 @@ def readout(
     weight = head_weight(model, tokenizer)
     length = READ // len(head_weight(model)) // 4
     texts = input_ids[:4, : max(9, length)]
-    states, left, own = _around_head(model, texts)
-    _refuse_foresight(model, texts, own)
+    parts = _around_head(model, texts)
+    # Of what the model computes in, which mixed precision makes coarser than its weights.
+    precision = max(torch.finfo(part.dtype).eps for part in parts)
+    tolerance = max(1e-5, 8 * precision)
+    where = devices.precise(model.device)
+    states, left, own = (part.to(where, torch.float64) for part in parts)
+    _refuse_foresight(model, texts, own, 10 * tolerance)
     left = left[:, : len(weight)]
     own = own[:, : len(weight)]
-    precision = torch.finfo(model.dtype).eps
-    tolerance = max(1e-5, 8 * precision)
     scale, cap = _fit(left, own, tolerance)
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:
@@ -203,21 +206,22 @@ def readout(
     return found._replace(gap=gap)
 
 
-def _refuse_foresight(model: nn.Module, texts: Tensor, own: Tensor) -> None:
+def _refuse_foresight(model: nn.Module, texts: Tensor, own: Tensor, allowed: float) -> None:
     """Refuse a model whose logits change with later tokens: its loss is no loss of prediction."""
     half = texts.shape[1] // 2
     changed = texts.clone()
     changed[:, half:] = texts[:, :1]
-    _, _, other = _around_head(model, changed)
-    before, after = (logits.view(len(texts), -1, own.shape[1])[:, :half] for logits in (own, other))
-    off = float((after - before).norm() / before.norm().clamp(min=1e-300))
-    if off > max(1e-4, 8 * torch.finfo(model.dtype).eps):
+    *_, other = _around_head(model, changed)
+    by_text = (len(texts), -1, own.shape[1])
+    before = own.view(by_text)[:, :half]
+    after = other.to(own).view(by_text)[:, :half]
+    if float((after - before).norm()) > allowed * float(before.norm()):
         why = "it reads the tokens that it is to predict; use a causal language model"
         raise ValueError(f"{type(model).__name__}: {why}")
 
 
 def _around_head(model: nn.Module, texts: Tensor) -> list[Float[Tensor, "tokens _"]]:
-    """What enters the head, what leaves it, and the logits, in float64; no text's last token."""
+    """What enters the head, what leaves it, and the logits; without the last token of each text."""
     passed: list[Tensor] = []
 
     def catch(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -228,12 +232,7 @@ def _around_head(model: nn.Module, texts: Tensor) -> list[Float[Tensor, "tokens 
     shape = logits.shape[:2]
     if [part.shape[:2] for part in passed] != [shape, shape]:
         raise ValueError(f"{type(model).__name__}: its head is not applied once to every token")
-    where = devices.precise(model.device)
-    found = []
-    for part in (*passed, logits):
-        tokens = part[:, :-1].flatten(0, 1)
-        found.append(tokens.to(where, torch.float64))
-    return found
+    return [part[:, :-1].flatten(0, 1) for part in (*passed, logits)]
 
 
 def _fit(left: Tensor, logits: Tensor, tolerance: float) -> tuple[float, float | None]:

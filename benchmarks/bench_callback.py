@@ -24,6 +24,7 @@ SHAPES = {"small": (8_192, 64, 4), "medium": (8_192, 256, 6), "wide vocabulary":
 def model(vocab, d, layers):
     torch.manual_seed(0)
     shape = {"n_embd": d, "n_layer": layers, "n_head": d // 32, "n_positions": 128}
+    shape |= {"bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocab, **shape))
 
 

@@ -343,6 +343,7 @@ def test_an_explorable_answers_to_keys_touch_and_choices_with_the_network_cut(si
     assert found.drawn > 0
 
 
+@needs_chromium
 def test_an_explorable_without_its_script_fails_its_test(chromium, tmp_path):
     page = "<div id='hb-x'><output data-part='value'>1</output><input type='range' max='9'></div>"
     (tmp_path / "x.html").write_text(PAGE.format(page + "<p data-part='live'></p>"))

@@ -11,6 +11,7 @@ from scipy.special import log_softmax
 from headbound import hidden, models
 from headbound.measure import anisotropy, gradients, spectrum
 from headbound.measure.lowrank import Examples
+from headbound.train import callback
 
 V = 61
 SIZE = {
@@ -148,6 +149,9 @@ def test_loss_entropy_cosine_and_gradient_share(kind, tmp_path, monkeypatch):
     data = Examples(ours, targets, np.repeat(np.arange(4), 16))
     squares = gradients.share_kept(data, read.weight, logits=read.logits)
     assert squares.share().value == pytest.approx(share, rel=1e-4)
+    if kind != "OPT-350m":  # whose last two layers differ in width
+        watched = callback.measure(model, ids)
+        assert watched["gradient_kept"] == pytest.approx(share, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -175,6 +179,39 @@ def test_what_no_scale_and_cap_explain_is_refused():
     model.lm_head.__class__ = Squared
     with pytest.raises(ValueError, match=r"LlamaForCausalLM: scale, bias and cap leave \d.*%"):
         models.readout(model, None, torch.randint(V, (2, 9)))
+
+
+def test_a_model_that_reads_what_it_is_to_predict_is_refused():
+    """Its loss is low and no loss of prediction: BERT as it was trained, and XLNet."""
+    both = transformers.BertLMHeadModel(transformers.BertConfig(**SIZE)).eval()
+    options = {"vocab_size": V, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}
+    permuted = transformers.XLNetLMHeadModel(transformers.XLNetConfig(**options)).eval()
+    for model in (both, permuted):
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.4)
+        with pytest.raises(ValueError, match="it reads the tokens that it is to predict"):
+            models.readout(model, None, torch.randint(3, V, (4, 17)))
+
+
+def test_a_decoder_whose_configuration_counts_an_encoder_too():
+    config = transformers.BartConfig(
+        vocab_size=V, d_model=16, encoder_layers=2, decoder_layers=3, decoder_ffn_dim=32
+    )
+    model = transformers.BartForCausalLM(config).eval()
+    ids = torch.randint(3, V, (2, 9))
+    assert hidden.layer_names(model)[1:-1] == ["block 1", "block 2", "block 3"]
+    with torch.inference_mode():
+        theirs = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    for place in range(3):
+        torch.testing.assert_close(next(hidden.stream(model, ids, [place]))[0], theirs[place])
+
+
+def test_a_model_of_several_heads_is_refused():
+    config = transformers.MusicgenDecoderConfig(
+        vocab_size=V, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(ValueError, match="MusicgenForCausalLM has several heads"):
+        models.head_weight(transformers.MusicgenForCausalLM(config))
 
 
 def test_more_dimensions_than_tokens():

@@ -143,6 +143,7 @@ INPUTS = [
     ("measure nothing --text text.txt", "model = 'nothing'"),
     ("measure nobody/nothing --text text.txt", "model = 'nobody/nothing': not found"),
     ("measure nobody/nothing --revisions step1 --text text.txt", "revision = 'step1'"),
+    ("measure sound --revisions step1 --text text.txt", "of Hub ids only, none is given"),
     ("measure a/b/c/d --text text.txt", "model = 'a/b/c/d'"),
     ("measure '' --text text.txt", "model = ''"),
     ("measure empty --text text.txt", "model = 'empty'"),

@@ -1,4 +1,5 @@
 import ast
+import json
 import os
 import random
 import subprocess
@@ -216,3 +217,26 @@ def test_fingerprints_tell_a_nul_from_a_boundary():
     assert (
         corpus.fingerprint(["a"]) == "ffe9aaeaa2a2d504"
     )  # the same on any machine: caches are keyed on it
+
+
+@pytest.mark.parametrize("layout", ["lines", "array", "object"])
+def test_json_is_refused_for_its_syntax_is_no_text(tmp_path, layout):
+    documents = [{"text": f"{number} plain words stand here. " * 90} for number in range(9)]
+    content = {
+        "lines": "\n".join(map(json.dumps, documents)),
+        "array": json.dumps(documents, indent=1),
+        "object": json.dumps({"data": documents}, indent=1),
+    }
+    (tmp_path / "t.json").write_text(content[layout], encoding="utf-8")
+    with pytest.raises(ValueError, match="it is JSON, whose syntax is no text"):
+        corpus.load(str(tmp_path / "t.json"))
+    (tmp_path / "t.txt").write_text("[1] A list of references.\n\n{x} is a set.", encoding="utf-8")
+    assert len(corpus.load(str(tmp_path / "t.txt"))) == 1
+
+
+def test_a_long_line_without_spaces_is_cut_at_its_sentences(tmp_path):
+    sentence = "这是一个句子。另一个句子在这里！"
+    (tmp_path / "t.txt").write_text(sentence * 20_000, encoding="utf-8")
+    texts = corpus.load(str(tmp_path / "t.txt"))
+    assert "".join(texts) == sentence * 20_000
+    assert {len(text) for text in texts[:-1]} == {2000}

@@ -1,11 +1,15 @@
 """One chapter: its parameters, its kernel, its place, whatever the reader's machine holds."""
 
+import errno
 import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -92,6 +96,7 @@ def test_a_chapter_runs_without_a_home(tmp_path):
         ("chapter.ipynb", "it is the notebook itself"),
         ("./folder/../chapter.ipynb", "it is the notebook itself"),
         ("file/out.ipynb", "name another file"),
+        ("pipe", "it is no plain file"),
         ("/proc/out.ipynb", "name another file"),
     ],
 )
@@ -100,12 +105,78 @@ def test_a_place_that_cannot_be_written_is_found_before_the_run(tmp_path, monkey
     before = notebook(tmp_path / "chapter.ipynb", "1 / 0").read_bytes()
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr(execute.papermill, "execute_notebook", None)
     with pytest.raises(
         ValueError, match=rf"^output = {re.escape(output.removeprefix('./'))}: .*{why}"
     ):
         execute.execute(Path("chapter.ipynb"), Path(output), "laptop", {})
     assert (tmp_path / "chapter.ipynb").read_bytes() == before
+
+
+def test_what_a_dead_process_left_beside_a_result_goes(tmp_path):
+    here = socket.gethostname()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    alive = f".running-{here}-{os.getpid()}-x"
+    stale = f".running-{here}-{dead.pid}-x"
+    elsewhere = f".running-of-another-host-{dead.pid}-x"
+    for name in (alive, stale, elsewhere):
+        (tmp_path / name).mkdir()
+    with execute.beside(tmp_path / "out.ipynb", "running") as scratch:
+        assert scratch.parent == tmp_path
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {alive, elsewhere, scratch.name}
+    assert not scratch.exists()
+
+
+def test_a_disk_that_is_full_is_named(tmp_path):
+    why = r"No space left on device: .*out\.ipynb"
+    with (
+        pytest.raises(OSError, match=why),
+        execute.beside(tmp_path / "out.ipynb", "running"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_chapter_that_is_told_to_end_leaves_nothing(tmp_path, number):
+    notebook(tmp_path / "chapter.ipynb", "import time", "open('begun', 'w')", "time.sleep(99)")
+    command = [sys.executable, "-m", "companion.cli", "chapter", "chapter.ipynb", "out.ipynb"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment)
+    while not (tmp_path / "begun").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "chapter.ipynb"]
+
+
+@pytest.mark.slow
+def test_the_readers_own_modules_settings_and_flags_stay_out(tmp_path):
+    """A random.py in the folder, assertions turned off, a look of the reader's own for figures."""
+    for name in ("random", "typing", "pandas"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('the reader's own')")
+    (tmp_path / "matplotlibrc").write_text("path.sketch: 1, 100, 2\ntext.usetex: True")
+    shown = """
+import json, matplotlib.pyplot as plt, pandas as pd
+from companion import figures
+figures.use_style()
+figures.plot(pd.DataFrame({"a": [1, 2, 3], "b": [1.0, 2, 3]}), "x", "a", "b", see="q")
+print(json.dumps([plt.rcParams["text.usetex"], plt.rcParams["path.sketch"], n, __debug__]))
+"""
+    notebook(tmp_path / "chapter.ipynb", shown)
+    program = "from companion.cli import main; main()"
+    command = [sys.executable, "-P", "-c", program, "chapter", "chapter.ipynb", "out.ipynb"]
+    foreign = {"PYTHONPATH": str(ROOT / "src"), "PYTHONOPTIMIZE": "1", "MPLBACKEND": "agg"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | foreign, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert told(tmp_path / "out.ipynb") == [False, None, 3, True]
+    outputs = nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs
+    assert "image/png" in outputs[0].data
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="runs as root only")

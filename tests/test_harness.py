@@ -332,6 +332,8 @@ SOURCES = {
     "checkpoint": ("/runs/mine/checkpoint-500", "", ("mine", 500)),
     "Megatron": ("/runs/big/iter_0001000", "", ("big", 1000)),
     "step 0": ("org/model", "step0", ("model", 0)),
+    "Lightning": ("/runs/mine/epoch=1-step=500.ckpt", "", ("mine", 500)),
+    "another system's path": ("C:\\runs\\mine\\step500", "", ("mine", 500)),
 }
 
 
@@ -374,6 +376,67 @@ def test_two_stages_of_one_model_are_not_one_curve(tmp_path):
     result(tmp_path, 2, "org/model", "stage2-step-200")
     with pytest.raises(ValueError, match=r"org/model.*stage1 in .* but stage2 in .*; keep one"):
         harness.read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["step1k", "step-10K", "step_1M", "step1e5", "step1_000", "step1,000", "step1000.5"]
+)
+def test_a_step_that_is_no_whole_number_is_not_read_as_a_smaller_one(tmp_path, name):
+    result(tmp_path, 1, f"/runs/mine/{name}")
+    with pytest.raises(ValueError, match="no step in its name"):
+        harness.read_results(tmp_path)
+
+
+FIRST_AND_SECOND = {
+    "behind the step": (("/r/olmo_step1-seed-1", ""), ("/r/olmo_step2-seed-2", "")),
+    "a folder behind": (("/r/olmo/step1/sft", ""), ("/r/olmo/step2/hf", "")),
+    "a branch": (("org/m", "stage2-ingredient1-step1"), ("org/m", "stage2-ingredient2-step2")),
+}
+
+
+@pytest.mark.parametrize("kind", FIRST_AND_SECOND)
+def test_two_forms_of_a_model_are_not_one_curve(tmp_path, kind):
+    first, second = FIRST_AND_SECOND[kind]
+    result(tmp_path, 1, *first)
+    result(tmp_path, 2, *second)
+    with pytest.raises(ValueError, match=r": of .* in .*, but of .* in .*; keep one kind"):
+        harness.read_results(tmp_path)
+
+
+ASKED = [
+    {"config": {"model_args": "pretrained=/r/m/step2,peft=/a/lora"}},
+    {"config": {"model_args": "pretrained=/r/m/step2,load_in_8bit=True"}},
+    {"config": {"model_args": "pretrained=/r/m/step2", "limit": 10}},
+    {"config": {"model_args": "pretrained=/r/m/step2"}, "chat_template": "{{ messages }}"},
+]
+
+
+@pytest.mark.parametrize("second", ASKED, ids=["adapter", "quantised", "limit", "chat"])
+def test_a_model_that_was_changed_or_asked_otherwise_is_another_curve(tmp_path, second):
+    result(tmp_path, 1, "/r/m/step1")
+    write(tmp_path / "2" / "r.json", {"results": {"sciq": {"acc,none": 0.5}}, **second})
+    with pytest.raises(ValueError, match="keep one kind"):
+        harness.read_results(tmp_path)
+
+
+def test_the_step_may_stand_in_a_subfolder_an_adapter_or_a_file(tmp_path):
+    for name in ("subfolder", "peft", "gguf_file"):
+        folder = tmp_path / name
+        for step in (10, 20):
+            config = {"model_args": {"pretrained": "org/m", name: f"step{step}", "delta": None}}
+            content = {"results": {"sciq": {"acc,none": 0.5}}, "config": config}
+            write(folder / str(step) / "r.json", content)
+        table = harness.read_results(folder)
+        assert list(zip(table["model"], table["step"], strict=True)) == [("m", 10), ("m", 20)]
+
+
+def test_a_mark_at_the_start_odd_arguments_and_a_folder_named_like_a_file(tmp_path):
+    result(tmp_path, 1, "/r/m/step1")
+    (tmp_path / "folder.json").mkdir()
+    content = {"results": {"sciq": {"acc,none": 0.5}}, "config": {"model_args": ["m"]}}
+    marked = "\ufeff" + json.dumps(content)
+    (tmp_path / "m_step2.json").write_text(marked, encoding="utf-8")
+    assert set(harness.read_results(tmp_path)["step"]) == {1, 2}
 
 
 def test_tokens_of_pythias_own_runs_only(tmp_path):

@@ -102,6 +102,41 @@ def test_revisions_are_of_hub_ids(folder):
         ("smollm2-135m", ""),
     ]
     assert many.jobs(["a/b"], []) == [("a/b", "")]
+    done = measure("llama", "--revisions", "step1", "--text", "text.txt", *ASKED)
+    assert (done.exit_code, done.output) == (
+        2,
+        "headbound: revisions = step1: of Hub ids only, none is given\n",
+    )
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_rows(folder):
+    wide = tiny.fast_tokenizer()
+    wide.add_tokens([f"<t{number}>" for number in range(40)])
+    tiny.save(folder / "wide")
+    wide.save_pretrained(folder / "wide")
+    texts = (f"{place} <t39> {tiny.TEXT * 30}" for place in range(400))
+    (folder / "wide.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    done = measure("wide", "--text", "wide.txt", *ASKED)
+    assert done.exit_code == 2
+    assert "1 of 1 not measured: wide: token ids from" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_gradient_is_that_of_the_models_own_logits(folder):
+    """Granite divides its logits by eight."""
+    tiny.save(folder / "granite", "granite")
+    done = measure("granite", "--text", "text.txt", *ASKED, "--json", "out.json")
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads((folder / "out.json").read_text(encoding="utf-8"))["rows"]
+    network, tokenizer = models.load("granite", device="cpu")
+    rows = hidden.sequences(tokenizer, corpus.split(corpus.load("text.txt"))[1], 4, 32)
+    with torch.no_grad():
+        logits = network(rows[:, :-1]).logits.double().flatten(0, 1)
+    g = logits.softmax(1)
+    g[torch.arange(len(g)), rows[:, 1:].flatten()] -= 1
+    basis = torch.linalg.svd(network.lm_head.weight.double(), full_matrices=False).U
+    share = (g @ basis).square().sum() / g.square().sum()
+    assert row["gradient_kept"] == pytest.approx(share.item(), rel=1e-4)
 
 
 def test_parameters_and_set_together():

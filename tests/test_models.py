@@ -1,6 +1,8 @@
 import json
 import pathlib
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -426,3 +428,20 @@ def test_the_books_encoder():
     model, tokenizer = models.load("minilm-l6-v2", device="cpu")
     assert model.config.hidden_size == 384
     assert len(tokenizer) == model.get_input_embeddings().num_embeddings
+
+
+def test_what_papermill_read_as_a_number_is_refused():
+    """In a process of its own, for in tests the types of arguments are checked by others."""
+    program = """
+from headbound import models
+for asked in [(160, None), ("a/b", 12345e6)]:
+    try:
+        models.load(*asked)
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "model = 160: must be text; with papermill give it by -r",
+        "revision = 12345000000.0: must be text; with papermill give it by -r",
+    ], done.stderr

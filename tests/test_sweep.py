@@ -13,6 +13,7 @@ from pathlib import Path
 import hub
 import pytest
 import sweep
+import tenacity
 import torch
 from huggingface_hub import close_session, constants
 from sweep import hub as reader
@@ -167,6 +168,28 @@ def test_results_of_another_version_are_named_and_made_again(served, table, monk
     assert "made with {'version': '0" in capsys.readouterr().err
     measure.run(one, HEADS)
     assert not measure.left(one, HEADS)
+
+
+def test_a_corrected_text_makes_results_of_it_invalid(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("a text", encoding="utf-8")
+    settings = sweep.Settings(source=str(path))
+    before = settings.made_by()
+    assert settings.made_by() == before
+    path.write_text("another text", encoding="utf-8")
+    assert settings.made_by() != before
+    assert "text" not in sweep.Settings().made_by()
+
+
+def test_a_long_pause_of_the_hub_is_told(monkeypatch, capsys):
+    state = tenacity.RetryCallState(None, None, (), {})
+    state.set_exception((ConnectionError, ConnectionError("no\nroute"), None))
+    state.upcoming_sleep = 2
+    reader._tell(state)
+    assert capsys.readouterr().err == ""
+    state.upcoming_sleep = 8
+    reader._tell(state)
+    assert capsys.readouterr().err == "headbound: no route: asked again in 8 s, 1 of 8\n"
 
 
 def test_models_of_different_vocabularies_are_not_mixed(served, table):

@@ -137,6 +137,9 @@ def test_the_end_of_text_is_the_first_known():
         "<eos>",
         "<|im_end|>",
         "<end_of_turn>",
+        "[|endofturn|]",
+        "<eod>",
+        "<|end|>",
         "[SEP]",
     ],
 )
@@ -144,6 +147,14 @@ def test_end_tokens_of_many_families(end):
     made = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     made.add_special_tokens(["<pad>", end])
     assert corpus.end_of_text(made) == 2
+
+
+@pytest.mark.parametrize("other", ["<|geos|>", "<|separator|>", "<|video|>", "<|endofprompt|>"])
+def test_a_special_token_that_only_sounds_like_an_end_is_none(other):
+    made = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    made.add_special_tokens([other])
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        corpus.end_of_text(made)
 
 
 def test_the_tokenizers_own_end_is_asked_first():

@@ -248,6 +248,7 @@ def test_build_skip_change_and_kill(project):
     assert done.returncode == 0, done.stderr
     assert gates.faults(result, slow) == []
     assert "Row 3." in page.read_text()
+    assert not list(result.parent.glob(".running-*")), "a killed run's folder is still there"
 
     notebook(project / "notebooks" / "01_tiny.ipynb", "1 / 0")
     done = run(project)

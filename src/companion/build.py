@@ -253,7 +253,9 @@ def page(executed: Path, output: Path) -> int:
     source = folder / "source"
     shutil.copytree("book", source, ignore=shutil.ignore_patterns("chapters", "generated"))
     shutil.copy(executed, source)
-    (source / "rest.md").write_text("# The rest of the book\n\n`make book` builds it.\n")
+    (source / "rest.md").write_text(
+        "# The rest of the book\n\n`make book` builds it.\n", encoding="utf-8"
+    )
     beside = sorted(path.stem for path in source.glob("*.md") if path.stem in BESIDE)
     toc = {"format": "jb-book", "root": executed.stem, "chapters": [{"file": n} for n in beside]}
     contents = folder / "_toc.yml"

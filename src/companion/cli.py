@@ -3,6 +3,7 @@
 import json
 import locale
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -130,7 +131,7 @@ def given(parameters: str, values: list[str] | None) -> dict[str, Any]:
     """
     try:
         found = json.loads(parameters)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise ValueError(f"--parameters {parameters}: must be a JSON object, such as {{}}")
@@ -146,8 +147,15 @@ def done(work: Callable[[], int | None], name: str = "book") -> int:
     return failed or status[0]
 
 
+def _end(number: int, _frame: object) -> None:
+    """Leave as at a failure, so that what is half made goes."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Run the command, in UTF-8 whatever the locale says; wrong usage is told in one line."""
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, _end)
     plain = locale.getencoding().lower() in ("utf-8", "utf8")
     if plain or sys.flags.utf8_mode:
         try:
@@ -156,6 +164,10 @@ def main() -> None:
             told = " ".join(error.format_message().split())
             print(f"headbound: {told} (--help lists what there is)", file=sys.stderr)
             sys.exit(error.exit_code)
+        except OSError as error:  # nobody reads standard output, or its disk is full
+            print(f"headbound: {error.strerror}", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left goes there, at the end
+            sys.exit(2)
     arguments = sys.orig_argv[1:]
     environment = os.environ | {"PYTHONUTF8": "1"}
     os.execve(sys.executable, [sys.executable, "-X", "utf8", *arguments], environment)

@@ -2,8 +2,8 @@
 
 import html
 import json
+import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,17 @@ def report(
     **Raises:** `ValueError` for bad parameters or a place that can't be written, before the run;
     `PapermillExecutionError` for what the notebook can't do.
     """
+    output = output.expanduser()
+    data = data and data.expanduser()
     executed = output.with_suffix(".ipynb")
     if output == executed:
         raise ValueError(f"output = {output}: the executed notebook goes there; end it with .html")
-    if data is not None and data.resolve() in (output.resolve(), executed.resolve()):
+    real = os.path.realpath
+    if data is not None and real(data) in (real(output), real(executed)):
         raise ValueError(f"output = {output}, json = {data}: one place for both; name another")
     for place in (output, executed, data):
         if place is not None:
-            check_place(place)
+            execute.check_place(place)
     execute.execute(notebook, executed, "laptop", parameters)
     made = nbformat.read(executed, as_version=4)
     write_whole(output, page(made))
@@ -143,21 +146,9 @@ def _tags(cell: NotebookNode) -> set[str]:
     return set(cell.metadata.get("tags", []))
 
 
-def check_place(place: Path) -> None:
-    """Find out before long work that a result can be written there; else a `ValueError`."""
-    if place.is_dir():
-        raise ValueError(f"output = {place}: it is a folder; name a file")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"output = {place}: {error.strerror}; name another file") from error
-
-
 def write_whole(place: Path, content: str) -> None:
     """Write a file that appears only when it is whole."""
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".writing-") as scratch:
-        written = Path(scratch) / place.name
+    with execute.beside(place, "writing") as scratch:
+        written = scratch / place.name
         written.write_text(content, encoding="utf-8")
         written.replace(place)

@@ -5,17 +5,20 @@ import hashlib
 import json
 import logging
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import nbformat
 import papermill
+import psutil
 import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
@@ -32,6 +35,8 @@ from ipykernel.kernelapp import launch_new_instance
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 launch_new_instance()
 """
+# What a reader sets for other Pythons: it would silence assertions, add output, or hide figures.
+FOREIGN = ("PYTHONSTARTUP", "PYTHONOPTIMIZE", "PYTHONWARNINGS", "PYTHONDEVMODE", "MPLBACKEND")
 SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # where sockets may live, if TMPDIR is too long
 
 
@@ -78,7 +83,7 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> dict[str, An
             has = ", ".join(known)
             raise ValueError(f"{notebook.stem}: unknown parameter {name!r}; it has {has}")
         fitting[name] = _fitted(f"{notebook.stem}: {name}", value, known[name])
-    schema = notebook.resolve().parent.parent / SCHEMA
+    schema = _book(notebook) / SCHEMA
     if schema.exists():
         rules = jsonschema.Draft202012Validator(json.loads(schema.read_text(encoding="utf-8")))
         for error in rules.iter_errors(fitting):
@@ -133,9 +138,14 @@ def describe_figures(notebook: nbformat.NotebookNode) -> None:
                 cell.metadata["mystnb"] = {"figure": figure, "image": {"alt": about["alt"]}}
 
 
+def _book(notebook: Path) -> Path:
+    """The folder of the book that a notebook is of."""
+    return Path(os.path.realpath(notebook)).parent.parent
+
+
 def of_preset(notebook: Path, preset: str) -> dict[str, Any]:
     """What a preset changes of a chapter: nothing where no preset names it."""
-    path = notebook.resolve().parent.parent / "presets" / f"{preset}.yaml"
+    path = _book(notebook) / "presets" / f"{preset}.yaml"
     if not path.is_file():
         return {}
     chapters = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -149,23 +159,17 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
     `PapermillExecutionError` for a cell that failed; `DeadKernelError` if the kernel was killed.
     """
     parameters = check_parameters(notebook, parameters)
-    presets = [path.stem for path in notebook.resolve().parent.parent.glob("presets/*.yaml")]
+    presets = [path.stem for path in _book(notebook).glob("presets/*.yaml")]
     if presets and preset not in presets:
         raise ValueError(f"PRESET = {preset}: must be one of {', '.join(sorted(presets))}")
     if preset != "laptop":  # laptop is what the notebooks say themselves
         parameters = {"preset": preset, **parameters}
-    if output.is_dir() or output.resolve() == notebook.resolve():
-        what = "a folder" if output.is_dir() else "the notebook itself"
-        raise ValueError(f"output = {output}: it is {what}; name another file")
-    with ExitStack() as stack:
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            beside = {"dir": output.parent, "prefix": ".running-"}
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(**beside)))
-        except OSError as error:
-            raise ValueError(f"output = {output}: {error.strerror}; name another file") from error
+    output = output.expanduser()
+    if os.path.realpath(output) == os.path.realpath(notebook):
+        raise ValueError(f"output = {output}: it is the notebook itself; name another file")
+    check_place(output)
+    with beside(output, "running") as scratch, _own_kernel() as kernel:
         finished = scratch / output.name
-        kernel = stack.enter_context(_own_kernel())
         papermill.execute_notebook(
             notebook, finished, parameters, kernel_name="python3", progress_bar=False, config=kernel
         )
@@ -178,6 +182,37 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
         finished.replace(output)
 
 
+def check_place(place: Path) -> None:
+    """Find out before long work that a result can be written there; else a `ValueError`."""
+    if place.exists() and not place.is_file():
+        what = "a folder" if place.is_dir() else "no plain file"
+        raise ValueError(f"output = {place}: it is {what}; name a file")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"output = {place}: {error.strerror}; name another file") from error
+
+
+@contextmanager
+def beside(output: Path, kind: str) -> Iterator[Path]:
+    """A hidden folder beside a result, for what becomes it; what a dead process left there goes."""
+    here = f".{kind}-{socket.gethostname()}"
+    for left in output.parent.glob(f".{kind}-*"):
+        host, _, process = left.name.rpartition("-")[0].rpartition("-")
+        if host == here and process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    prefix = f"{here}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=prefix) as scratch:
+        try:
+            yield Path(scratch)
+        except OSError as error:  # a full disk does not say where
+            if error.filename is None and error.errno is not None:
+                error.filename = str(output)
+            raise
+
+
 @contextmanager
 def _own_kernel() -> Iterator[Config]:
     """A kernel of this environment's Python that nothing of the reader's own settings reaches.
@@ -188,13 +223,16 @@ def _own_kernel() -> Iterator[Config]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "kernels" / "python3"
         folder.mkdir(parents=True)
-        argv = [sys.executable, "-c", KERNEL, "-f", "{connection_file}", "--log-level=CRITICAL"]
+        quiet = ["--log-level=CRITICAL", "--InteractiveShellApp.ignore_cwd=True"]
+        # -P and ignore_cwd: a reader's own random.py in this folder is not what a chapter imports.
+        argv = [sys.executable, "-P", "-c", KERNEL, "-f", "{connection_file}", *quiet]
         spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
         (folder / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
         before = dict(os.environ)
         os.environ |= dict.fromkeys(("JUPYTER_PATH", "IPYTHONDIR", "JUPYTER_CONFIG_DIR"), scratch)
         os.environ |= {"JUPYTER_RUNTIME_DIR": f"{scratch}/run", "PYTHONUTF8": "1"}
-        os.environ.pop("PYTHONSTARTUP", None)
+        for name in FOREIGN:
+            os.environ.pop(name, None)
         if not os.access(Path.home(), os.W_OK):
             os.environ.setdefault("MPLCONFIGDIR", scratch)
         try:
@@ -233,6 +271,8 @@ def report_failure(notebook: Path, work: Callable[[], None]) -> int:
     except Exception as error:
         if os.environ.get("HEADBOUND_DEBUG"):
             raise
+        if "Kernel died" in str(error):  # of RuntimeError: before it has answered once
+            return _told(f"{notebook.stem}: its kernel did not start; run `make install` again", 1)
         where = "not foreseen; HEADBOUND_DEBUG=1 shows where"
         return _told(f"{notebook.stem}: {type(error).__name__}: {error} ({where})", 1)
     return 0

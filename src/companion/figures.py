@@ -59,6 +59,7 @@ def use_style() -> None:
         "legend.fontsize": "small",
         "text.parse_math": False,  # a name may hold a dollar sign: it is shown as it is
     }
+    plt.rcdefaults()  # nothing of a reader's own matplotlibrc
     sns.set_theme(context="notebook", style="whitegrid", palette=COLORS, rc=settings)
 
 

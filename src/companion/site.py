@@ -114,7 +114,7 @@ def sphinx(builder: str) -> int:
     how = [] if builder == "html" else ["--builder", "custom", "--custom-builder", builder]
     command = [*BOOK, "build", "book", *files, "-n", "-W", "--keep-going", *how]
     log = Path("_build/sphinx.log")
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         command += ["--path-output", STAGING]
         built = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
     if built.returncode:

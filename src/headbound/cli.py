@@ -56,17 +56,17 @@ def measure(
     """
 
     def work() -> None:
-        from companion import diagnosis
+        from companion import diagnosis, execute
         from headbound.measure import many
 
         for place in filter(None, (data, csv)):
-            diagnosis.check_place(place)
-        jobs = many.jobs(model, [name for name in revisions.split(",") if name])
+            execute.check_place(place.expanduser())
+        jobs = many.jobs(model, revisions.replace(",", " ").split())
         frame = many.run(jobs, None if head_only else text, texts, length)
         if data:
-            diagnosis.write_whole(data, many.to_json(frame))
+            diagnosis.write_whole(data.expanduser(), many.to_json(frame))
         if csv:
-            diagnosis.write_whole(csv, frame.to_csv(index=False))
+            diagnosis.write_whole(csv.expanduser(), frame.to_csv(index=False))
 
     raise typer.Exit(done(work, "measure"))
 

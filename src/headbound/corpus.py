@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import distribution, distributions
 from pathlib import Path
 
@@ -33,11 +34,13 @@ PACKAGES = (
 CHUNK = 2000  # characters that a text cut out of a plain file has at least
 LONG = 10 * CHUNK  # a paragraph above this is cut at its lines, a line at its sentences or words
 # Where a text file is cut, coarse to fine, and what holds the pieces of one text together.
-CUTS = ((r"\n\s*\n", "\n\n"), (r"\n", "\n"), (r"(?<=[.!?])\s", " "), (r"\s", " "))
+# Chinese and Japanese have no spaces.
+CUTS = ((r"\n\s*\n", "\n\n"), (r"\n", "\n"), (r"(?<=[.!?])\s", " "), (r"(?<=[。！？])", ""))
+CUTS += ((r"\s", " "),)
 END_OF_TEXT = "<|endoftext|>"
 # What the end token of a tokenizer that does not say so is called, the likeliest first.
-ENDS = ("end.?of.?text", "</s>", "eos", "end.?of.?sentence", "eot", "im_end", "end_of_turn")
-ENDS += ("return", "sep")
+ENDS = ("end.?of.?text", "</s>", r"(?<![a-z])eos(?![a-z])", "end.?of.?sentence", "eot", "im_end")
+ENDS += ("end.?of.?turn", "eod", r"^\W*end\W*$", "return", r"(?<![a-z])sep(?![a-z])")
 BATCH = 4096  # texts encoded between two steps of the progress bar
 
 
@@ -75,10 +78,25 @@ def load(source: str = "docstrings") -> list[str]:
         raise ValueError(
             f"text = {source!r}: has NUL characters, as UTF-16 has; convert it to UTF-8"
         )
+    if _is_json(content):
+        raise ValueError(
+            f"text = {source!r}: it is JSON, whose syntax is no text; give the texts alone"
+        )
     texts = _chunks(content)
     if not texts:
         raise ValueError(f"text = {source!r}: the file is empty; give a file with text in it")
     return texts
+
+
+def _is_json(content: str) -> bool:
+    """Whether the first line is a JSON object, or the whole one or an array of them."""
+    start = content.lstrip()
+    parts = {"{": (start.partition("\n")[0], start), "[": (start,)}
+    for part in parts.get(start[:1], ()):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(part)
+            return isinstance(found, dict) or isinstance(next(iter(found), None), dict)
+    return False
 
 
 def split(texts: Sequence[str], held_out: float = 0.02) -> tuple[list[str], list[str]]:

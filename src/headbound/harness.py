@@ -27,11 +27,24 @@ _WORDS = re.compile(r"[A-Za-z]+(?:[-'][A-Za-z]+)*")
 _SENTENCE = re.compile(
     r"(?!.*([A-Z]{6}|\(\)|--| -|  |\b[ei]\.|\bcf\.|\betc\.))[A-Z](?:[\w ,;'\"()%-]|\.(?=\d))+\."
 )
-# How trainers name a checkpoint: step1000, global_step1000, checkpoint-500, iter_0001000.
-_STEP = re.compile(r"(?i)(?:(?<![a-z])|(?<=global))(?:step|checkpoint|ckpt|iter)s?[_-]?(\d+)")
+# How trainers name a checkpoint: step1000, global_step1000, checkpoint-500, iter_0001000, step=9.
+# What says more than a whole number (step1k, step1e5, step1_000, step1.5) is read as no step.
+_STEP = re.compile(
+    r"(?i)(?:(?<![a-z])|(?<=global))(?:step|checkpoint|ckpt|iter(?:ation)?)s?[_=-]?"
+    r"(\d++)(?![a-z]|[.,]\d|_\d{3}(?!\d))"
+)
 _STAGE = re.compile(r"(?i)(?<![a-z])stage[_-]?\d+")
 # Folders that say nothing of the model, as in mine/checkpoints/step1000.
-_NAMELESS = re.compile(r"(?i)(global|hf|checkpoints?|ckpts?|evals?|results|[\w]+-shot)?")
+_NAMELESS = re.compile(
+    r"(?i)(global|hf|checkpoints?|ckpts?|evals?|results|[\w]+-shot|epoch[=_-]?\d+)?"
+)
+# What is counted beside a step, and words for a file's form: they tell no curve from another.
+_COUNTED = re.compile(r"(?i)(?<![a-z])(?:stage|epoch|tokens?)[=_-]?[\d.]+[kmbt]?")
+_FORMAL = re.compile(
+    r"(?i)(global|main|hf|pt|ckpt|safetensors|unsharded|exports?|converted|model|[0-9a-f]{7,40})?"
+)
+# Arguments that make another model of the one that is named.
+_CHANGES = ("subfolder", "gguf_file", "peft", "delta", "load_in_4bit", "load_in_8bit", "autogptq")
 
 
 def _passages(texts: list[str]) -> list[dict[str, str]]:
@@ -191,11 +204,15 @@ def _run(model, tokenizer, task, metadata, batch_size, options):
 
 
 class _Origin(NamedTuple):
-    """What a result file is of: a model, as the parts of its path, a step, and training stages."""
+    """What a result file is of: a model, as the parts of its path, a step, and training stages.
+
+    `form` is what else is said of the checkpoint, such as a seed or an adapter.
+    """
 
     model: tuple[str, ...]
     step: int
     stages: tuple[str, ...]
+    form: str
 
 
 def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
@@ -215,7 +232,7 @@ def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
     values: dict[tuple, tuple[float, float, Path]] = {}
     kinds: dict[tuple, tuple[str, Path]] = {}
     for path in sorted(Path(folder).expanduser().rglob("*.json")):
-        content = _content(path)
+        content = {} if path.is_dir() else _content(path)
         for task, metrics in _dict(content, "results").items():
             asked = _dict(content, "n-shot").get(task, _dict(content, "config").get("num_fewshot"))
             if not isinstance(metrics, dict) or (shots is not None and asked != shots):
@@ -225,6 +242,7 @@ def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
             curve = " ".join(["/".join(origin.model), task])
             _only(kinds, (origin.model, task), kind, path, curve)
             _only(kinds, (origin.model,), " and ".join(origin.stages) or "no stage", path, curve)
+            _only(kinds, (origin.model, "form"), origin.form, path, curve)
             for metric, value, stderr in _measured(metrics):
                 row = (origin.model, origin.step, task, metric)
                 if row in values:
@@ -245,7 +263,7 @@ def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(
             f"{path}: broken JSON ({error}); fetch the file again or remove it"
@@ -261,7 +279,10 @@ def _dict(content: dict[str, Any], name: str) -> dict[str, Any]:
 def _kind(content: dict[str, Any], task: str, metrics: dict[str, Any], shots: Any) -> str:
     age = "0.4" if any("," in name for name in metrics) else "before 0.4"
     version = _dict(content, "versions").get(task)
-    return f"lm-eval {age}, task version {version}, {shots} shots"
+    limit = _dict(content, "config").get("limit")
+    asked = [f"limit {limit}"] if limit else []
+    asked += [name for name in ("chat_template", "system_instruction") if content.get(name)]
+    return ", ".join([f"lm-eval {age}", f"task version {version}", f"{shots} shots", *asked])
 
 
 def _only(kinds: dict, key: tuple, kind: str, path: Path, curve: str) -> None:
@@ -295,9 +316,13 @@ def _origin(content: dict[str, Any], path: Path) -> _Origin:
     arguments = config.get("model_args") or {}
     if isinstance(arguments, str):
         arguments = dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
-    source = str(arguments.get("pretrained") or config.get("model_name") or "")
+    if not isinstance(arguments, dict):
+        arguments = {}
+    source = str(arguments.get("pretrained") or config.get("model_name") or "").replace("\\", "/")
     revision = str(arguments.get("revision") or "")
-    steps = {int(n) for place in (revision, source, path.name) for n in _STEP.findall(place)}
+    changes = [f"{name} {arguments[name]}" for name in _CHANGES if _is_set(arguments.get(name))]
+    said = [revision, source, *changes]
+    steps = {int(n) for place in (*said, path.name) for n in _STEP.findall(place)}
     folders = path.parent.parts
     if not steps:
         steps = {int(n) for n in _STEP.findall("/".join(folders))[-1:]}
@@ -313,7 +338,19 @@ def _origin(content: dict[str, Any], path: Path) -> _Origin:
             f"{path}: no model in its name and model_args; put it in a folder of its name"
         )
     stages = tuple(sorted({s.lower() for s in _STAGE.findall(f"{revision} {source} {path}")}))
-    return _Origin(model, steps.pop(), stages)
+    behind = _STEP.split(source, 1)[2:]
+    return _Origin(model, steps.pop(), stages, _form([revision, *behind, *changes]))
+
+
+def _is_set(value: Any) -> bool:
+    return str(value).lower() not in ("none", "false", "")
+
+
+def _form(places: Sequence[str]) -> str:
+    """What is said of a checkpoint beside its model, step and stage."""
+    words = re.split(r"[\s/_.,=-]+", _COUNTED.sub("", _STEP.sub("", " ".join(places))))
+    told = " ".join(word for word in words if not _FORMAL.fullmatch(word))
+    return f"of {told}" if told else "of no other form"
 
 
 def _parts(path: Sequence[str]) -> tuple[str, ...]:

@@ -118,6 +118,8 @@ def head_weight(
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no LM head; use a causal language model")
+    if not hasattr(head, "weight"):
+        raise ValueError(f"{type(model).__name__} has several heads; use a model of one text")
     weight = head.weight.detach()
     return weight if tokenizer is None else weight[: _vocabulary(tokenizer)]
 
@@ -180,12 +182,13 @@ def readout(
     **Arguments:** `tokenizer`: rows above its highest id are cut; None keeps all. `input_ids`: of
     `hidden.sequences`; only the first of them are read.
 
-    **Raises:** `ValueError` for a model without a head, or with logits that no scale, bias and cap
-    explain.
+    **Raises:** `ValueError` for a model without a head, one that reads the tokens it predicts, or
+    logits that no scale, bias and cap explain.
     """
     length = READ // len(head_weight(model)) // 4
     texts = input_ids[:4, : max(9, length)]
     states, own = _head_in_and_out(model, texts)
+    _refuse_foresight(model, texts, own)
     weight = head_weight(model, tokenizer)
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:
@@ -215,6 +218,20 @@ def readout(
     deviation = _centred(kept)
     missed = _share(deviation - _centred(linear), deviation)
     return found._replace(missed=missed, gap=gap, padding=losses[2] - losses[1])
+
+
+def _refuse_foresight(model: nn.Module, texts: Tensor, own: Tensor) -> None:
+    """Refuse a model whose logits change with later tokens: its loss is no loss of prediction."""
+    half = texts.shape[1] // 2
+    changed = texts.clone()
+    changed[:, half:] = texts[:, :1]
+    _, other = _head_in_and_out(model, changed)
+    before, after = (logits.view(len(texts), -1, own.shape[1])[:, :half] for logits in (own, other))
+    if _share(after - before, before) > max(1e-4, 8 * torch.finfo(model.dtype).eps):
+        raise ValueError(
+            f"{type(model).__name__}: it reads the tokens that it is to predict; "
+            "use a causal language model"
+        )
 
 
 def _share(part: Tensor, whole: Tensor) -> float:
@@ -291,7 +308,9 @@ def _centred(logits: Tensor) -> Tensor:
 
 def depth(model: nn.Module) -> int:
     """How many blocks the model has; of a model with images or sound, its text part."""
-    return model.config.get_text_config(decoder=True).num_hidden_layers
+    config = model.config.get_text_config(decoder=True)
+    # Where a decoder's configuration counts an encoder too (Bart's), the other name is the encoder.
+    return getattr(config, "decoder_layers", None) or config.num_hidden_layers
 
 
 def _fingerprint(model: nn.Module) -> str:
@@ -368,6 +387,9 @@ def _dequantise(gguf: Path, target: Path) -> Path:
 
 def _locate(model: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """Where transformers finds the model, and what else to tell it."""
+    for name, value in {"model": model, "revision": revision or ""}.items():
+        if not isinstance(value, str):  # papermill's -p reads numbers, its -r does not
+            raise ValueError(f"{name} = {value!r}: must be text; with papermill give it by -r")
     path = Path(model).expanduser()
     if revision and (model in WHEELS or path.exists()):
         raise ValueError(

@@ -48,7 +48,11 @@ class Settings(NamedTuple):
 
     def made_by(self) -> dict[str, Any]:
         """What a result must say of itself to be valid."""
-        return {"version": headbound.__version__, **self._asdict()}
+        made = {"version": headbound.__version__, **self._asdict()}
+        path = Path(self.source).expanduser()
+        if self.whole and path.is_file():
+            made["text"] = cache.key(path.read_bytes())
+        return made
 
     def folder(self, model: str) -> Path:
         """Where the results of a model are."""

@@ -25,10 +25,10 @@ def audit(model: str, names: Sequence[str]) -> pd.DataFrame:
     - `suspicious`: some weight files are another's too, or over 1 % off that file's usual size;
     - `missing`: no such revision, or no weights in it.
     """
-    wanted = ["main", *names]
+    listed = {"main": _look(model, "main")}  # alone: a hub that is silent is waited for once
     with ThreadPoolExecutor(8) as pool:
-        looked = pool.map(partial(_look, model), wanted)
-    listed = dict(zip(wanted, looked, strict=True))
+        looked = pool.map(partial(_look, model), names)
+        listed |= dict(zip(names, looked, strict=True))
     weights = {name: _weights(name, found) for name, found in listed.items()}
     files = pd.concat([weights[name] for name in names])
     table = pd.DataFrame({"model": model, "revision": names, "status": "ok", "detail": ""})

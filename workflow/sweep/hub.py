@@ -8,6 +8,7 @@ import glob
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ HEADS = ("embed_out.weight", "lm_head.weight")
 TIED = ("embed_in.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 TRIES = 8
 WAIT = float(os.environ.get("HEADBOUND_WAIT", "1"))  # seconds; doubles up to a minute
+TOLD = 4  # seconds: a pause from which on the reader is told
 
 
 class DamagedError(OSError):
@@ -278,6 +280,7 @@ def _asked(model: str, revision: str, read: Callable[[], Answer]) -> Answer:
         stop=tenacity.stop_after_attempt(TRIES),
         wait=tenacity.wait_exponential(WAIT, max=60),
         retry=tenacity.retry_if_exception(_passing),
+        before_sleep=_tell,
         reraise=True,
     )
     what = f"model = {model!r}"
@@ -298,6 +301,13 @@ def _asked(model: str, revision: str, read: Callable[[], Answer]) -> Answer:
         why = " ".join(str(error).split()) or type(error).__name__
         fix = "run again later, what is done is kept"
         raise ConnectionError(f"{model} at {revision}: {why}; {fix}") from error
+
+
+def _tell(state: tenacity.RetryCallState) -> None:
+    if state.upcoming_sleep >= TOLD:
+        reason = " ".join(str(state.outcome.exception()).split())
+        pause = f"asked again in {state.upcoming_sleep:.0f} s, {state.attempt_number} of {TRIES}"
+        print(f"headbound: {reason}: {pause}", file=sys.stderr, flush=True)
 
 
 def _passing(error: BaseException) -> bool:

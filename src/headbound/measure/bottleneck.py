@@ -33,7 +33,7 @@ def sample(
 
     **Raises:** `ValueError` for texts too few or too short, or passages too long for the model.
     """
-    limit = getattr(model.config, "max_position_embeddings", None) or length
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
     if length > limit:
         raise ValueError(
             f"length = {length}: this model reads {limit} tokens at most; choose fewer"

@@ -26,12 +26,20 @@ Job = tuple[str, str]  # model and revision
 
 
 def jobs(names: Sequence[str], revisions: Sequence[str]) -> list[Job]:
-    """Every model, a Hub id at each of the revisions; what is given twice is measured once."""
+    """Every model, a Hub id at each of the revisions; what is given twice is measured once.
+
+    **Raises:** `ValueError` for revisions where no Hub id is given.
+    """
+    if revisions and all(_is_here(name) for name in names):
+        raise ValueError(f"revisions = {','.join(revisions)}: of Hub ids only, none is given")
     found = []
     for name in names:
-        here = name in models.WHEELS or Path(name).expanduser().exists()
-        found += [(name, each) for each in ([""] if here or not revisions else revisions)]
+        found += [(name, each) for each in (revisions if not _is_here(name) else []) or [""]]
     return list(dict.fromkeys(found))
+
+
+def _is_here(name: str) -> bool:
+    return name in models.WHEELS or Path(name).expanduser().exists()
 
 
 def run(work: Sequence[Job], source: str | None, texts: int, length: int) -> pd.DataFrame:
@@ -51,7 +59,8 @@ def run(work: Sequence[Job], source: str | None, texts: int, length: int) -> pd.
             else:
                 row = _whole(model, revision, held_out, texts, length)
         except (ValueError, OSError, MemoryError) as error:
-            lost.append(str(error))
+            named = model in str(error)
+            lost.append(str(error) if named else f"{model} {revision}".strip() + f": {error}")
             continue
         rows.append({"model": model, "revision": revision, **row})
         print(_line(rows[-1]), flush=True)
@@ -87,12 +96,11 @@ def head(weight: Float[Tensor, "vocab d"]) -> dict[str, Any]:
 def _head(model: str, revision: str) -> dict[str, Any]:
     from sweep import hub  # reads a head's own bytes
 
-    ((_, there),) = jobs([model], [revision or "main"])
-    if there:
-        found = hub.head(model, there)
-        weight = found.weight[: hub.tokenizer(found.listed).get_vocab_size()]
-    else:
+    if _is_here(model):
         weight = models.head_weight(*models.load(model))
+    else:
+        found = hub.head(model, revision or "main")
+        weight = found.weight[: hub.tokenizer(found.listed).get_vocab_size()]
     content = weight.detach().float().cpu().contiguous().numpy().tobytes()
     key = [xxhash.xxh3_128_hexdigest(content), list(weight.shape)]
     return _kept(key, lambda: head(weight))
@@ -107,9 +115,10 @@ def _whole(model: str, revision: str, held_out: Sequence[str], texts: int, lengt
         raise ValueError(f"length = {length}: {model} reads {limit} tokens at most; choose fewer")
 
     def work() -> dict[str, Any]:
+        found = checkpoint.measure(network, rows, tokenizer)
         watched = callback.measure(network, rows[:FEW].to(network.device))
         few = {name: watched[name] for name in ("logit_mean", "logit_norm", "gradient_kept")}
-        return {**checkpoint.measure(network, rows, tokenizer), **few, **head(weight)}
+        return {**found, **few, **head(weight)}
 
     key = [models.key(network, tokenizer), xxhash.xxh3_128_hexdigest(rows.numpy().tobytes())]
     return _kept(key, work)
@@ -131,4 +140,5 @@ def _line(row: dict[str, Any]) -> str:
     if "loss" in row:
         cosine = f"last-layer cosine {row['anisotropy_after_norm']:.3f}"
         told = f"loss {row['loss']:.4f} nats a token, {cosine}, {told}"
-    return f"{row['model']} {row['revision']}".strip() + f": {told}"
+    name = " ".join(f"{row['model']} {row['revision']}".split())
+    return f"{name}: {told}"

@@ -164,7 +164,7 @@ def load(folder: Path = TABLES) -> pd.DataFrame:
     """
     tables = []
     for path in sorted(folder.glob("*-s*.csv")):
-        record = json.loads(path.with_suffix(".json").read_text())
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         kept = {name: record[name] for name in ("finished", "core_hours")}
         tables.append(pd.read_csv(path).assign(**kept))
     if not tables:
@@ -286,7 +286,7 @@ def _describe(
     path: Path, arm: str, recipe: Recipe, text: tunnel.Text, step: int, seconds: float
 ) -> None:
     """Write beside a table where it comes from."""
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     today = datetime.date.today().isoformat()
     command = f"headbound tunnel {shlex.quote(arm)} {recipe.hidden_size} {recipe.seed}"
     record = {
@@ -303,7 +303,7 @@ def _describe(
         "recipe": asdict(recipe),
     }
     with cache.replacing(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _commit() -> str:
@@ -316,6 +316,6 @@ def _commit() -> str:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
     found = re.search(r"model name\s*:\s*(.+)", text)
     return found[1] if found else platform.processor()

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from headbound import hidden
+from headbound import hidden, models
 from headbound.measure import anisotropy, gradients, spectrum
 from headbound.measure.lowrank import Examples
 
@@ -89,6 +89,8 @@ def measure(model: nn.Module, input_ids: Int[Tensor, "texts length"]) -> dict[st
     texts, length = input_ids[:, 1:].shape
     of_text = torch.arange(texts).repeat_interleave(length)
     examples = Examples(after.cpu().numpy(), targets.cpu().numpy(), of_text.numpy())
+    readout = models.readout(model, None, input_ids)
+    kept = gradients.share_kept(examples, weight, logits=readout.logits)
     raw = spectrum.singular_values(weight)
     centred = spectrum.singular_values(weight - mean_row)
     return {
@@ -100,7 +102,7 @@ def measure(model: nn.Module, input_ids: Int[Tensor, "texts length"]) -> dict[st
         "cosine_after_norm": anisotropy.mean_cosine(after).value,
         "logit_mean": logits.mean().item(),
         "logit_norm": logits.square().sum(-1).mean().sqrt().item(),
-        "gradient_kept": gradients.share_kept(examples, weight).share().value,
+        "gradient_kept": kept.share().value,
     }
 
 

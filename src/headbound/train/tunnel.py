@@ -238,13 +238,13 @@ def _settle(recipe: Recipe, text: Text, folder: Path | str | None) -> Path:
     key = hashlib.sha256(record.encode()).hexdigest()[:16]
     root = Path(folder or cache.cache_dir() / "suites" / key)
     settings = root / f"{recipe.variant}.json"
-    if settings.exists() and settings.read_text() != record:
+    if settings.exists() and settings.read_text(encoding="utf-8") != record:
         raise ValueError(
             f"folder = {str(root)!r}: {settings.name} there has other arguments; "
             "choose another folder"
         )
     with cache.replacing(settings) as temporary:
-        temporary.write_text(record)
+        temporary.write_text(record, encoding="utf-8")
     return root
 
 
@@ -261,7 +261,7 @@ def _one(root: Path, recipe: Recipe, text: Text, build: Build, on: torch.device)
     name = {"variant": recipe.variant, "hidden_size": recipe.hidden_size, "seed": recipe.seed}
     rows = []
     for step, path in wanted.items():
-        numbers = json.loads((path / "measurements.json").read_text())
+        numbers = json.loads((path / "measurements.json").read_text(encoding="utf-8"))
         rows.append({**name, "step": step, **numbers, "path": str(path)})
     return rows
 
@@ -296,5 +296,5 @@ def _publish(path: Path, model: PreTrainedModel, text: Text, size: dict[str, int
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     model.save_pretrained(temporary, state_dict=weights)
     text.tokenizer.save_pretrained(temporary)
-    (temporary / "measurements.json").write_text(json.dumps(numbers))
+    (temporary / "measurements.json").write_text(json.dumps(numbers), encoding="utf-8")
     temporary.rename(path)

@@ -345,8 +345,8 @@ def test_an_explorable_answers_to_keys_touch_and_choices_with_the_network_cut(si
 
 @needs_chromium
 def test_an_explorable_without_its_script_fails_its_test(chromium, tmp_path):
-    page = "<div id='hb-x'><output data-part='value'>1</output><input type='range' max='9'></div>"
-    (tmp_path / "x.html").write_text(PAGE.format(page + "<p data-part='live'></p>"))
+    inside = "<output data-part='value'>1</output><input type='range' max='9'><p data-part='live'>1"
+    (tmp_path / "x.html").write_text(PAGE.format(f"<div id='hb-x'>{inside}</p></div>"))
     with pages.served(tmp_path) as address:
         found = pages.explored(chromium, address, "x.html", "hb-x")
     assert len({found.first, found.last, found.before_last}) == 1

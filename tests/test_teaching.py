@@ -38,7 +38,7 @@ NO_PROSE = re.compile(
 )
 SOLUTIONS = ("solutions", "project_solutions")  # pages that an instructor can leave out
 GRADES = ("Warm-up", "Standard", "Project")
-UNMOVED = {
+UNMOVED: set[str] = set()
     "01_wind_tunnel",
     "08_cause_or_company",
 }  # solutions in the chapter until it is rewritten

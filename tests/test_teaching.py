@@ -38,10 +38,6 @@ NO_PROSE = re.compile(
 )
 SOLUTIONS = ("solutions", "project_solutions")  # pages that an instructor can leave out
 GRADES = ("Warm-up", "Standard", "Project")
-UNMOVED: set[str] = set()
-    "01_wind_tunnel",
-    "08_cause_or_company",
-}  # solutions in the chapter until it is rewritten
 PAGES = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md"))]
 PAGES += sorted([*(ROOT / "book").glob("*.md.j2"), *(ROOT / "book").glob("lab/*.md")])
 PROSE = {path: path.read_text("utf-8") for path in PAGES}
@@ -88,10 +84,7 @@ def solved(text: str) -> dict[str, str]:
     return {label: body for _, kind, label, body in DIRECTIVE.findall(text) if kind == "solution"}
 
 
-MOVED = [path for path in NOTEBOOKS if path.stem not in UNMOVED]
-
-
-@pytest.mark.parametrize("path", MOVED, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_chapter_has_exercises_in_three_grades_each_with_its_time_and_a_hint(path):
     titles = [title for title, _ in exercises_of(path).values()]
     grades = [title.split(":")[0] for title in titles]
@@ -104,12 +97,12 @@ def test_a_chapter_has_exercises_in_three_grades_each_with_its_time_and_a_hint(p
 
 def test_solutions_are_on_pages_of_their_own_that_the_contents_can_leave_out():
     pages = {name: solved(PROSE[ROOT / "book" / f"{name}.md"]) for name in SOLUTIONS}
-    asked = {label: title for path in MOVED for label, (title, _) in exercises_of(path).items()}
+    asked = {label: title for path in NOTEBOOKS for label, (title, _) in exercises_of(path).items()}
     projects = [label for label, title in asked.items() if title.startswith("Project")]
     assert sorted(pages["project_solutions"]) == sorted(projects)
     assert sorted(pages["solutions"]) == sorted(set(asked) - set(projects))
     assert all(":class: dropdown" in body for page in pages.values() for body in page.values())
-    for path in MOVED:
+    for path in NOTEBOOKS:
         assert not solved(exercises_cell(path)), f"{path.name}: a solution stands in the chapter"
     contents = (ROOT / "_toc.yml").read_text("utf-8")
     everything = "\n".join([*PROSE.values(), *map(exercises_cell, NOTEBOOKS)])
@@ -138,7 +131,7 @@ def test_the_solutions_run_and_pass_their_checks(label):
 
 
 def test_every_check_that_is_asked_for_is_solved():
-    for path in MOVED:
+    for path in NOTEBOOKS:
         for label, (_, body) in exercises_of(path).items():
             asked = re.findall(r'exercises\.check\("(\w+)"', body)
             assert all(f'exercises.check("{name}"' in SOLVED[label] for name in asked), label
@@ -334,7 +327,7 @@ def test_a_question_that_lacks_a_reason_or_asks_nothing_is_found():
             jsonschema.validate({"01_a": [sound, sound, sound | fault]}, QUIZ_SCHEMA)
 
 
-@pytest.mark.parametrize("path", MOVED, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_each_chapter_leads_to_its_questions(path):
     assert f"<quiz-{path.stem}>`" in exercises_cell(path)
 

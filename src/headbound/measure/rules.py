@@ -167,6 +167,14 @@ def near(measured: ArrayLike, claim: ArrayLike, tolerance: float) -> Ruling:
     return Ruling(off <= tolerance, f"off by {off:.2g}; allowed: {tolerance:g}")
 
 
+def within(values: ArrayLike, low: float, high: float, slack: float = 0.05) -> Ruling:
+    """Numbers read off a figure lie in the text's range, give or take a share of its ends."""
+    least = float(np.min(values))
+    most = float(np.max(values))
+    agrees = low * (1 - slack) <= least and most <= high * (1 + slack)
+    return Ruling(agrees, f"{least:,.0f} to {most:,.0f}; {slack:.0%} allowed at either end")
+
+
 def halved(dimensions: ArrayLike, errors: ArrayLike) -> float:
     """The number of dimensions at which a falling W-error is 0.5; NaN if it ends above."""
     error = np.asarray(errors, float)

@@ -170,8 +170,8 @@ def verdict(
     if not lead.low > 0:
         return VERDICTS[2], "The model does not surely beat token frequencies."
     if gain.low > margin:
-        same = f"as for every margin below {gain.low:.2g}"
-        return VERDICTS[0], f"All of it lies above the margin of {margin:g}, {same}."
+        same = f"any margin below {gain.low:.2g} gives the same verdict"
+        return VERDICTS[0], f"All of it lies above the margin of {margin:g} nats; {same}."
     doubts = {
         f"the interval reaches above the margin of {margin:g}": not gain.high < margin,
         "a fault made on purpose was not surely seen": not control.low > margin,
@@ -180,8 +180,8 @@ def verdict(
     reasons = [reason for reason, holds in doubts.items() if holds]
     if reasons:
         return VERDICTS[2], f"It stays open: {', and '.join(reasons)}."
-    same = f"as for every margin from {max(gain.high, 0):.2g} to {control.low:.2g}"
-    return VERDICTS[1], f"All of it lies below the margin of {margin:g}, {same}."
+    same = f"any margin from {max(gain.high, 0):.2g} to {control.low:.2g} gives the same verdict"
+    return VERDICTS[1], f"All of it lies below the margin of {margin:g} nats; {same}."
 
 
 def target_rank(

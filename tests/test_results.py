@@ -119,6 +119,7 @@ def test_a_key_that_goes_or_comes_is_told(book):
     new = chapter(finding("b.new", GOOD), name="02_b")
     (come,) = results.changes("laptop", [book, new])
     assert str(come).startswith("b.new (02_b): signed absent, here reproduced")
+    assert come.reason == "a finding that nobody has signed yet"
     twice = results.faults("laptop", [book, chapter(book.findings[0], name="02_b")])
     assert "a.one: two findings have this key; rename one" in twice
 

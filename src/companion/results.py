@@ -159,7 +159,10 @@ def changes(preset: str, chapters: Sequence[Chapter]) -> list[Change]:
         if verdict not in before:
             name, reason = "no chapter", "a chapter that no longer has it"
             if chapter:
-                name, reason = chapter.name, _reason(chapter, signed["made"].get(chapter.name, {}))
+                name = chapter.name
+                reason = _reason(chapter, signed["made"].get(name, {}))
+                if key not in signed["verdicts"]:
+                    reason = "a finding that nobody has signed yet"
             found.append(Change(key, name, " or ".join(before), verdict, reason))
     return found
 

@@ -40,17 +40,19 @@ def loss_rises(rises: Mapping[str, LateRise], small: Collection[str]) -> Ruling:
     return _just_the_small(strengths, SEEN, small, "worst late rise over noise")
 
 
-def spectrum_saturates(entropies: Mapping[str, Curve], small: Collection[str]) -> Ruling:
+def spectrum_saturates(
+    entropies: Mapping[str, Curve], small: Collection[str], factor: float = TENFOLD
+) -> Ruling:
     """Section 4.2: the small models' singular entropy rises late by an order of magnitude.
 
-    From its least value past the first tenth of training to its end it must grow tenfold, and no
-    larger model's may.
+    From its least value past the first tenth of training to its end it must grow by the `factor`,
+    and no larger model's may. A head of few dimensions needs a lower factor: ln d is the most.
     """
-    factors = {}
+    grown = {}
     for name, (steps, values) in entropies.items():
         rise = late_rise(steps, values)
-        factors[name] = rise.final / rise.least
-    return _just_the_small(factors, TENFOLD, small, "end over least")
+        grown[name] = rise.final / rise.least
+    return _just_the_small(grown, factor, small, "end over least")
 
 
 def last_layers_part(cosines: Mapping[str, float], small: Collection[str]) -> Ruling:
@@ -150,7 +152,8 @@ def holds(measured: Estimate, claim: float) -> Ruling:
     inside = measured.low <= claim <= measured.high
     if inside and measured.low <= 0 <= measured.high:
         return Ruling(None, "the interval holds zero as well")
-    return Ruling(bool(inside), f"{'inside' if inside else 'outside'} the 95 % interval")
+    where = "below" if claim < measured.low else "above"
+    return Ruling(bool(inside), f"{'inside' if inside else where} the 95 % interval")
 
 
 def positive(measured: Estimate) -> Ruling:

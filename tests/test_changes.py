@@ -193,7 +193,9 @@ def test_outcomes_and_judgements_of_planted_effects():
         },
         "never run": {"one": {"loss": "more"}},
     }
-    judged = changes.judge(said, table, runs).set_index(["account", "sign"])["held"]
+    every = changes.judge(said, table, runs).set_index(["account", "sign"])
+    assert list(every.index[every["tells"]]) == [("one", "loss"), ("two", "loss")]
+    judged = every["held"]
     assert judged.to_dict() == {
         ("one", "loss"): True,
         ("one", "entropy"): True,

@@ -140,13 +140,19 @@ def test_thresholds_say_how_far_they_could_move():
     assert "the threshold 10 could lie anywhere from 1.31 to 15" in ruling.comment
 
 
-def test_five_grams_are_halved_by_one_or_two_thousand_dimensions():
-    """Figure 7: six curves; the paper's words round from 970 to 1,830."""
+RANGES = {0.5: (1000.0, 2000.0, 1000.0), 0.05: (10_000.0, 15_000.0, 5000.0)}
+
+
+@pytest.mark.parametrize("level", RANGES)
+def test_the_papers_ranges_of_dimensions_are_those_of_its_curves(level):
+    """Section 5.1 and Figure 7: halved, and negligible; twice the dimensions would not fit."""
     table = pythia.figures("7")
-    found = [rules.halved(rows["x"], rows["y"]) for _, rows in table.groupby(["series", "curve"])]
-    assert rules.within(found, 1000.0, 2000.0).agrees is True
-    assert rules.within(np.multiply(found, 2), 1000.0, 2000.0).agrees is False
-    assert math.isnan(rules.halved([1, 2], [0.9, 0.8]))
+    curves = [rows for _, rows in table.groupby(["series", "curve"])]
+    found = [rules.reached(rows["x"], rows["y"], level) for rows in curves]
+    assert len(found) == 6
+    assert rules.within(found, *RANGES[level]).agrees is True
+    assert rules.within(np.multiply(found, 2), *RANGES[level]).agrees is False
+    assert math.isnan(rules.reached([1, 2], [0.9, 0.8], level))
 
 
 def test_figure_1a_by_the_same_rule():

@@ -170,20 +170,20 @@ def near(measured: ArrayLike, claim: ArrayLike, tolerance: float) -> Ruling:
     return Ruling(off <= tolerance, f"off by {off:.2g}; allowed: {tolerance:g}")
 
 
-def within(values: ArrayLike, low: float, high: float, slack: float = 0.05) -> Ruling:
-    """Numbers read off a figure lie in the text's range, give or take a share of its ends."""
+def within(values: ArrayLike, low: float, high: float, unit: float) -> Ruling:
+    """Numbers read off a figure lie in the range that the text gives, rounded to a unit."""
     least = float(np.min(values))
     most = float(np.max(values))
-    agrees = low * (1 - slack) <= least and most <= high * (1 + slack)
-    return Ruling(agrees, f"{least:,.0f} to {most:,.0f}; {slack:.0%} allowed at either end")
+    agrees = low - unit / 2 <= least and most <= high + unit / 2
+    return Ruling(agrees, f"{least:,.0f} to {most:,.0f}; the text rounds to {unit:,.0f}")
 
 
-def halved(dimensions: ArrayLike, errors: ArrayLike) -> float:
-    """The number of dimensions at which a falling W-error is 0.5; NaN if it ends above."""
+def reached(dimensions: ArrayLike, errors: ArrayLike, level: float = 0.5) -> float:
+    """The number of dimensions at which a falling W-error is `level`; NaN if it ends above."""
     error = np.asarray(errors, float)
-    if error.min() > 0.5:
+    if error.min() > level:
         return float("nan")
-    return float(np.interp(-0.5, -error, np.asarray(dimensions, float)))
+    return float(np.interp(-level, -error, np.asarray(dimensions, float)))
 
 
 def _just_the_small(

@@ -208,8 +208,8 @@ def effects(signs: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
     arm this is the paired t test.
 
     **Returns:** a row an arm and quantity: value, low and high of a 95 % interval, n (the pairs),
-    p, and `adjusted`, p after Holm's correction for all tests of the table. One pair has no
-    interval: NaN.
+    the degrees of `freedom` of the noise, p, and `adjusted`, p after Holm's correction for all
+    tests of the table. One pair has no interval: NaN.
 
     **Source:** Fisher's randomised blocks; Holm 1979.
     """
@@ -239,6 +239,7 @@ def _effect(
     pairs = int(runs.loc[runs["arm"] == arm, "block"].isin(blocks).sum())
     term = f"C(arm, Treatment('baseline'))[T.{arm}]"
     row = {"arm": arm, "quantity": quantity, "value": fit.params[term], "n": pairs}
+    row["freedom"] = fit.df_resid
     if pairs < 2:
         return row | {"low": np.nan, "high": np.nan, "p": np.nan}
     low, high = fit.conf_int().loc[term]
@@ -279,8 +280,9 @@ def judge(
 
     **Arguments:** `predictions`: as in `book/archive/predictions.yaml`, arm, account, sign, word.
 
-    **Returns:** a row a prediction: arm, account, sign, predicted, found and `held`, which is None
-    where the prediction or the finding is open. Arms that were not run are left out. Fewer than
+    **Returns:** a row a prediction: arm, account, sign, predicted, found, `held`, which is None
+    where the prediction or the finding is open, and `tells`: whether of the accounts' predictions
+    of that arm and sign some held and some failed. Arms that were not run are left out. Fewer than
     three runs of an arm leave open whether a sign appears.
     """
     outcomes = {}
@@ -295,8 +297,11 @@ def judge(
                 if word in ("appears", "absent"):
                     found = _presence(runs[sign])
                 held = None if "open" in (word, found) else word == found
-                rows.append((arm, account, sign, word, found, held))
-    return pd.DataFrame(rows, columns=["arm", "account", "sign", "predicted", "found", "held"])
+                row = {"arm": arm, "account": account, "sign": sign, "predicted": word}
+                rows.append({**row, "found": found, "held": held})
+    table = pd.DataFrame(rows)
+    kinds = table.groupby(["arm", "sign"])["held"].transform("nunique")
+    return table.assign(tells=kinds.eq(2) & table["held"].notna())
 
 
 def _presence(found: "pd.Series[bool]") -> str:

@@ -94,11 +94,11 @@ def _whole(
     model: str, revision: str, held_out: Sequence[str], texts: int, length: int
 ) -> dict[str, Any]:
     network, tokenizer = models.load(model, revision or None)
+    weight = models.head_weight(network, tokenizer)
+    rows = hidden.sequences(tokenizer, held_out, texts, length)
     limit = getattr(network.config.get_text_config(), "max_position_embeddings", None) or length
     if length > limit:
         raise ValueError(f"length = {length}: {model} reads {limit} tokens at most; choose fewer")
-    weight = models.head_weight(network, tokenizer)
-    rows = hidden.sequences(tokenizer, held_out, texts, length)
 
     def work() -> dict[str, float]:
         found = checkpoint.measure(network, rows, tokenizer)

@@ -39,8 +39,10 @@ def median_times(network, rows):
         optimizer.zero_grad()
 
     def measure():
+        network.eval()  # as the callback does
         checkpoint.measure(network, rows)
         checkpoint.outputs(network, rows)
+        network.train()
 
     works = {"step": step, "measurement": measure}
     times = {name: [] for name in works}

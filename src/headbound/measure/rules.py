@@ -174,8 +174,11 @@ def within(values: ArrayLike, low: float, high: float, unit: float) -> Ruling:
     """Numbers read off a figure lie in the range that the text gives, rounded to a unit."""
     least = float(np.min(values))
     most = float(np.max(values))
-    agrees = low - unit / 2 <= least and most <= high + unit / 2
-    return Ruling(agrees, f"{least:,.0f} to {most:,.0f}; the text rounds to {unit:,.0f}")
+    slack = unit / 2
+    starts = least >= low - slack
+    ends = most <= high + slack
+    comment = f"{least:,.0f} to {most:,.0f}; the text rounds to {unit:,.0f}"
+    return Ruling(starts and ends, comment)
 
 
 def reached(dimensions: ArrayLike, errors: ArrayLike, level: float = 0.5) -> float:

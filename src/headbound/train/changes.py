@@ -235,8 +235,8 @@ def _effect(
     runs: pd.DataFrame, fit: RegressionResultsWrapper, arm: str, quantity: str
 ) -> dict[str, float | str]:
     """One row of `effects`."""
-    blocks = runs.loc[runs["arm"] == "baseline", "block"]
-    pairs = int(runs.loc[runs["arm"] == arm, "block"].isin(blocks).sum())
+    blocks = runs.groupby("arm")["block"].apply(set)
+    pairs = len(blocks[arm] & blocks["baseline"])
     term = f"C(arm, Treatment('baseline'))[T.{arm}]"
     row = {"arm": arm, "quantity": quantity, "value": fit.params[term], "n": pairs}
     row["freedom"] = fit.df_resid

@@ -32,7 +32,7 @@ class Look(TypedDict, total=False):
 
     - `by`: the column whose values are the curves, six of them at most.
     - `panels`: the column whose values are the panels, one above the other.
-    - `kind`: `line` (the usual) or `dot` (a point and its interval a row).
+    - `kind`: `line` (the usual), `dot` (a point and its interval a row), or `scatter` (points).
     - `log`: the axes that are logarithmic: `x`, `y` or `xy`.
     - `marks`: lines across the figure, label to value on the y axis (on the x axis for `dot`).
     - `upright`: the same on the x axis.
@@ -215,7 +215,7 @@ def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None, look: L
     kind = look.get("kind", "line")
     cited = _cited(frame)
     if not cited.all():
-        {"line": _lines, "dot": _dots}[kind](ax, frame[~cited], x, y, by)
+        {"line": _lines, "dot": _dots, "scatter": _points}[kind](ax, frame[~cited], x, y, by)
     if cited.any():
         _lines_cited(ax, frame[cited], x, y, by)
         ax.set(xlabel=x, ylabel=y)
@@ -293,6 +293,12 @@ def _dots(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None
         ax.hlines(places, part["low"], part["high"], color=color, lw=2)
 
 
+def _points(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
+    count = len(_parts(frame, by))
+    style = {"palette": COLORS[:count], "markers": MARKERS[:count]} if by else {}
+    sns.scatterplot(frame, x=x, y=y, hue=by, style=by, ax=ax, s=40, **style)
+
+
 def _parts(frame: pd.DataFrame, by: str | None) -> dict[Any, pd.DataFrame]:
     return dict(list(frame.groupby(by, sort=False))) if by else {None: frame}
 
@@ -334,7 +340,7 @@ def _alt(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:
     """The shape of what is drawn, in one sentence."""
     cited = _cited(frame)
     by = look.get("by")
-    shape = "point" if look.get("kind") == "dot" else "line"
+    shape = "line" if look.get("kind", "line") == "line" else "point"
     curves = (~cited).sum()
     if shape == "line" and curves:
         curves = len(_parts(frame[~cited], by))

@@ -80,6 +80,16 @@ def test_estimates_and_numbers_become_a_frame():
     assert figures.tidy({8: 1.0}, "rank", "loss").columns.tolist() == ["rank", "loss"]
 
 
+def test_numbers_by_curve_and_place_are_drawn_as_they_are(shown):
+    figures.plot({("ours", 0): 0.1, ("ours", 1): 0.5}, "fig-x", "layer", "cosine", by="of", at=1)
+    cut = SimpleNamespace(value=2.0, low=1.5, high=2.5, n=9)
+    figures.plot({"whole": cut}, "fig-y", "loss", "head", kind="dot", see="It costs two")
+    line, dot = shown
+    assert line[1]["caption"] == "Cosine against layer, a line for each of. At layer = 1: 0.5 ours."
+    assert dot[0].axes[0].get_xlabel() == "loss"
+    assert "bars are 95 % intervals" in dot[1]["caption"]
+
+
 def test_what_to_see_is_made_of_our_own_curves_where_it_is_not_said(shown):
     told = frame(model=["ours", "ours", "theirs"], cited=[False, False, True])
     figures.plot(told, "fig-x", "layer", "mean cosine", by="model", at=1.9)

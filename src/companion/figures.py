@@ -85,7 +85,7 @@ def tidy(values: Mapping[Any, Any], *names: str) -> pd.DataFrame:
 
 
 def plot(
-    frame: pd.DataFrame,
+    frame: pd.DataFrame | Mapping[Any, Any],
     name: str,
     x: str,
     y: str,
@@ -102,6 +102,7 @@ def plot(
 
     - `frame`: a row a point. The columns `low` and `high`, where they are, are the interval of `y`.
       Rows whose column `cited` is true are drawn in grey: they are another's, not computed here.
+      Or what `tidy` makes one of: numbers or estimates by panel, curve and place along x.
     - `name`: the label for cross-references, `fig-…`.
     - `x`, `y`: the columns that are drawn.
     - `see`: the one thing to see, as a sentence without its full stop; it may be computed.
@@ -110,6 +111,9 @@ def plot(
 
     **Raises:** `ValueError` for a column that is not there, more than six curves, or no row.
     """
+    if isinstance(frame, Mapping):
+        parts = [look[part] for part in ("panels", "by") if part in look]
+        frame = tidy(frame, *parts, *((y, x) if look.get("kind") == "dot" else (x, y)))
     fig = draw(frame, x, y, **look)
     see = see or _values(frame, x, y, look["by"], at)
     what = y

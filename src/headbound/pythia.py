@@ -23,8 +23,7 @@ DATA = Path(__file__).parents[2] / "book" / "data"
 
 
 def parameters(model: str, embeddings: bool = True) -> int:
-    """Parameters of a Pythia model, from its architecture of l layers, hidden size d and vocabulary
-    V.
+    """Parameters of a Pythia model of l layers, hidden size d and vocabulary V.
 
         l (12 d² + 13 d) + 2 d,  and 2 V d of embeddings
 
@@ -38,8 +37,7 @@ def parameters(model: str, embeddings: bool = True) -> int:
 
 
 def nominal(model: str) -> float:
-    """The number in a model's name: 70e6 for `pythia-70m` or `70M`. The axis of the paper's Figure
-    1b fits it.
+    """The number in a model's name: 70e6 for `pythia-70m` or `70M`. The axis of Figure 1b fits it.
 
     **Raises:** `ValueError` for a model whose name has no size of Pythia's.
     """
@@ -53,11 +51,9 @@ def figures(figure: str, **chosen: str) -> pd.DataFrame:
     **Arguments:** `figure`: 1a, 1b, 2, 3, 5, 6b, 7 or 8. `chosen`: keeps the rows that have this
     value in this column, as `curve="160M"`.
 
-    **Returns:** columns figure, series, curve, x_name, x, y_name, y, error (of reading, ±, in y's
-    unit) and how.
+    **Returns:** columns figure, series, curve, x_name, x, y_name, y, error (±, of reading) and how.
 
-    **Raises:** `ValueError` where nothing is left; `FileNotFoundError` outside a checkout of the
-    book.
+    **Raises:** `ValueError` where nothing is left; `FileNotFoundError` outside a checkout.
 
     **Source:** Godey et al. 2024; `book/data/README.md` says how each figure was read.
     """
@@ -78,8 +74,7 @@ def evaluations(**chosen: str | int) -> pd.DataFrame:
 
     **Raises:** `FileNotFoundError` outside a checkout of the book.
 
-    **Source:** EleutherAI/pythia, `evals/pythia-v1`, at the commit that `book/data/README.md`
-    names.
+    **Source:** `evals/pythia-v1` of EleutherAI/pythia; `book/data/README.md` names the commit.
     """
     return _read("pythia-evals.csv", **chosen)
 

@@ -131,6 +131,8 @@ def draw(frame: pd.DataFrame, x: str, y: str, **look: Unpack[Look]) -> Figure:
     frame = _labelled(frame, [x, y, by, panels])
     parts = list(frame.groupby(panels, sort=False)) if panels else [("", frame)]
     height = 4.2 if len(parts) == 1 else 2.8 * len(parts)
+    if look.get("kind") == "dot":
+        height = max(height, 0.35 * frame[y].nunique())
     fig, axes = plt.subplots(len(parts), sharex=True, figsize=(7.0, height), squeeze=False)
     for ax, (title, part) in zip(axes[:, 0], parts, strict=True):
         _fill(ax, part, x, y, by, look)

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from operator import methodcaller
 from pathlib import Path
@@ -99,10 +100,8 @@ def _packages(namespace: Mapping[str, Any]) -> dict[str, str]:
     names |= {"torch", "transformers", "numpy", "scipy"} & sys.modules.keys()
     versions = {}
     for name in sorted(names):
-        try:
+        with suppress(PackageNotFoundError):  # of the standard library, or named otherwise
             versions[name] = version(name)
-        except PackageNotFoundError:  # of the standard library, or named otherwise
-            continue
     return versions
 
 
@@ -140,7 +139,8 @@ def explore(page: Path, data: Mapping[str, Any]) -> None:
     told = json.dumps(data, default=methodcaller("tolist"))
     told = told.replace("<", "\\u003c")  # so that no text of the data ends the script
     templates = Environment(loader=FileSystemLoader(page.parent))
-    display(HTML(templates.get_template(page.name).render(data=told)))
+    template = templates.get_template(page.name)
+    display(HTML(template.render(data=told)))
 
 
 def findings(rows: Sequence[Finding]) -> None:

@@ -109,6 +109,16 @@ def test_dots_have_an_interval_each_whatever_the_groups(shown):
     assert sum(len(part.get_segments()) for part in intervals) == 6
 
 
+def test_scattered_points_are_not_joined(shown):
+    told = pd.concat([frame(model=name) for name in "ab"])
+    look = {"by": "model", "see": "Far apart", "kind": "scatter"}
+    figures.plot(told, "fig-x", "layer", "mean cosine", **look)
+    (fig, about) = shown[0]
+    assert len(fig.axes[0].collections[0].get_offsets()) == 6
+    assert not any(len(line.get_xdata()) for line in fig.axes[0].lines)
+    assert about["alt"].startswith("6 points of mean cosine against layer")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -31,7 +31,7 @@ LABEL = 40  # characters of a name in a figure; its table has the whole
 class Look(TypedDict, total=False):
     """How a figure looks, where it is not the usual.
 
-    - `kind`: `line` (the usual) or `dot` (a point and its interval a row).
+    - `kind`: `line` (the usual), `dot` (a point and its interval a row), or `scatter` (points).
     - `log`: the axes that are logarithmic: `x`, `y` or `xy`.
     - `marks`: lines across the figure, label to value on the y axis (on the x axis for `dot`).
     - `upright`: the same on the x axis.
@@ -211,7 +211,7 @@ def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None, look: L
     kind = look.get("kind", "line")
     cited = _cited(frame)
     if not cited.all():
-        {"line": _lines, "dot": _dots}[kind](ax, frame[~cited], x, y, by)
+        {"line": _lines, "dot": _dots, "scatter": _points}[kind](ax, frame[~cited], x, y, by)
     if cited.any():
         _lines_cited(ax, frame[cited], x, y, by)
         ax.set(xlabel=x, ylabel=y)
@@ -289,6 +289,12 @@ def _dots(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None
         ax.hlines(places, part["low"], part["high"], color=color, lw=2)
 
 
+def _points(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
+    count = len(_parts(frame, by))
+    style = {"palette": COLORS[:count], "markers": MARKERS[:count]} if by else {}
+    sns.scatterplot(frame, x=x, y=y, hue=by, style=by, ax=ax, s=40, **style)
+
+
 def _parts(frame: pd.DataFrame, by: str | None) -> dict[Any, pd.DataFrame]:
     return dict(list(frame.groupby(by, sort=False))) if by else {None: frame}
 
@@ -318,7 +324,7 @@ def _caption(frame: pd.DataFrame, x: str, y: str, by: str | None, kind: str) -> 
 def _alt(frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | None, kind: str) -> str:
     """The shape of what is drawn, in one sentence."""
     cited = _cited(frame)
-    shape = {"line": "line", "dot": "point"}[kind]
+    shape = "line" if kind == "line" else "point"
     curves = (~cited).sum()
     if kind == "line" and curves:
         curves = len(_parts(frame[~cited], by))

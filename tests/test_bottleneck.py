@@ -147,7 +147,7 @@ def test_the_working_rank_is_the_planted_one_whatever_the_weights_are_rounded_to
     train = train._replace(hidden_states=train.hidden_states @ turn.numpy())
     assert int(torch.linalg.matrix_rank(weight)) == (6 if dtype == torch.float32 else 16)
     whole = lowrank.low_rank(weight, 16, lowrank.covariance(train.hidden_states))
-    found = bottleneck.working_rank(whole, bottleneck.spread(train, 2000))
+    found = bottleneck.working_rank(whole, train.spread(2000))
     assert found.value == 6
     assert found.low <= 6 <= found.high
     assert found.n == 5
@@ -155,10 +155,10 @@ def test_the_working_rank_is_the_planted_one_whatever_the_weights_are_rounded_to
 
 def test_tokens_are_spread_over_all_texts():
     data, _, _ = planted(useful=4)
-    some = bottleneck.spread(data, 240)
+    some = data.spread(240)
     assert len(some.targets) == 240
     assert set(some.texts) == set(data.texts)
-    assert len(bottleneck.spread(data, 10**6).targets) == len(data.targets)
+    assert len(data.spread(10**6).targets) == len(data.targets)
 
 
 def test_passages_come_from_different_texts_and_begin_as_the_tokenizer_begins():

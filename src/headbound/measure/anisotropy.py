@@ -25,9 +25,8 @@ def mean_cosine(
 
         A = (‖Σ uᵢ‖² − N) / (N (N − 1))
 
-    **Arguments:** `hidden_states`: one block, or one a text. Texts are the units of the bootstrap:
-    a token never meets its own copy. One block, or a resample without a pair, has no interval
-    (NaN).
+    The states come in one block, or one a text. Texts are the units of the bootstrap: a token never
+    meets its own copy. One block, or a resample without a pair, has no interval (NaN).
 
     **Raises:** `ValueError` for NaN, Inf, a zero state, or fewer than two states.
 
@@ -119,7 +118,7 @@ def most_layers(layers: Sequence[Estimate], cut: float = 0.1) -> bool | None:
 
     All 20 models of the paper's figure 2 pass, up to a cut of 0.14.
     """
-    sides = [stats.above(layer, cut) for layer in layers]
+    sides = [layer.above(cut) for layer in layers]
     if 2 * sides.count(True) > len(sides):
         return True
     return False if 2 * sides.count(False) >= len(sides) else None
@@ -130,9 +129,9 @@ def fits_size(parameters: float, last: Estimate) -> bool | None:
 
     High is above 0.56, low is up to 0.20: in the paper's figure 2 none lies between. None there.
     """
-    if stats.above(last, 0.56):
+    if last.above(0.56):
         return parameters <= 160e6
-    return parameters > 160e6 if stats.above(last, 0.20) is False else None
+    return parameters > 160e6 if last.above(0.20) is False else None
 
 
 def _peak_one(block: Tensor, first: int) -> Tensor:

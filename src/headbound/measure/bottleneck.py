@@ -47,12 +47,6 @@ def sample(
     return [hidden.sequences(tokenizer, part, count, length + 1) for part, count in pairs]
 
 
-def spread(data: Examples, tokens: int) -> Examples:
-    """About so many tokens, evenly over all texts: a text's neighbours say much the same."""
-    places = np.linspace(0, len(data.targets) - 1, min(tokens, len(data.targets))).astype(int)
-    return Examples(*(part[places] for part in data))
-
-
 def working_rank(
     head: Head, data: Examples, groups: int = 5, tolerance: float = 1e-3
 ) -> stats.Estimate:
@@ -93,10 +87,9 @@ def lift(
 
     All heads read the same inputs: a one, the coordinates u = B h of `head` (of `lowrank.low_rank`)
     and as many fixed random features GELU(R u). All start as `head` cut to the lower rank and are
-    trained alike on `train`, one epoch, so that they differ in rank alone.
-
-    **Arguments:** `others`: the softmax is over the tokens that occur and this many more.
-    `training`: options of `lowrank.train`; the learning rate is 0.008 unless given.
+    trained alike on `train`, one epoch, so that they differ in rank alone. The softmax is over the
+    tokens that occur and so many `others`. `training` is options of `lowrank.train`; the learning
+    rate is 0.008 unless given.
 
     **Raises:** `ValueError` for ranks outside 1 to r and 2r, where r is the rank of `head`.
     """
@@ -161,9 +154,9 @@ def verdict(
 ) -> tuple[str, str]:
     """One of `VERDICTS` by the diagnosis's rule, and why, with how far the margin could move.
 
-    **Arguments:** `gain` of a higher rank over the head's own, in nats a token, from `lift`;
-    `control`, the same for the head cut on purpose; `lead` over token frequencies, from `ahead`;
-    `used`, the working rank over the width; `possible`: V tokens need V − 1 dimensions at most.
+    The `gain` of a higher rank over the head's own is in nats a token, from `lift`. `control` is
+    the same for the head cut on purpose, `lead` comes from `ahead`, and `used` is the working rank
+    over the width. V tokens need V − 1 dimensions at most: more is not `possible`.
     """
     if not possible:
         return VERDICTS[3], "The vocabulary needs no more dimensions than the head has."

@@ -22,7 +22,7 @@ NOISE = 1e-12  # a squared singular value below this share of their sum is round
 Logits = Callable[[Tensor], Tensor] | None
 
 
-class Squares(NamedTuple):
+class _Squares(NamedTuple):
     """‖g‖² of each token, and the square of what of g lies in the span of the head's columns."""
 
     gradient: Float64[np.ndarray, " tokens"]
@@ -44,14 +44,12 @@ class Squares(NamedTuple):
 @torch.inference_mode()
 def share_kept(
     data: Examples, weight: Float[Tensor, "vocab d"], block: int = 128, logits: Logits = None
-) -> Squares:
+) -> _Squares:
     """How much of each token's logit gradient passes through the head W, exactly, in float64.
 
-    It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's. Beside the arguments
-    nothing is larger than `block` × V.
-
-    **Arguments:** `weight`: W, best without its mean row, which the softmax ignores. `logits`: from
-    states to logits, such as `models.Readout.logits`; None is W alone.
+    It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's. W is best without its
+    mean row, which the softmax ignores. `logits` are made of states, by `models.Readout.logits` for
+    one; by W alone if None. Beside the arguments nothing is larger than `block` × V.
 
     **Raises:** `ValueError` for no token, sizes that do not fit, NaN or Inf.
 
@@ -68,7 +66,7 @@ def share_kept(
         both = [x.square().sum(1) for x in (g, projected)]
         squares.append(torch.stack(both).cpu())
     gradient, kept = torch.cat(squares, 1).numpy()
-    return Squares(gradient, kept, data.texts)
+    return _Squares(gradient, kept, data.texts)
 
 
 def _orthonormal(weight: Float[Tensor, "vocab d"]) -> Float64[Tensor, "d rank"]:

@@ -33,7 +33,7 @@ SLOTS = 1 << 16  # values of the hash that deals out contexts
 EPSILON = np.finfo(float).eps
 
 
-class SplitHalf(NamedTuple):
+class _SplitHalf(NamedTuple):
     """What two halves of a text agree on: the rank, and W-error without noise.
 
     It lies between `floor` (a half judged by itself) and `ceiling` (judged by the other half).
@@ -55,13 +55,9 @@ def count(
 ) -> Iterator[csr_array]:
     """Counts (contexts × vocabulary), one partition of the contexts after the other.
 
-    **Arguments:**
-
-    - `tokens`: the corpus, perhaps memory-mapped: it is read in blocks.
-    - `order`: tokens in an n-gram; a context has one less.
-    - `targets`: what follows each context, where that is not what does in `tokens`.
-    - `partitions`: how many; by default enough for `PARTITION` n-grams in each.
-    - `only`: the partitions wanted, by default all; jobs may count some each and add up.
+    An n-gram has `order` tokens, its context one less. `targets` say what follows each context
+    where that is not what does in `tokens`. By default all partitions are counted, enough of them
+    for `PARTITION` n-grams in each; jobs may count `only` some each and add up.
 
     **Raises:** `ValueError` for an order, ids, targets or partitions that don't fit.
     """
@@ -104,14 +100,10 @@ def gram(
 ) -> Float64[np.ndarray, "vocab vocab"]:
     """WᵀW of the rows √w · k / n: k a context's counts, n their sum.
 
+    The `weighting` is `contexts`, w = 1 (the paper's), or `tokens`, w = n (what the loss sees).
     With `unbiased`, Σ w (k kᵀ − diag k) / (n (n − 1)), over pairs of *different* occurrences. Its
-    mean is WᵀW of the true probabilities, which the plain one exceeds by sampling noise.
-
-    **Arguments:**
-
-    - `weighting`: `contexts`, w = 1 (the paper's), or `tokens`, w = n (what the loss sees).
-    - `unbiased`: contexts seen once are then left out.
-    - `counting`: `targets`, `partitions` and `only`, as of `count`.
+    mean is WᵀW of the true probabilities, which the plain one exceeds by sampling noise. Contexts
+    seen once are then left out. `counting` is as of `count`.
 
     **Raises:** `ValueError` for bad arguments, or a V × V matrix beyond the free memory.
     """
@@ -179,7 +171,7 @@ def errors(tokens: Tokens, order: int, vocab_size: int, leading: int = 0, **rows
     return spectrum.w_error(values, range(len(values) + 1))
 
 
-def split_half(pieces: Pieces, order: int, vocab_size: int) -> SplitHalf:
+def split_half(pieces: Pieces, order: int, vocab_size: int) -> _SplitHalf:
     """What two halves of a text agree on: every other piece, and the pieces between.
 
     The halves have `unbiased` matrices S and S', weighted by tokens, so that noise is alike in all
@@ -201,12 +193,12 @@ def split_half(pieces: Pieces, order: int, vocab_size: int) -> SplitHalf:
         halves.append(torch.from_numpy(found / found.trace()))
     both = (_judged(*halves) + _judged(*halves[::-1])) / 2
     floor, ceiling = both[1:].clamp(min=0).sqrt().numpy()
-    return SplitHalf(int(both[0].argmin()), floor, ceiling)
+    return _SplitHalf(int(both[0].argmin()), floor, ceiling)
 
 
 def study(
     pieces: Pieces, order: int, vocab_size: int, seed: int = 0
-) -> tuple[Curve, Curve, SplitHalf]:
+) -> tuple[Curve, Curve, _SplitHalf]:
     """A list of texts as counted, with what follows each context shuffled, and split in halves.
 
     The first two are W-errors, weighted by tokens. The shuffled matrix has true rank one.

@@ -51,9 +51,7 @@ def late_rise(steps: ArrayLike, values: ArrayLike) -> LateRise:
     """The late rise of a curve: the book's one definition, for losses, perplexities and entropies.
 
     The first tenth of the training is left out, by steps: a curve climbs to its first peak there.
-
-    **Arguments:** `steps`, `values`: the curve (steps,), in any order, each step once; less is
-    better.
+    The steps come in any order; less is better.
 
     **Raises:** `ValueError` for fewer than three checkpoints past the first tenth, a repeated step,
     a value that is not finite.
@@ -92,9 +90,8 @@ def late_change(*curves: tuple[ArrayLike, ArrayLike]) -> Estimate:
     """Mean value over the last third of training minus that over its middle third.
 
     Whole thirds are compared, since one last checkpoint is noisy. The interval is Welch's, over
-    checkpoints. Of two curves it gives the first one's change minus the second one's.
-
-    **Arguments:** `curves`: one or two pairs of tokens (or steps) and values.
+    checkpoints. A curve is a pair of tokens (or steps) and values. Of two curves it gives the first
+    one's change minus the second one's.
     """
     thirds = []
     for tokens, values in curves:
@@ -148,18 +145,12 @@ def detect(
     4. The p-value is the share of simulated null curves with a greater statistic. Each picks its
        own peak. The climb up to half of the gain is left out.
 
-    **Arguments:**
+    Zeros in `stderr` are raised to the least positive one; without it the scatter decides. The
+    least possible p-value is 1/(`resamples` + 1). `low` and `high` are a 95 % interval of the drop:
+    of the noise of the two checkpoints, not of their choice, which the p-value allows for.
 
-    - `steps`, `values`: the curve (steps,); three checkpoints at least, each step once.
-    - `stderr`: of each value (zeros are raised to the least positive one), or None: the scatter
-      decides.
-    - `resamples`, `seed`: of the simulation; the least possible p-value is 1/(`resamples` + 1).
-
-    **Returns:** a `Saturation`; `low`, `high` are a 95 % interval of the drop between these two
-    checkpoints. It includes their noise, not their choice, which the p-value allows for.
-
-    **Raises:** `ValueError` for a curve too short, a repeated step, a value or stderr that is not a
-    number.
+    **Raises:** `ValueError` for fewer than three checkpoints, a repeated step, a value or stderr
+    that is not a number.
 
     **Source:** Robertson, Wright & Dykstra 1988, chapter 2 (tests under order restrictions).
     """

@@ -298,7 +298,7 @@ def test_the_page_puts_the_summary_first_and_folds_the_rest():
 
 
 def test_the_bundled_references_hold_the_planted_cases_and_the_papers_models():
-    known = bottleneck.references()
+    known = bottleneck._references("", 0.0)
     cited = known["verdict"] == "cited"
     verdicts = known[~cited].drop_duplicates("reference").set_index("reference")["verdict"]
     assert set(verdicts.index) <= set(references.PARAMETERS)
@@ -311,10 +311,20 @@ def test_the_bundled_references_hold_the_planted_cases_and_the_papers_models():
 
 
 def test_a_model_is_not_its_own_company():
-    known = bottleneck.references()
+    known = bottleneck._references("", 0.0)
     row = known[(known["reference"] == references.SMOL) & (known["quantity"] == "perplexity")]
-    same = bottleneck.references(row["fingerprint"].iloc[0], row["value"].iloc[0])
+    same = bottleneck._references(row["fingerprint"].iloc[0], row["value"].iloc[0])
     assert references.SMOL in set(known["reference"])
     assert references.SMOL not in set(same["reference"])
-    other = bottleneck.references("another text", row["value"].iloc[0])
+    other = bottleneck._references("another text", row["value"].iloc[0])
     assert references.SMOL in set(other["reference"])
+
+
+def test_a_number_lies_between_its_neighbours(monkeypatch):
+    known = pd.DataFrame({"reference": ["a", "b"], "verdict": "", "quantity": "x", "value": [1, 3]})
+    monkeypatch.setattr(bottleneck, "_references", lambda *_: known)
+    mine = {"x": 2.0, "perplexity": stats.Estimate(5.0, 4.0, 6.0, 3)}
+    row = bottleneck.places(mine, "").set_index("quantity").loc["x"]
+    assert row["known models"] == "1 of 2"
+    assert row["neighbours"] == "above a (1), below b (3)"
+    assert row["the paper's neighbours"] == "none is known"

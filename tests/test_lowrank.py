@@ -98,7 +98,7 @@ def loss(head, world):
 @pytest.mark.parametrize("sampled", [None, 5])
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_one_pass_equals_one_rank_after_another(world, sampled, cap):
-    starts = [lowrank.random(world[0], rank)._replace(cap=cap) for rank in (1, 4, 8)]
+    starts = [lowrank.Head.random(world[0], rank)._replace(cap=cap) for rank in (1, 4, 8)]
     before = [start.A.clone() for start in starts]
     options = {"epochs": 2, "batch": 64, "sampled": sampled}
     together = lowrank.train(examples(world), starts, **options)
@@ -114,7 +114,7 @@ def test_one_pass_equals_one_rank_after_another(world, sampled, cap):
 def test_a_step_is_adams_step(world):
     """One step, by hand: each entry moves by its rate, against its gradient's sign."""
     data = lowrank.Examples(*(part[:64] for part in examples(world)))
-    start = lowrank.random(world[0], 4)
+    start = lowrank.Head.random(world[0], 4)
     A, B = (factor.clone().requires_grad_() for factor in start[:2])
     states = torch.from_numpy(data.hidden_states)
     cross_entropy(states @ B.T @ A.T, torch.from_numpy(data.targets)).backward()
@@ -126,7 +126,7 @@ def test_a_step_is_adams_step(world):
 
 def test_training_reaches_the_teacher_and_sampling_does_not_move_it(world):
     options = {"epochs": 12, "batch": 64, "learning_rate": 0.15}
-    start = lowrank.random(world[0], 8)
+    start = lowrank.Head.random(world[0], 8)
     whole, sampled = (
         loss(lowrank.train(examples(world), [start], sampled=count, **options)[0], world)
         for count in (None, 5)
@@ -139,7 +139,7 @@ def test_training_reaches_the_teacher_and_sampling_does_not_move_it(world):
 def test_memory_mapped_states_are_enough(world, tmp_path):
     np.save(tmp_path / "states.npy", world[1])
     mapped = np.load(tmp_path / "states.npy", mmap_mode="r")
-    start = lowrank.random(world[0], 2)
+    start = lowrank.Head.random(world[0], 2)
     one, other = (
         lowrank.train(examples(world)._replace(hidden_states=states), [start], 1)[0]
         for states in (world[1], mapped)
@@ -149,19 +149,19 @@ def test_memory_mapped_states_are_enough(world, tmp_path):
 
 def test_divergence_is_an_error_not_a_head(world):
     with pytest.raises(FloatingPointError, match=r"rank 4 diverged: .*; lower learning_rate"):
-        lowrank.train(examples(world), [lowrank.random(world[0], 4)], learning_rate=1e3)
+        lowrank.train(examples(world), [lowrank.Head.random(world[0], 4)], learning_rate=1e3)
     broken = examples(world)._replace(
         hidden_states=np.where(world[1] > 1, np.nan, world[1])  # float32
     )
     with pytest.raises(FloatingPointError, match=r"rank 8 diverged: .* nan at the end"):
-        lowrank.train(broken, [lowrank.random(world[0], 8)])
+        lowrank.train(broken, [lowrank.Head.random(world[0], 8)])
 
 
 @pytest.mark.parametrize(("tokens", "epochs"), [(100, 1), (2048, 0)])
 def test_too_little_to_train_on(world, tokens, epochs):
     data = lowrank.Examples(*(part[:tokens] for part in examples(world)))
     with pytest.raises(ValueError, match="need an epoch and a batch of 128"):
-        lowrank.train(data, [lowrank.random(world[0], 2)], epochs)
+        lowrank.train(data, [lowrank.Head.random(world[0], 2)], epochs)
 
 
 @pytest.mark.parametrize(

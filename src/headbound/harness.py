@@ -270,7 +270,8 @@ def _origin(content: dict[str, Any], path: Path) -> dict[str, Any]:
     given = {name: str(arguments.get(name)) for name in _DECIDING}
     given = {name: value for name, value in given.items() if value not in ("None", "False", "")}
     told = " ".join(f"{name} {value}" for name, value in given.items())
-    steps = sorted(set(map(int, _STEP.findall(told))))
+    named = _STEP.findall(told)
+    steps = sorted(set(map(int, named)))
     if len(steps) != 1:
         what = f"steps {steps}" if steps else "no step"
         raise ValueError(f"{path}: {what} in its model_args; it needs one, as step1000")

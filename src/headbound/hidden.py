@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from errno import ENOSPC
 from functools import partial
-from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,17 +19,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from headbound import models
-from headbound.cache import cache_dir, replacing, writing
+from headbound import cache, models
+from headbound.cache import replacing
 from headbound.progress import bar
 
+Ids = Int[Tensor, "texts length"]
 CHUNK = 1 << 14  # tokens whose states are kept at once: what a kill costs at most
 _VERIFIED: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 
 
 def sequences(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int
-) -> Int[Tensor, "texts length"]:
+) -> Ids:
     """The first `length` tokens of the first `count` texts that have as many: no padding.
 
     A token that the tokenizer puts before every text (Llama's, Gemma's) comes first and is counted.
@@ -81,7 +80,7 @@ def layer_names(model: nn.Module) -> list[str]:
 
 def stream(
     model: nn.Module,
-    input_ids: Int[Tensor, "texts length"],
+    input_ids: Ids,
     layers: Sequence[int] | None = None,
     batch_size: int = 16,
 ) -> Iterator[Float[Tensor, "layers batch length d"]]:
@@ -114,7 +113,7 @@ def stream(
 
 
 def with_logits(
-    model: nn.Module, input_ids: Int[Tensor, "texts length"], layers: Sequence[int]
+    model: nn.Module, input_ids: Ids, layers: Sequence[int]
 ) -> tuple[Float[Tensor, "layers texts length d"], Float[Tensor, "texts length vocab"]]:
     """The states of some layers, as of `stream`, and the logits, from one pass of one batch."""
     places = _places(model, layers)
@@ -122,40 +121,45 @@ def with_logits(
     return _caught(model, places, input_ids, stop=False)
 
 
-def store(
-    model: nn.Module, input_ids: Int[Tensor, "texts length"]
-) -> Float[np.ndarray, "texts length d"]:
-    """What the head reads, on disk and memory-mapped: a passage is computed once, whoever asks.
+def store(model: nn.Module, input_ids: Ids) -> Float[np.ndarray, "texts length d"]:
+    """What the head reads, kept on disk: a passage is computed once, whoever asks.
 
     A store belongs to a model (`models.key`) and a length. Its index names the passages by hash.
     States are written before the index, so that a killed process leaves no wrong passage, and the
     finished ones stay.
 
-    **Returns:** float32, read-only.
+    **Returns:** float32, read-only, memory-mapped if the passages were stored in this order.
 
     **Raises:** as `stream`; `OSError` before the work if the disk can't hold what is missing.
     """
     _check(model, input_ids, 1)
     length = input_ids.shape[1]
-    names = [
-        blake2b(row.cpu().long().numpy().tobytes(), digest_size=16).hexdigest() for row in input_ids
-    ]
+    names = [cache.key(row.cpu().long().numpy().tobytes()) for row in input_ids]
     rows = dict(zip(names, input_ids, strict=True))
-    folder = cache_dir() / "hidden" / f"{models.key(model)}-{length}"
-    with writing(folder):
+    folder = cache.cache_dir() / "hidden" / f"{models.key(model)}-{length}"
+    with cache.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
             width, known = _extend(folder, model, rows)
         shape = (len(known), length, width)
         every = np.memmap(folder / "states", np.float32, "r", shape=shape)
-        places = {name: place for place, name in enumerate(known)}
-        return _in_order(every, [places[name] for name in names], folder)
+    places = {name: place for place, name in enumerate(known)}
+    order = [places[name] for name in names]
+    end = order[0] + len(order)
+    if order == list(range(order[0], end)):
+        return every[order[0] : end]
+    found = np.asarray(every)[order]
+    found.flags.writeable = False
+    return found
 
 
 def _extend(folder: Path, model: nn.Module, rows: dict[str, Tensor]) -> tuple[int, list[str]]:
     """Compute what a store lacks of these passages; the states' width, and all that it then has."""
     index = folder / "index.json"
-    width, known = json.loads(index.read_text()) if index.exists() else (0, [])
+    width = 0
+    known: list[str] = []
+    if index.exists():
+        width, known = json.loads(index.read_text())
     stored = set(known)
     missing = [name for name in rows if name not in stored]
     length = len(next(iter(rows.values())))
@@ -181,18 +185,6 @@ def _reserve(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(ENOSPC, f"{needed:,} bytes are needed and {free:,} are free")
-
-
-def _in_order(every: np.ndarray, order: list[int], folder: Path) -> np.ndarray:
-    end = order[0] + len(order)
-    if order == list(range(order[0], end)):
-        return every[order[0] : end]
-    _reserve(folder, len(order) * every[0].nbytes)
-    with tempfile.TemporaryFile(dir=folder) as file:  # without a name: it goes with its map
-        for number in order:
-            file.write(every[number].tobytes())
-        file.flush()
-        return np.memmap(file, np.float32, "r", shape=(len(order), *every.shape[1:]))
 
 
 def _places(model: nn.Module, layers: Sequence[int] | None) -> list[int]:

@@ -11,13 +11,14 @@ from torch import Tensor
 from headbound import device, stats
 from headbound.stats import Estimate
 
+States = Float[Tensor, "tokens d"]
 ROWS = 1024  # states normalised at once: what bounds the extra memory
 LEAST = 1e-12  # norms from here on have squares that do not vanish in float32
 MOST = 1e12  # and up to here none that overflow
 
 
 def mean_cosine(
-    hidden_states: Float[Tensor, "tokens d"] | Iterable[Float[Tensor, "_ d"]],
+    hidden_states: States | Iterable[Float[Tensor, "_ d"]],
     resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
@@ -69,7 +70,7 @@ def by_layer(
     ]
 
 
-def sinks(hidden_states: Float[Tensor, "tokens d"], ratio: float = 10.0) -> Bool[Tensor, " tokens"]:
+def sinks(hidden_states: States, ratio: float = 10.0) -> Bool[Tensor, " tokens"]:
     """Which states are longer than `ratio` times the median: attention sinks, mostly first tokens.
 
     **Raises:** `ValueError` if `ratio` is not above one.
@@ -81,7 +82,7 @@ def sinks(hidden_states: Float[Tensor, "tokens d"], ratio: float = 10.0) -> Bool
     return (norms > ratio * norms.median()).to(hidden_states.device)
 
 
-def sum_of_units(hidden_states: Float[Tensor, "tokens d"]) -> Float[Tensor, " d"]:
+def sum_of_units(hidden_states: States) -> Float[Tensor, " d"]:
     """Σ hᵢ / ‖hᵢ‖, blocks in float32 (float64 if they come so) and their sum in float64.
 
     **Raises:** `ValueError` for NaN, Inf or a zero state.
@@ -99,9 +100,7 @@ def sum_of_units(hidden_states: Float[Tensor, "tokens d"]) -> Float[Tensor, " d"
     return total
 
 
-def cosines(
-    hidden_states: Float[Tensor, "tokens d"], count: int, seed: int = 0
-) -> Float[Tensor, " count"]:
+def cosines(hidden_states: States, count: int, seed: int = 0) -> Float[Tensor, " count"]:
     """Cosines of `count` random pairs i ≠ j. **Raises:** `ValueError` as `mean_cosine` does."""
     tokens = len(hidden_states)
     if tokens < 2:

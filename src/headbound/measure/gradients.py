@@ -19,6 +19,7 @@ from headbound.measure.spectrum import ROWS
 
 LARGE = 100_000  # symbols from which the repetition is said to be unlearnable
 NOISE = 1e-12  # a squared singular value below this share of their sum is rounding
+Weight = Float[Tensor, "vocab d"]
 Logits = Callable[[Tensor], Tensor] | None
 
 
@@ -42,9 +43,7 @@ class _Squares(NamedTuple):
 
 
 @torch.inference_mode()
-def share_kept(
-    data: Examples, weight: Float[Tensor, "vocab d"], block: int = 128, logits: Logits = None
-) -> _Squares:
+def share_kept(data: Examples, weight: Weight, block: int = 128, logits: Logits = None) -> _Squares:
     """How much of each token's logit gradient passes through the head W, exactly, in float64.
 
     It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's. W is best without its
@@ -69,7 +68,7 @@ def share_kept(
     return _Squares(gradient, kept, data.texts)
 
 
-def _orthonormal(weight: Float[Tensor, "vocab d"]) -> Float64[Tensor, "d rank"]:
+def _orthonormal(weight: Weight) -> Float64[Tensor, "d rank"]:
     """The matrix B for which the columns of W·B are an orthonormal basis of W's column space.
 
     From WᵀW = Q Λ Qᵀ follows B = Q Λ^(−½), but squaring W costs half of the digits. A second round
@@ -90,7 +89,7 @@ def _orthonormal(weight: Float[Tensor, "vocab d"]) -> Float64[Tensor, "d rank"]:
 
 @torch.inference_mode()
 def singular_values(
-    data: Examples, weight: Float[Tensor, "vocab d"], block: int = 768, logits: Logits = None
+    data: Examples, weight: Weight, block: int = 768, logits: Logits = None
 ) -> Float64[np.ndarray, " tokens"]:
     """Singular values of G (tokens × V), the largest first, from G Gᵀ: for a few thousand tokens.
 

@@ -17,6 +17,7 @@ from headbound.measure.rules import Ruling
 from headbound.models import Readout
 
 CLAIMED = 1000  # the rank below which heads lose noticeably, by the paper's section 5.1
+Losses = Float[np.ndarray, "heads tokens"]
 Texts = Int[np.ndarray, " tokens"]
 
 
@@ -29,6 +30,17 @@ class Head(NamedTuple):
     A: Tensor
     B: Tensor
     cap: float | None = None
+
+    @classmethod
+    def random(cls, weight: Float[Tensor, "vocab d"], rank: int, seed: int = 0) -> "Head":
+        """A head of `weight`'s shape: deviation 0.02 in A, 1/√d in B, so logits near zero."""
+        vocab, d = weight.shape
+        draw = torch.Generator().manual_seed(seed)
+        A = torch.randn(vocab, rank, generator=draw)
+        A *= 0.02
+        B = torch.randn(rank, d, generator=draw)
+        B /= math.sqrt(d)
+        return cls(A.to(weight), B.to(weight))
 
     def cut(self, rank: int) -> "Head":
         """The first `rank` directions: for a head of `low_rank`, the best head of that rank."""
@@ -87,9 +99,7 @@ def examples(
 
 
 @torch.inference_mode()
-def token_losses(
-    data: Examples, heads: Sequence[Head], block: int = 128
-) -> Float[np.ndarray, "heads tokens"]:
+def token_losses(data: Examples, heads: Sequence[Head], block: int = 128) -> Losses:
     """Nats a token of each head over its whole vocabulary, `block` tokens at a time."""
     for head in heads:
         data.check(len(head.A), head.B.shape[1])
@@ -155,17 +165,6 @@ def low_rank(
     kept = ascending.flip(1)[:, :rank]
     A = precise @ (root @ kept)
     B = kept.T @ inverse
-    return Head(A.to(weight), B.to(weight))
-
-
-def random(weight: Float[Tensor, "vocab d"], rank: int, seed: int = 0) -> Head:
-    """A random head of `weight`'s shape: deviation 0.02 in A, 1/√d in B, so logits near zero."""
-    vocab, d = weight.shape
-    draw = torch.Generator().manual_seed(seed)
-    A = torch.randn(vocab, rank, generator=draw)
-    A *= 0.02
-    B = torch.randn(rank, d, generator=draw)
-    B /= math.sqrt(d)
     return Head(A.to(weight), B.to(weight))
 
 
@@ -290,7 +289,7 @@ class ByRank(NamedTuple):
     """The losses of heads of ascending ranks on the same tokens, in nats; the last one is full."""
 
     ranks: Sequence[int]
-    losses: Float[np.ndarray, "ranks tokens"]
+    losses: Losses
     texts: Texts
 
     def above_full(self) -> pd.DataFrame:
@@ -300,10 +299,11 @@ class ByRank(NamedTuple):
         `high`.
         """
         rows = []
+        d = self.ranks[-1]
+        full = self.losses[-1]
         for rank, row in zip(self.ranks, self.losses, strict=True):
-            above = stats.mean(row - self.losses[-1], self.texts)
-            share = rank / self.ranks[-1]
-            rows.append((rank, share, *above[:3]))
+            above = stats.mean(row - full, self.texts)
+            rows.append((rank, rank / d, *above[:3]))
         names = ["rank r", "share r/d", "loss above the full head (nats)", "low", "high"]
         return pd.DataFrame(rows, columns=names)
 

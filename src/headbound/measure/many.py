@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,6 +18,7 @@ SCHEMA = json.loads(files("headbound").joinpath("measurements.json").read_text("
 FORMAT = SCHEMA["properties"]["format"]["const"]
 COLUMNS = list(SCHEMA["properties"]["rows"]["items"]["properties"])
 FEW = 8  # passages for what needs all logits at once
+Row = dict[str, Any]
 HeadOnHub = Callable[[str, str], Float[Tensor, "vocab d"]]
 
 
@@ -85,19 +85,17 @@ def to_json(frame: pd.DataFrame) -> str:
     return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
 
 
-def _head(model: str, revision: str, head_on_hub: HeadOnHub) -> dict[str, Any]:
+def _head(model: str, revision: str, head_on_hub: HeadOnHub) -> Row:
     if _is_here(model):
         weight = models.head_weight(*models.load(model))
     else:
         weight = head_on_hub(model, revision or "main")
     content = weight.detach().float().cpu().contiguous().numpy().tobytes()
-    key = [xxhash.xxh3_128_hexdigest(content), list(weight.shape)]
+    key = [content, list(weight.shape)]
     return _kept(key, weight, lambda: checkpoint.head(weight.to(device.pick())))
 
 
-def _whole(
-    model: str, revision: str, held_out: Sequence[str], texts: int, length: int
-) -> dict[str, Any]:
+def _whole(model: str, revision: str, held_out: Sequence[str], texts: int, length: int) -> Row:
     network, tokenizer = models.load(model, revision or None)
     weight = models.head_weight(network, tokenizer)
     rows = hidden.sequences(tokenizer, held_out, texts, length)
@@ -105,19 +103,16 @@ def _whole(
     if length > limit:
         raise ValueError(f"length = {length}: {model} reads {limit} tokens at most; choose fewer")
 
-    def work() -> dict[str, float]:
+    def work() -> Row:
         found = checkpoint.measure(network, rows, tokenizer)
         few = rows[:FEW].to(network.device)
         return found | checkpoint.outputs(network, few)
 
-    passages = xxhash.xxh3_128_hexdigest(rows.numpy().tobytes())
-    key = [models.key(network, tokenizer), passages]
+    key = [models.key(network, tokenizer), rows.numpy().tobytes()]
     return _kept(key, weight, work)
 
 
-def _kept(
-    key: Sequence[object], weight: Tensor, work: Callable[[], dict[str, float]]
-) -> dict[str, Any]:
+def _kept(key: Sequence[object], weight: Tensor, work: Callable[[], Row]) -> Row:
     """A checkpoint's numbers, worked out once; its head's size beside them."""
     name = cache.key(headbound.__version__, *key, libraries=["torch", "transformers"])
     vocabulary, d = weight.shape
@@ -126,7 +121,7 @@ def _kept(
     )
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: Row) -> str:
     told = f"head entropy {row['singular_entropy']:.4f} nats"
     if "loss" in row:
         cosine = f"last-layer cosine {row['anisotropy_after_norm']:.3f}"

@@ -20,8 +20,9 @@ from scipy.special import expit, logit
 from statsmodels.api import OLS, add_constant
 from torch.nn.functional import pad
 
-from headbound import device, stats
+from headbound import device
 from headbound.measure import spectrum
+from headbound.stats import Estimate
 
 Tokens = Integer[np.ndarray, " tokens"]
 Pieces = Sequence[Integer[np.ndarray, " _"]]
@@ -217,9 +218,7 @@ def needed_rank(errors: Curve, level: float) -> int | None:
     return int(below[0]) if len(below) else None
 
 
-def carried(
-    vocab_sizes: Sequence[int], ranks: Sequence[float | int], vocab_size: int
-) -> stats.Estimate:
+def carried(vocab_sizes: Sequence[int], ranks: Sequence[float | int], vocab_size: int) -> Estimate:
     """The needed rank d at another vocabulary size, with the interval of a prediction.
 
     logit(d / V) = a + b ln V, by least squares
@@ -233,11 +232,11 @@ def carried(
     found = prediction.summary_frame(alpha=0.05).iloc[0]
     names = ("mean", "obs_ci_lower", "obs_ci_upper")
     value, low, high = (vocab_size * float(expit(found[name])) for name in names)
-    return stats.Estimate(value, low, high, len(sizes))
+    return Estimate(value, low, high, len(sizes))
 
 
 def meets(
-    found: stats.Estimate, low: float, high: float, factor: float = 3.0, reach: float = 1.0
+    found: Estimate, low: float, high: float, factor: float = 3.0, reach: float = 1.0
 ) -> bool | None:
     """Whether an interval meets a range; None if it spans `factor` or more, which is no test.
 

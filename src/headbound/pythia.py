@@ -43,10 +43,11 @@ def nominal(model: str) -> float:
 def figures(figure: str, **chosen: str) -> pd.DataFrame:
     """The curves of the paper's figure 1a, 1b, 2, 3, 5, 6b, 7 or 8, read off the picture.
 
-    `chosen` keeps the rows that have this value in this column, as `curve="160M"`. `error` is that
-    of reading, ±, in y's unit.
+    `chosen` keeps the rows that have this value in this column, as `curve="160M"`.
 
-    **Raises:** `ValueError` where nothing is left; `FileNotFoundError` outside the book's checkout.
+    **Returns:** columns figure, series, curve, x_name, x, y_name, y, error (±, of reading) and how.
+
+    **Raises:** `ValueError` where nothing is left; `FileNotFoundError` outside a checkout.
 
     **Source:** Godey et al. 2024; `book/data/README.md` says how each figure was read.
     """
@@ -59,9 +60,10 @@ def figures(figure: str, **chosen: str) -> pd.DataFrame:
 def evaluations(**chosen: str | int) -> pd.DataFrame:
     """EleutherAI's published evaluations of Pythia's checkpoints; `chosen` as of `figures`.
 
-    `batch` is the tokens of a step, `tokens` those seen in training.
+    **Returns:** columns model, batch (tokens a step), step, tokens (seen in training), shots, task,
+    metric (acc, acc_norm, ppl), value and stderr.
 
-    **Source:** EleutherAI/pythia, `evals/pythia-v1`; `book/data/README.md` names the commit.
+    **Source:** `evals/pythia-v1` of EleutherAI/pythia; `book/data/README.md` names the commit.
     """
     return _read("pythia-evals.csv", **chosen)
 

@@ -168,6 +168,14 @@ def load(folder: Path = TABLES) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def origins(folder: Path = TABLES) -> pd.DataFrame:
+    """Where each archived run comes from: command, commit, machine, last day, steps, core-hours."""
+    paths = sorted(folder.glob("*-s*.json"))
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    names = ["command", "steps_done", "core_hours", "last", "commit", "machine"]
+    return pd.DataFrame(records, columns=names)
+
+
 def first_text(folder: Path = TABLES) -> tunnel.Text:
     """The archived runs' text as far as the first steps of seed 0 read it; the rest is zeros.
 

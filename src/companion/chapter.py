@@ -1,6 +1,5 @@
 """What every chapter says of itself: its findings beside the paper's, its answer, its origin."""
 
-import ast
 import hashlib
 import html
 import json
@@ -12,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from operator import methodcaller
 from pathlib import Path
@@ -21,20 +21,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from IPython.display import HTML, Markdown, display
+from jinja2 import Environment, FileSystemLoader
 from pandas.io.formats.style import Styler
 
 from companion import figures
-from companion.figures import draw, plot, show
+from companion.figures import draw, plot, show, tidy
 from companion.words import VERDICTS, Estimate, markdown, number, visible
 
 __all__ = ["VERDICTS", "Finding", "Run", "answer", "begin", "draw", "end", "findings"]
-__all__ += ["explore", "markdown", "number", "plot", "say", "show", "table"]
+__all__ += ["explore", "markdown", "number", "plot", "say", "show", "table", "tidy"]
 
 
 class Run(NamedTuple):
-    """One execution of a notebook: parameters, versions of packages, start (seconds)."""
+    """One execution of a notebook: preset, seed, versions of packages, start (seconds)."""
 
-    parameters: dict[str, Any]
+    preset: str
+    seed: int
     packages: dict[str, str]
     started: float
 
@@ -71,20 +73,16 @@ class Finding(NamedTuple):
 def begin(namespace: Mapping[str, Any]) -> Run:
     """Start a chapter: seed every generator and set the style of figures.
 
-    The parameters are the names that the cells before this one set to plain values.
-    A name that a start-up file of the reader's has set is no parameter.
-
     **Arguments:** `namespace`: the notebook's `globals()`, right after its parameters cell and its
     imports. It must hold `seed` and `preset`.
 
     **Raises:** `ValueError` if `seed` or `preset` is missing or of the wrong type.
     """
-    parameters = _parameters(namespace)
     for name, kind in {"seed": int, "preset": str}.items():
-        if not isinstance(parameters.get(name), kind):
-            told = f"{name} = {parameters.get(name)!r}"
+        if not isinstance(namespace.get(name), kind):
+            told = f"{name} = {namespace.get(name)!r}"
             raise ValueError(f"{told}: the parameters cell must set it to a {kind.__name__}")
-    seed = parameters["seed"]
+    seed = namespace["seed"]
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed = {seed}: must be between 0 and {2**32 - 1}")
     random.seed(seed)
@@ -92,32 +90,7 @@ def begin(namespace: Mapping[str, Any]) -> Run:
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
     figures.use_style()
-    return Run(parameters, _packages(namespace), time.time())
-
-
-def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    plain = (bool, int, float, str, list, dict, type(None))
-    found = {}
-    for name in _assigned(namespace.get("In", [])):
-        if name.startswith("_") or name not in namespace:
-            continue
-        if isinstance(namespace[name], plain):
-            found[name] = namespace[name]
-    return found
-
-
-def _assigned(cells: Sequence[str]) -> list[str]:
-    """The names that cells set at their outermost level, in order."""
-    names = []
-    for cell in cells:
-        try:
-            statements = ast.parse(cell).body
-        except SyntaxError:  # a cell that did not run either
-            continue
-        for statement in statements:
-            targets = statement.targets if isinstance(statement, ast.Assign) else []
-            names += [target.id for target in targets if isinstance(target, ast.Name)]
-    return names
+    return Run(namespace["preset"], seed, _packages(namespace), time.time())
 
 
 def _packages(namespace: Mapping[str, Any]) -> dict[str, str]:
@@ -127,10 +100,8 @@ def _packages(namespace: Mapping[str, Any]) -> dict[str, str]:
     names |= {"torch", "transformers", "numpy", "scipy"} & sys.modules.keys()
     versions = {}
     for name in sorted(names):
-        try:
+        with suppress(PackageNotFoundError):  # of the standard library, or named otherwise
             versions[name] = version(name)
-        except PackageNotFoundError:  # of the standard library, or named otherwise
-            continue
     return versions
 
 
@@ -144,38 +115,53 @@ def answer(words: str) -> None:
     display(Markdown(words), metadata={"companion": {"answer": words}})
 
 
-def table(frame: pd.DataFrame, caption: str, digits: int = 4) -> None:
-    """Show a frame as a captioned table without its index, floats to `digits` significant digits.
+def table(rows: Any, caption: str, columns: Sequence[str] = (), digits: int = 4) -> None:
+    """Show a captioned table, floats to `digits` significant digits, estimates as `number` does.
 
     The text of a cell is shown as it is, whatever it holds.
+
+    **Arguments:** `rows`: a frame, or rows whose `columns` are given.
     """
 
     def words(cell: Any) -> str:
+        if isinstance(cell, Estimate):
+            return number(cell)
+        if isinstance(cell, bool | np.bool_):
+            return "yes" if cell else "no"
         if not isinstance(cell, float):
             return visible(cell)
         if abs(cell) >= 10**digits:
             return f"{cell:,.0f}"  # no power of ten
         return f"{cell:.{digits}g}"
 
+    frame = pd.DataFrame(rows, columns=columns or None)
     display(_styled(frame, caption).format(words, escape="html"))
 
 
 def explore(page: Path, data: Mapping[str, Any]) -> None:
     """Show a page of plain JavaScript over computed data, arrays of numpy among them.
 
-    `__DATA__` in it becomes the data, `__SHARED__` the file `shared.html` beside it.
+    The page is a jinja2 template, which may extend another one of its folder; `data` is its data.
     """
     told = json.dumps(data, default=methodcaller("tolist"))
     told = told.replace("<", "\\u003c")  # so that no text of the data ends the script
-    shared = page.with_name("shared.html").read_text("utf-8")
-    whole = page.read_text("utf-8")
-    whole = whole.replace("__SHARED__", shared)
-    whole = whole.replace("__DATA__", told)
-    display(HTML(whole))
+    templates = Environment(loader=FileSystemLoader(page.parent))
+    template = templates.get_template(page.name)
+    display(HTML(template.render(data=told)))
 
 
-def findings(rows: Sequence[Finding]) -> None:
-    """Show a chapter's numbers beside the paper's; the pages that collect them have them too."""
+def findings(rows: Sequence[Any], of: str = "", one_of_many: bool = False) -> None:
+    """Show a chapter's numbers beside the paper's; the pages that collect them have them too.
+
+    **Arguments:** `rows`: findings, or their values in order. The keys of the latter begin with
+    `of`, and they are all `one_of_many` or not.
+    """
+    whole = []
+    for row in rows:
+        if not isinstance(row, Finding):
+            row = Finding(f"{of}.{row[0]}", *row[1:])._replace(one_of_many=one_of_many)
+        whole.append(row)
+    rows = whole
     shown = {
         "quantity": [row.quantity for row in rows],
         "the paper (cited)": [row.paper for row in rows],
@@ -195,8 +181,8 @@ def end(run: Run, samples: Mapping[str, int | str]) -> None:
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     rows = {
-        "preset": run.parameters["preset"],
-        "seed": run.parameters["seed"],
+        "preset": run.preset,
+        "seed": run.seed,
         "Python": platform.python_version(),
         **run.packages,
         "device": _device(),

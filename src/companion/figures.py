@@ -13,11 +13,11 @@ import seaborn as sns
 from cycler import cycler
 from IPython.display import display
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from seaborn.utils import relative_luminance
 
-from companion.words import visible
+from companion.words import Estimate, visible
 
 # Each has a contrast of 4.5 : 1 or more on white, and all differ for the colour-blind.
 COLORS = ["#0b4f99", "#b34700", "#00705a", "#8f2d7a", "#5c5c00", "#333333"]
@@ -31,13 +31,17 @@ LABEL = 40  # characters of a name in a figure; its table has the whole
 class Look(TypedDict, total=False):
     """How a figure looks, where it is not the usual.
 
-    - `kind`: `line` (the usual) or `dot` (a point and its interval a row).
+    - `by`: the column whose values are the curves, six of them at most.
+    - `panels`: the column whose values are the panels, one above the other.
+    - `kind`: `line` (the usual), `dot` (a point and its interval a row), or `scatter` (points).
     - `log`: the axes that are logarithmic: `x`, `y` or `xy`.
     - `marks`: lines across the figure, label to value on the y axis (on the x axis for `dot`).
     - `upright`: the same on the x axis.
     - `limits`: of the y axis.
     """
 
+    by: str | None
+    panels: str | None
     kind: str
     log: str
     marks: Mapping[str, float]
@@ -63,15 +67,32 @@ def use_style() -> None:
     sns.set_theme(context="notebook", style="whitegrid", palette=COLORS, rc=settings)
 
 
+def tidy(values: Mapping[Any, Any], *names: str) -> pd.DataFrame:
+    """A frame that `plot` draws: a row for each number, estimate or not.
+
+    The parts of its key stand under the first names, the number under the last one. Where some are
+    estimates, the columns `low` and `high` are their intervals.
+    """
+    rows = []
+    intervals = []
+    for key, value in values.items():
+        number = value.value if isinstance(value, Estimate) else value
+        rows.append((*(key if isinstance(key, tuple) else (key,)), number))
+        intervals.append((getattr(value, "low", number), getattr(value, "high", number)))
+    frame = pd.DataFrame(rows, columns=[*names])
+    if any(isinstance(value, Estimate) for value in values.values()):
+        frame[["low", "high"]] = intervals
+    return frame
+
+
 def plot(
-    frame: pd.DataFrame,
+    frame: pd.DataFrame | Mapping[Any, Any],
     name: str,
     x: str,
     y: str,
     *,
-    by: str | None = None,
-    panels: str | None = None,
-    see: str,
+    see: str = "",
+    at: float | None = None,
     **look: Unpack[Look],
 ) -> None:
     """Draw a frame of estimates, and show it with a caption and an alt text made from its names.
@@ -82,45 +103,44 @@ def plot(
 
     - `frame`: a row a point. The columns `low` and `high`, where they are, are the interval of `y`.
       Rows whose column `cited` is true are drawn in grey: they are another's, not computed here.
+      Or what `tidy` makes one of: numbers or estimates by panel, curve and place along x.
     - `name`: the label for cross-references, `fig-…`.
     - `x`, `y`: the columns that are drawn.
-    - `by`: the column whose values are the curves, six of them at most.
-    - `panels`: the column whose values are the panels, one above the other.
     - `see`: the one thing to see, as a sentence without its full stop; it may be computed.
+    - `at`: without `see`, a place along x. The curves' values there are then what to see.
     - `look`: see `Look`.
 
     **Raises:** `ValueError` for a column that is not there, more than six curves, or no row.
     """
-    fig = draw(frame, x, y, by=by, panels=panels, **look)
+    if isinstance(frame, Mapping):
+        parts = [look[part] for part in ("panels", "by") if part in look]
+        frame = tidy(frame, *parts, *((y, x) if look.get("kind") == "dot" else (x, y)))
+    fig = draw(frame, x, y, **look)
+    see = see or _values(frame, x, y, look["by"], at)
     what = y
-    if panels and y == "value":
-        what = ", ".join(map(str, frame[panels].unique()))
-    kind = look.get("kind", "line")
-    caption = _caption(frame, x, what, by, kind)
-    alt = _alt(frame, x, what, by, panels, kind)
+    if "panels" in look and y == "value":
+        what = ", ".join(map(str, frame[look["panels"]].unique()))
+    caption = _caption(frame, x, what, look)
+    alt = _alt(frame, x, what, look)
     show(fig, name, f"{caption} {see}.", f"{alt} {see}.")
 
 
-def draw(
-    frame: pd.DataFrame,
-    x: str,
-    y: str,
-    *,
-    by: str | None = None,
-    panels: str | None = None,
-    **look: Unpack[Look],
-) -> Figure:
+def draw(frame: pd.DataFrame, x: str, y: str, **look: Unpack[Look]) -> Figure:
     """The figure that `plot` shows, for a chapter that adds something before it calls `show`."""
-    _check(frame, x, y, by, panels)
-    frame = _labelled(frame, [x, y, by, panels])
+    by = look.get("by")
+    panels = look.get("panels")
+    columns = [column for column in (x, y, by, panels) if column]
+    _check(frame, columns, by)
+    frame = _labelled(frame, columns)
     parts = list(frame.groupby(panels, sort=False)) if panels else [("", frame)]
     height = 4.2 if len(parts) == 1 else 2.8 * len(parts)
+    if look.get("kind") == "dot":
+        height = max(height, 0.35 * frame[y].nunique())
     fig, axes = plt.subplots(len(parts), sharex=True, figsize=(7.0, height), squeeze=False)
     for ax, (title, part) in zip(axes[:, 0], parts, strict=True):
-        _fill(ax, part, x, y, by, look)
+        _fill(ax, part, x, y, look)
         ax.set_title(str(title))
-        if ax is not axes[-1, 0]:
-            ax.set_xlabel("")
+        ax.label_outer()
     _legend(fig)
     return fig
 
@@ -157,20 +177,12 @@ def show(fig: Figure, name: str, caption: str, alt: str) -> None:
 def contrast(fig: Figure) -> float:
     """The weakest contrast on white of a figure's lines, as WCAG defines it: 1 to 21."""
     lines = [line for ax in fig.axes for line in ax.lines]
-    ratios = [1.05 / (_luminance(line.get_color()) + 0.05) for line in lines]
+    ratios = [1.05 / (relative_luminance(line.get_color()) + 0.05) for line in lines]
     return min(ratios, default=21.0)
 
 
-def _luminance(colour: Any) -> float:
-    parts = np.array(to_rgb(colour))
-    dark = parts / 12.92
-    light = ((parts + 0.055) / 1.055) ** 2.4
-    linear = np.where(parts <= 0.04045, dark, light)
-    return float(linear @ [0.2126, 0.7152, 0.0722])
-
-
-def _check(frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | None) -> None:
-    missing = [column for column in (x, y, by, panels) if column and column not in frame]
+def _check(frame: pd.DataFrame, columns: Sequence[str], by: str | None) -> None:
+    missing = [column for column in columns if column not in frame]
     if missing:
         raise ValueError(f"columns {missing}: not in the frame, which has {', '.join(frame)}")
     if frame.empty:
@@ -180,10 +192,10 @@ def _check(frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | No
         raise ValueError(f"{curves} curves by {by!r}: show {MOST_CURVES} at most, or use panels")
 
 
-def _labelled(frame: pd.DataFrame, columns: Sequence[str | None]) -> pd.DataFrame:
+def _labelled(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """The frame with names that fit into a figure, whatever they hold; equal names stay apart."""
     frame = frame.copy()
-    for column in {column for column in columns if column}:
+    for column in set(columns):
         labels: dict[str, str] = {}
         for name in dict.fromkeys(frame[column]):
             if not isinstance(name, str):
@@ -207,11 +219,12 @@ def _cited(frame: pd.DataFrame) -> "pd.Series[bool]":
     return pd.Series(data=False, index=frame.index)
 
 
-def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None, look: Look) -> None:
+def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, look: Look) -> None:
+    by = look.get("by")
     kind = look.get("kind", "line")
     cited = _cited(frame)
     if not cited.all():
-        {"line": _lines, "dot": _dots}[kind](ax, frame[~cited], x, y, by)
+        {"line": _lines, "dot": _dots, "scatter": _points}[kind](ax, frame[~cited], x, y, by)
     if cited.any():
         _lines_cited(ax, frame[cited], x, y, by)
         ax.set(xlabel=x, ylabel=y)
@@ -289,6 +302,12 @@ def _dots(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None
         ax.hlines(places, part["low"], part["high"], color=color, lw=2)
 
 
+def _points(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
+    count = len(_parts(frame, by))
+    style = {"palette": COLORS[:count], "markers": MARKERS[:count]} if by else {}
+    sns.scatterplot(frame, x=x, y=y, hue=by, style=by, ax=ax, s=40, **style)
+
+
 def _parts(frame: pd.DataFrame, by: str | None) -> dict[Any, pd.DataFrame]:
     return dict(list(frame.groupby(by, sort=False))) if by else {None: frame}
 
@@ -302,31 +321,43 @@ def power(value: float, _place: int = 0) -> str:
     return f"10{digits}"
 
 
-def _caption(frame: pd.DataFrame, x: str, y: str, by: str | None, kind: str) -> str:
+def _values(frame: pd.DataFrame, x: str, y: str, by: str, at: float | None) -> str:
+    """What our own curves are at the drawn place that is nearest to `at`."""
+    own = frame[~_cited(frame)].reset_index(drop=True)
+    told = []
+    for curve, part in own.groupby(by, sort=False):
+        nearest = part.loc[(part[x] - at).abs().idxmin()]
+        told.append(f"{nearest[y]:.2g} {curve}")
+    return f"At {x} = {nearest[x]:,.4g}: {', '.join(told)}"
+
+
+def _caption(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:
     """What is drawn, in one sentence."""
+    line = look.get("kind", "line") == "line"
     caption = f"{y[:1].upper()}{y[1:]} against {x}"
-    if by:
-        caption += f", a line for each {by}" if kind == "line" else f", by {by}"
+    if look.get("by"):
+        caption += f", {'a line for each' if line else 'by'} {look['by']}"
     notes = []
     if {"low", "high"} <= set(frame):
-        notes.append(f"{'bands' if kind == 'line' else 'bars'} are 95 % intervals")
+        notes.append(f"{'bands' if line else 'bars'} are 95 % intervals")
     if _cited(frame).any():
         notes.append("grey is cited, not computed here")
     return f"{caption} ({'; '.join(notes)})." if notes else f"{caption}."
 
 
-def _alt(frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | None, kind: str) -> str:
+def _alt(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:
     """The shape of what is drawn, in one sentence."""
+    by = look.get("by")
     cited = _cited(frame)
-    shape = {"line": "line", "dot": "point"}[kind]
+    shape = "line" if look.get("kind", "line") == "line" else "point"
     curves = (~cited).sum()
-    if kind == "line" and curves:
+    if shape == "line" and curves:
         curves = len(_parts(frame[~cited], by))
     grey = len(_parts(frame[cited], by)) if cited.any() else 0
     shown = curves or grey
     alt = f"{shown} {shape}{'' if shown == 1 else 's'} of {y} against {x}"
-    if panels:
-        alt += f" in {frame[panels].nunique()} panels"
+    if look.get("panels"):
+        alt += f" in {frame[look['panels']].nunique()} panels"
     if grey:
         alt += f", beside {grey} cited in grey" if curves else ", cited, in grey"
     return f"{alt}."

@@ -36,7 +36,7 @@ def diagnose(
         diagnosis.report(DIAGNOSIS, output, asked, data)
         print(f"The report is ready: open {output}")
 
-    raise typer.Exit(done(work, DIAGNOSIS.stem))
+    done(work, DIAGNOSIS.stem)
 
 
 @app.command()
@@ -62,13 +62,21 @@ def measure(
         for place in filter(None, (data, csv)):
             execute.check_place(place.expanduser())
         asked = revisions.replace(",", " ").split()
-        frame = many.run(model, asked, None if head_only else text, texts, length)
+        frame = many.run(model, asked, None if head_only else text, texts, length, _head_on_hub)
         if data:
             diagnosis.write_whole(data.expanduser(), many.to_json(frame))
         if csv:
             diagnosis.write_whole(csv.expanduser(), frame.to_csv(index=False))
 
-    raise typer.Exit(done(work, "measure"))
+    done(work, "measure")
+
+
+def _head_on_hub(model: str, revision: str):
+    """A Hub id's head without rows that no token has; its own bytes alone are fetched."""
+    from sweep import hub
+
+    found = hub.head(model, revision)
+    return found.weight[: hub.tokenizer(found.listed).get_vocab_size()]
 
 
 @app.command()
@@ -89,7 +97,7 @@ def suite(
         options = {name: chosen[name] for name in names}
         tunnel.train(chosen["hidden_sizes"], chosen["steps"], source=chosen["text"], **options)
 
-    raise typer.Exit(done(work))
+    done(work)
 
 
 @app.command()
@@ -109,7 +117,7 @@ def tunnel(
             raise ValueError(f"arm = {arm}: must be one of {'; '.join(changes.ARMS)}")
         archive.run(arm, width, seed, folder, cache_dir() / "tunnel")
 
-    raise typer.Exit(done(work, "tunnel"))
+    done(work, "tunnel")
 
 
 @app.command()
@@ -141,7 +149,7 @@ def sweep(
         if task == "measure":
             measure.measure(model, revision, settings, rows, keep)
 
-    raise typer.Exit(done(work))
+    done(work)
 
 
 @app.command()
@@ -163,7 +171,7 @@ def plan(
         with hub.impatient():
             print(plan.words(*read(file), rates))
 
-    raise typer.Exit(done(work))
+    done(work)
 
 
 if __name__ == "__main__":

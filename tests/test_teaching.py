@@ -119,6 +119,7 @@ SOLVED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", [label for label in SOLVED if CODE.search(SOLVED[label])])
 @pytest.mark.usefixtures("one_thread")
 def test_the_solutions_run_and_pass_their_checks(label):

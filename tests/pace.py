@@ -46,7 +46,7 @@ def pace(path: Path) -> Pace:
             continue
         if first is None and any(verb in text for verb in RESULTS):
             first = (number, code, prose)
-        if not {"hide-input", "parameters"} & set(tags):
+        if not {"hide-input", "hide-cell", "parameters"} & set(tags):
             code += code_lines(text)
             longest = max(longest, code_lines(text))
     return Pace(prose, code, prose / code, *first, longest)

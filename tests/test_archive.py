@@ -123,6 +123,15 @@ def test_an_archived_table_is_whole(path):
     assert table["loss"].iloc[0] == pytest.approx(math.log(1024 / (1 - recipe.unused)), abs=0.05)
 
 
+def test_every_archived_run_says_where_it_comes_from():
+    origins = archive.origins()
+    assert len(origins) == len(RUNS)
+    assert origins["command"].is_unique
+    assert origins["command"].str.fullmatch(r"headbound tunnel ('[^']+'|\w+) \d+ \d").all()
+    assert origins["commit"].str.fullmatch("[0-9a-f]{40}").all()
+    assert (origins["core_hours"] > 0.02).all()
+
+
 SLICE = 16  # steps that are trained again
 TOLERANCE = 1e-3  # of each column's largest number; rounding differs between processors
 ONE_OF_A_KIND = {path.stem[: -len("-s0")]: path for path in RUNS if path.stem.endswith("-s0")}

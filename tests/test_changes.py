@@ -163,8 +163,12 @@ def test_a_share_has_clopper_and_pearsons_interval():
 
 
 def effect(arm, quantity, value, half, adjusted):
-    bounds = {"low": value - half, "high": value + half}
+    bounds = {"low": value - half, "high": value + half, "n": 3}
     return {"arm": arm, "quantity": quantity, "value": value, "adjusted": adjusted, **bounds}
+
+
+def with_outcomes(table):
+    return table.assign(outcome=[changes.outcome(row) for _, row in table.iterrows()])
 
 
 def test_outcomes_and_judgements_of_planted_effects():
@@ -177,13 +181,19 @@ def test_outcomes_and_judgements_of_planted_effects():
             effect("a", "loss", 0.01, 0.02, 0.9),
         ]
     )
-    words = [changes.outcome(row) for _, row in table.iterrows()]
-    assert words == ["same", "open", "more", "less", "same"]
+    table = with_outcomes(table)
+    assert list(table["outcome"]) == ["same", "open", "more", "less", "same"]
+    estimate, ruling = changes.told(table, "a", "entropy_late", ("more",))
+    assert estimate == (0.5, 0.4, 0.6, 3)
+    assert ruling.agrees
+    assert changes.told(table, "a", "entropy_centred_late", ("more",))[1].agrees is False
+    assert changes.told(table, "a", "cosine_after_norm", ("more",))[1].agrees is None
+    assert changes.told(table, "never run", "loss", ("more",))[0] is None
     assert changes.parted(table) == (["a"], 1)
     worse = table.assign(value=table["value"].where(table["quantity"] != "loss", 0.3))
     worse["adjusted"] = worse["adjusted"].where(worse["quantity"] != "loss", 0.001)
-    assert changes.parted(worse) == ([], 1)
-    flat = table.assign(adjusted=0.9)
+    assert changes.parted(with_outcomes(worse)) == ([], 1)
+    flat = with_outcomes(table.assign(adjusted=0.9))
     assert changes.parted(flat) == ([], 0)
     runs = pd.DataFrame({"arm": ["a"] * 3, "loss": [False] * 3, "entropy": [True, False, True]})
     said = {
@@ -210,5 +220,5 @@ def test_outcomes_and_judgements_of_planted_effects():
 
 def test_one_pair_settles_nothing():
     alone = changes.effects(planted(20.0).query("seed == 0"), ["loss"])
-    row = alone.assign(quantity="loss_late").iloc[0]
-    assert changes.outcome(row) == "open"
+    assert set(alone["outcome"]) == {"open"}
+    assert changes.told(alone, "a", "loss", ("more",))[0] is None

@@ -123,6 +123,22 @@ def test_a_table_rounds_floats_and_has_its_caption(shown):
     assert "1.2345" not in html
 
 
+def test_a_table_of_rows_shows_estimates_and_answers_in_words(shown):
+    rows = [("this head", Estimate(0.25, 0.2, 0.3, 40), True)]
+    chapter.table(rows, "Heads", ["head", "loss", "seen"])
+    html, _ = shown[0]
+    for text in (">head<", "0.250 [0.200, 0.300] (n = 40)", ">yes<"):
+        assert text in html
+
+
+def test_rows_of_a_chapter_become_findings_under_its_name(shown):
+    own = chapter.Finding("a.own", "q", "p", 1.0, True)
+    chapter.findings([("rank", "q", "p", 2.0, True, "why"), own], of="a", one_of_many=True)
+    rank, kept = shown[0][1]["companion"]["findings"]
+    assert (rank["key"], rank["comment"], rank["verdict"]) == ("a.rank", "why", "consistent")
+    assert (kept["key"], kept["verdict"]) == ("a.own", "reproduced")
+
+
 def test_the_end_shows_where_the_numbers_come_from(shown):
     run = chapter.begin({"seed": 0, "preset": "smoke", "np": np})
     chapter.end(run, {"tokens": 12_345, "texts": "all"})

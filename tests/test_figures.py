@@ -1,4 +1,5 @@
 import warnings
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -71,6 +72,30 @@ def test_caption_and_alt_text_come_from_the_names(shown):
     assert kept["alt"] == "1 line of mean cosine against layer. Highest in block 1 (0.5)."
 
 
+def test_estimates_and_numbers_become_a_frame():
+    cut = SimpleNamespace(value=2.0, low=1.5, high=2.5, n=9)
+    told = figures.tidy({("text", 8): cut, ("text", 16): 1.0}, "source", "rank", "loss")
+    assert told.columns.tolist() == ["source", "rank", "loss", "low", "high"]
+    assert told.values.tolist() == [["text", 8, 2.0, 1.5, 2.5], ["text", 16, 1.0, 1.0, 1.0]]
+    assert figures.tidy({8: 1.0}, "rank", "loss").columns.tolist() == ["rank", "loss"]
+
+
+def test_numbers_by_curve_and_place_are_drawn_as_they_are(shown):
+    figures.plot({("ours", 0): 0.1, ("ours", 1): 0.5}, "fig-x", "layer", "cosine", by="of", at=1)
+    cut = SimpleNamespace(value=2.0, low=1.5, high=2.5, n=9)
+    figures.plot({"whole": cut}, "fig-y", "loss", "head", kind="dot", see="It costs two")
+    line, dot = shown
+    assert line[1]["caption"] == "Cosine against layer, a line for each of. At layer = 1: 0.5 ours."
+    assert dot[0].axes[0].get_xlabel() == "loss"
+    assert "bars are 95 % intervals" in dot[1]["caption"]
+
+
+def test_what_to_see_is_made_of_our_own_curves_where_it_is_not_said(shown):
+    told = frame(model=["ours", "ours", "theirs"], cited=[False, False, True])
+    figures.plot(told, "fig-x", "layer", "mean cosine", by="model", at=1.9)
+    assert shown[0][1]["caption"].endswith(" At layer = 1: 0.5 ours.")
+
+
 def test_what_is_cited_is_grey_and_said_so(shown):
     told = frame(model=["ours", "ours", "theirs"], cited=[False, False, True])
     figures.plot(told, "fig-x", "layer", "mean cosine", by="model", see="Alike")
@@ -107,6 +132,16 @@ def test_dots_have_an_interval_each_whatever_the_groups(shown):
     figures.plot(told, "fig-x", "mean cosine", "layer", by="seed", see="Wide", kind="dot")
     intervals = shown[0][0].axes[0].collections
     assert sum(len(part.get_segments()) for part in intervals) == 6
+
+
+def test_scattered_points_are_not_joined(shown):
+    told = pd.concat([frame(model=name) for name in "ab"])
+    look = {"by": "model", "see": "Far apart", "kind": "scatter"}
+    figures.plot(told, "fig-x", "layer", "mean cosine", **look)
+    (fig, about) = shown[0]
+    assert len(fig.axes[0].collections[0].get_offsets()) == 6
+    assert not any(len(line.get_xdata()) for line in fig.axes[0].lines)
+    assert about["alt"].startswith("6 points of mean cosine against layer")
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,11 @@ from jinja2 import Environment, FileSystemLoader
 from pandas.io.formats.style import Styler
 
 from companion import figures
-from companion.figures import draw, plot, show
+from companion.figures import draw, plot, show, tidy
 from companion.words import VERDICTS, Estimate, markdown, number, visible
 
 __all__ = ["VERDICTS", "Finding", "Run", "answer", "begin", "draw", "end", "findings"]
-__all__ += ["explore", "markdown", "number", "plot", "say", "show", "table"]
+__all__ += ["explore", "markdown", "number", "plot", "say", "show", "table", "tidy"]
 
 
 class Run(NamedTuple):
@@ -115,19 +115,26 @@ def answer(words: str) -> None:
     display(Markdown(words), metadata={"companion": {"answer": words}})
 
 
-def table(frame: pd.DataFrame, caption: str, digits: int = 4) -> None:
-    """Show a frame as a captioned table without its index, floats to `digits` significant digits.
+def table(rows: Any, caption: str, columns: Sequence[str] = (), digits: int = 4) -> None:
+    """Show a captioned table, floats to `digits` significant digits, estimates as `number` does.
 
     The text of a cell is shown as it is, whatever it holds.
+
+    **Arguments:** `rows`: a frame, or rows whose `columns` are given.
     """
 
     def words(cell: Any) -> str:
+        if isinstance(cell, Estimate):
+            return number(cell)
+        if isinstance(cell, bool | np.bool_):
+            return "yes" if cell else "no"
         if not isinstance(cell, float):
             return visible(cell)
         if abs(cell) >= 10**digits:
             return f"{cell:,.0f}"  # no power of ten
         return f"{cell:.{digits}g}"
 
+    frame = pd.DataFrame(rows, columns=columns or None)
     display(_styled(frame, caption).format(words, escape="html"))
 
 
@@ -143,8 +150,18 @@ def explore(page: Path, data: Mapping[str, Any]) -> None:
     display(HTML(template.render(data=told)))
 
 
-def findings(rows: Sequence[Finding]) -> None:
-    """Show a chapter's numbers beside the paper's; the pages that collect them have them too."""
+def findings(rows: Sequence[Any], of: str = "", one_of_many: bool = False) -> None:
+    """Show a chapter's numbers beside the paper's; the pages that collect them have them too.
+
+    **Arguments:** `rows`: findings, or their values in order. The keys of the latter begin with
+    `of`, and they are all `one_of_many` or not.
+    """
+    whole = []
+    for row in rows:
+        if not isinstance(row, Finding):
+            row = Finding(f"{of}.{row[0]}", *row[1:])._replace(one_of_many=one_of_many)
+        whole.append(row)
+    rows = whole
     shown = {
         "quantity": [row.quantity for row in rows],
         "the paper (cited)": [row.paper for row in rows],

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from seaborn.utils import relative_luminance
 
-from companion.words import visible
+from companion.words import Estimate, visible
 
 # Each has a contrast of 4.5 : 1 or more on white, and all differ for the colour-blind.
 COLORS = ["#0b4f99", "#b34700", "#00705a", "#8f2d7a", "#5c5c00", "#333333"]
@@ -33,7 +33,7 @@ class Look(TypedDict, total=False):
 
     - `by`: the column whose values are the curves, six of them at most.
     - `panels`: the column whose values are the panels, one above the other.
-    - `kind`: `line` (the usual) or `dot` (a point and its interval a row).
+    - `kind`: `line` (the usual), `dot` (a point and its interval a row), or `scatter` (points).
     - `log`: the axes that are logarithmic: `x`, `y` or `xy`.
     - `marks`: lines across the figure, label to value on the y axis (on the x axis for `dot`).
     - `upright`: the same on the x axis.
@@ -67,7 +67,34 @@ def use_style() -> None:
     sns.set_theme(context="notebook", style="whitegrid", palette=COLORS, rc=settings)
 
 
-def plot(frame: pd.DataFrame, name: str, x: str, y: str, *, see: str, **look: Unpack[Look]) -> None:
+def tidy(values: Mapping[Any, Any], *names: str) -> pd.DataFrame:
+    """A frame that `plot` draws: a row for each number, estimate or not.
+
+    The parts of its key stand under the first names, the number under the last one. Where some are
+    estimates, the columns `low` and `high` are their intervals.
+    """
+    rows = []
+    intervals = []
+    for key, value in values.items():
+        number = value.value if isinstance(value, Estimate) else value
+        rows.append((*(key if isinstance(key, tuple) else (key,)), number))
+        intervals.append((getattr(value, "low", number), getattr(value, "high", number)))
+    frame = pd.DataFrame(rows, columns=[*names])
+    if any(isinstance(value, Estimate) for value in values.values()):
+        frame[["low", "high"]] = intervals
+    return frame
+
+
+def plot(
+    frame: pd.DataFrame | Mapping[Any, Any],
+    name: str,
+    x: str,
+    y: str,
+    *,
+    see: str = "",
+    at: float | None = None,
+    **look: Unpack[Look],
+) -> None:
     """Draw a frame of estimates, and show it with a caption and an alt text made from its names.
 
     The names of columns are the labels of the figure, so they say their units.
@@ -76,18 +103,23 @@ def plot(frame: pd.DataFrame, name: str, x: str, y: str, *, see: str, **look: Un
 
     - `frame`: a row a point. The columns `low` and `high`, where they are, are the interval of `y`.
       Rows whose column `cited` is true are drawn in grey: they are another's, not computed here.
+      Or what `tidy` makes one of: numbers or estimates by panel, curve and place along x.
     - `name`: the label for cross-references, `fig-…`.
     - `x`, `y`: the columns that are drawn.
     - `see`: the one thing to see, as a sentence without its full stop; it may be computed.
+    - `at`: without `see`, a place along x. The curves' values there are then what to see.
     - `look`: see `Look`.
 
     **Raises:** `ValueError` for a column that is not there, more than six curves, or no row.
     """
+    if isinstance(frame, Mapping):
+        parts = [look[part] for part in ("panels", "by") if part in look]
+        frame = tidy(frame, *parts, *((y, x) if look.get("kind") == "dot" else (x, y)))
     fig = draw(frame, x, y, **look)
-    panels = look.get("panels")
+    see = see or _values(frame, x, y, look["by"], at)
     what = y
-    if panels and y == "value":
-        what = ", ".join(map(str, frame[panels].unique()))
+    if "panels" in look and y == "value":
+        what = ", ".join(map(str, frame[look["panels"]].unique()))
     caption = _caption(frame, x, what, look)
     alt = _alt(frame, x, what, look)
     show(fig, name, f"{caption} {see}.", f"{alt} {see}.")
@@ -102,6 +134,8 @@ def draw(frame: pd.DataFrame, x: str, y: str, **look: Unpack[Look]) -> Figure:
     frame = _labelled(frame, columns)
     parts = list(frame.groupby(panels, sort=False)) if panels else [("", frame)]
     height = 4.2 if len(parts) == 1 else 2.8 * len(parts)
+    if look.get("kind") == "dot":
+        height = max(height, 0.35 * frame[y].nunique())
     fig, axes = plt.subplots(len(parts), sharex=True, figsize=(7.0, height), squeeze=False)
     for ax, (title, part) in zip(axes[:, 0], parts, strict=True):
         _fill(ax, part, x, y, look)
@@ -190,7 +224,7 @@ def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, look: Look) -> None:
     kind = look.get("kind", "line")
     cited = _cited(frame)
     if not cited.all():
-        {"line": _lines, "dot": _dots}[kind](ax, frame[~cited], x, y, by)
+        {"line": _lines, "dot": _dots, "scatter": _points}[kind](ax, frame[~cited], x, y, by)
     if cited.any():
         _lines_cited(ax, frame[cited], x, y, by)
         ax.set(xlabel=x, ylabel=y)
@@ -268,6 +302,12 @@ def _dots(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None
         ax.hlines(places, part["low"], part["high"], color=color, lw=2)
 
 
+def _points(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
+    count = len(_parts(frame, by))
+    style = {"palette": COLORS[:count], "markers": MARKERS[:count]} if by else {}
+    sns.scatterplot(frame, x=x, y=y, hue=by, style=by, ax=ax, s=40, **style)
+
+
 def _parts(frame: pd.DataFrame, by: str | None) -> dict[Any, pd.DataFrame]:
     return dict(list(frame.groupby(by, sort=False))) if by else {None: frame}
 
@@ -281,16 +321,25 @@ def power(value: float, _place: int = 0) -> str:
     return f"10{digits}"
 
 
+def _values(frame: pd.DataFrame, x: str, y: str, by: str, at: float | None) -> str:
+    """What our own curves are at the drawn place that is nearest to `at`."""
+    own = frame[~_cited(frame)].reset_index(drop=True)
+    told = []
+    for curve, part in own.groupby(by, sort=False):
+        nearest = part.loc[(part[x] - at).abs().idxmin()]
+        told.append(f"{nearest[y]:.2g} {curve}")
+    return f"At {x} = {nearest[x]:,.4g}: {', '.join(told)}"
+
+
 def _caption(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:
     """What is drawn, in one sentence."""
-    by = look.get("by")
-    kind = look.get("kind", "line")
+    line = look.get("kind", "line") == "line"
     caption = f"{y[:1].upper()}{y[1:]} against {x}"
-    if by:
-        caption += f", a line for each {by}" if kind == "line" else f", by {by}"
+    if look.get("by"):
+        caption += f", {'a line for each' if line else 'by'} {look['by']}"
     notes = []
     if {"low", "high"} <= set(frame):
-        notes.append(f"{'bands' if kind == 'line' else 'bars'} are 95 % intervals")
+        notes.append(f"{'bands' if line else 'bars'} are 95 % intervals")
     if _cited(frame).any():
         notes.append("grey is cited, not computed here")
     return f"{caption} ({'; '.join(notes)})." if notes else f"{caption}."
@@ -299,14 +348,13 @@ def _caption(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:
 def _alt(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:
     """The shape of what is drawn, in one sentence."""
     by = look.get("by")
-    kind = look.get("kind", "line")
     cited = _cited(frame)
-    curves = len(_parts(frame[~cited], by)) if kind == "line" else (~cited).sum()
-    if cited.all():
-        curves = 0
+    shape = "line" if look.get("kind", "line") == "line" else "point"
+    curves = (~cited).sum()
+    if shape == "line" and curves:
+        curves = len(_parts(frame[~cited], by))
     grey = len(_parts(frame[cited], by)) if cited.any() else 0
     shown = curves or grey
-    shape = {"line": "line", "dot": "point"}[kind]
     alt = f"{shown} {shape}{'' if shown == 1 else 's'} of {y} against {x}"
     if look.get("panels"):
         alt += f" in {frame[look['panels']].nunique()} panels"

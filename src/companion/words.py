@@ -4,7 +4,8 @@ import math
 import re
 import unicodedata
 from numbers import Integral, Real
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from types import SimpleNamespace
+from typing import Any, Protocol, runtime_checkable
 
 VERDICTS = ("reproduced", "consistent", "not reproduced", "not testable here")
 LONGEST = 1_000  # characters of a text from elsewhere that are shown
@@ -20,22 +21,14 @@ class Estimate(Protocol):
     n: int
 
 
-class Kept(NamedTuple):
-    """An estimate read back from a notebook; what was not finite there is NaN here."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
 def number(value: Any) -> str:
     """A number as the whole book prints it: with its interval and sample size where it has them.
 
     An estimate looks like `0.41 [0.38, 0.44] (n = 64)`.
     """
     if isinstance(value, dict):
-        value = Kept(**{name: math.nan if v is None else v for name, v in value.items()})
+        known = {name: math.nan if part is None else part for name, part in value.items()}
+        value = SimpleNamespace(**known)
     if isinstance(value, Estimate):
         return _estimate(value)
     if isinstance(value, Real) and not isinstance(value, Integral):

@@ -55,9 +55,7 @@ def measure(
         values[name] = estimate.value
         values[f"{name}_low"] = estimate.low
         values[f"{name}_high"] = estimate.high
-    logits = torch.cat(shown)[:SHOWN].flatten(0, 1)
-    logits = logits - logits.mean(1, keepdim=True)
-    values["output_rank"] = spectrum.effective_rank(spectrum.singular_values(logits))
+    values["output_rank"] = output_rank(torch.cat(shown)[:SHOWN].flatten(0, 1))
     values["texts"] = len(rows)
     values["singular_entropy"] = math.nan
     if isinstance(getattr(model.get_output_embeddings(), "weight", None), Tensor):
@@ -69,6 +67,11 @@ def _losses(logits: Tensor, rows: Tensor) -> Float[Tensor, " texts"]:
     targets = rows[:, 1:].to(logits.device).flatten()
     each = cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
     return each.unflatten(0, (len(rows), -1)).mean(1)
+
+
+def output_rank(logits: Float[Tensor, "contexts vocab"]) -> float:
+    """The effective rank of log-probabilities, each context's up to a constant that is its own."""
+    return spectrum.effective_rank(spectrum.singular_values(logits - logits.mean(1, keepdim=True)))
 
 
 def head(weight: Float[Tensor, "vocab d"]) -> dict[str, float]:

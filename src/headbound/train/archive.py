@@ -28,9 +28,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from headbound import cache, device
 from headbound.corpus import END_OF_TEXT
-from headbound.measure import spectrum
+from headbound.measure import checkpoint
 from headbound.measure.anisotropy import mean_cosine
-from headbound.measure.checkpoint import SHOWN
 from headbound.train import changes, fast, tunnel
 from headbound.train.step import Recipe, Trainer, last_matrix
 
@@ -71,7 +70,7 @@ def _measure(
     weight = head.weight if isinstance(getattr(head, "weight", None), Tensor) else matrix
     losses, logit_mean, logit_variance = _logits(inner, matrix, rows[:, 1:].flatten())
     texts = losses.view(len(rows), -1).mean(1).double().numpy()
-    mean_row = weight.mean(0)
+    described = checkpoint.head(weight)
     norm = model.base_model.final_layer_norm
     states = after if weight.shape[1] == after.shape[1] else inner
     numbers = {
@@ -79,9 +78,9 @@ def _measure(
         "loss_se": texts.std(ddof=1) / math.sqrt(len(texts)),
         "cosine_before_norm": mean_cosine(before).value,
         "cosine_after_norm": mean_cosine(after).value,
-        "entropy": spectrum.singular_entropy(spectrum.singular_values(weight)),
-        "entropy_centred": spectrum.singular_entropy(spectrum.singular_values(weight - mean_row)),
-        "mean_share": len(weight) * mean_row.square().sum() / weight.square().sum(),
+        "entropy": described["singular_entropy"],
+        "entropy_centred": described["singular_entropy_centred"],
+        "mean_share": described["mean_row_share"],
         "logit_mean": logit_mean,
         "logit_sd": math.sqrt(logit_variance),
         "head_norm": weight.norm(),
@@ -89,19 +88,16 @@ def _measure(
         "gain_norm": norm.weight.norm(),
         "bias_norm": norm.bias.norm(),
         "output_rank": _output_rank(inner.view(len(rows), rows.shape[1] - 1, -1), matrix),
-        "mean_alignment": nn.functional.cosine_similarity(states.mean(0), mean_row, 0),
+        "mean_alignment": nn.functional.cosine_similarity(states.mean(0), weight.mean(0), 0),
     }
     return {name: float(value) for name, value in numbers.items()}, texts
 
 
 def _output_rank(states: Float[Tensor, "texts length width"], weight: Tensor) -> float:
     last = states.shape[1] - 1
-    places = torch.linspace(0, last, SHOWN).long().unique()
-    shown = states[:SHOWN, places].flatten(0, 1)
-    logits = (shown @ weight.T).double()
-    logits -= logits.mean(1, keepdim=True)
-    values = spectrum.singular_values(logits)
-    return spectrum.effective_rank(values)
+    places = torch.linspace(0, last, checkpoint.SHOWN).long().unique()
+    shown = states[: checkpoint.SHOWN, places].flatten(0, 1)
+    return checkpoint.output_rank((shown @ weight.T).double())
 
 
 def _logits(
@@ -170,6 +166,14 @@ def load(folder: Path = TABLES) -> pd.DataFrame:
     if not tables:
         raise FileNotFoundError(f"no archived run in {folder}; work in a checkout of the book")
     return pd.concat(tables, ignore_index=True)
+
+
+def origins(folder: Path = TABLES) -> pd.DataFrame:
+    """Where each archived run comes from: command, commit, machine, last day, steps, core-hours."""
+    paths = sorted(folder.glob("*-s*.json"))
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    names = ["command", "steps_done", "core_hours", "last", "commit", "machine"]
+    return pd.DataFrame(records, columns=names)
 
 
 def first_text(folder: Path = TABLES) -> tunnel.Text:

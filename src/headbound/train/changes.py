@@ -17,7 +17,7 @@ from torch.nn.functional import gelu
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from headbound import stats
-from headbound.measure.rules import APART, NOTICEABLE, SEEDS
+from headbound.measure.rules import APART, NOTICEABLE, SEEDS, Ruling
 from headbound.measure.saturation import SEEN, late_rise
 from headbound.train.callback import ENTROPY_RATIO, LOSS_RISE
 from headbound.train.step import Recipe
@@ -208,8 +208,8 @@ def effects(signs: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
     arm this is the paired t test.
 
     **Returns:** a row an arm and quantity: value, low and high of a 95 % interval, n (the pairs),
-    the degrees of `freedom` of the noise, p, and `adjusted`, p after Holm's correction for all
-    tests of the table. One pair has no interval: NaN.
+    the degrees of `freedom` of the noise, p, `adjusted`, p after Holm's correction for all tests of
+    the table, and the `outcome`. One pair has no interval: NaN.
 
     **Source:** Fisher's randomised blocks; Holm 1979.
     """
@@ -224,7 +224,7 @@ def effects(signs: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
     table["adjusted"] = np.nan
     if known.any():
         table.loc[known, "adjusted"] = multipletests(table["p"][known], method="holm")[1]
-    return table
+    return table.assign(outcome=[outcome(row) for _, row in table.iterrows()])
 
 
 def _others(runs: pd.DataFrame) -> list[str]:
@@ -258,15 +258,29 @@ def outcome(effect: pd.Series) -> str:
     return "same" if max(-effect["low"], effect["high"]) < margin else "open"
 
 
+def told(
+    effects: pd.DataFrame, arm: str, quantity: str, expected: Sequence[str]
+) -> tuple[stats.Estimate | None, Ruling]:
+    """What an arm does to a quantity, and whether that is one of the `expected` outcomes.
+
+    The estimate is None for an arm of one pair or none. The ruling is open with the outcome.
+    """
+    row = effects.query("arm == @arm and quantity == @quantity")
+    if row["low"].count() == 0:
+        return None, Ruling(None, "needs two pairs")
+    value, low, high, pairs, word = row[["value", "low", "high", "n", "outcome"]].iloc[0]
+    agrees = None if word == "open" else word in expected
+    comment = f"arm minus baseline, nats; n counts pairs; by Holm: {word}"
+    return stats.Estimate(value, low, high, pairs), Ruling(agrees, comment)
+
+
 def parted(effects: pd.DataFrame) -> tuple[list[str], int]:
     """Arms whose entropy, raw or centred, rises more than the baseline's, and whose loss does not.
 
     **Returns:** those arms, and of how many whose entropy rises more and whose final loss is
     settled.
     """
-    words = [outcome(row) for _, row in effects.iterrows()]
-    named = effects.assign(outcome=words)
-    outcomes = named.pivot(index="arm", columns="quantity", values="outcome")
+    outcomes = effects.pivot(index="arm", columns="quantity", values="outcome")
     spiked = outcomes[["entropy_late", "entropy_centred_late"]].eq("more").any(axis=1)
     losses = outcomes["loss"][spiked]
     settled = losses[losses != "open"]
@@ -285,9 +299,7 @@ def judge(
     of that arm and sign some held and some failed. Arms that were not run are left out. Fewer than
     three runs of an arm leave open whether a sign appears.
     """
-    outcomes = {}
-    for _, row in effects.iterrows():
-        outcomes[row["arm"], row["quantity"]] = outcome(row)
+    outcomes = effects.set_index(["arm", "quantity"])["outcome"]
     rows = []
     for arm, of_arm in predictions.items():
         runs = appeared[appeared["arm"] == arm]

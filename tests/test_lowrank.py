@@ -307,3 +307,18 @@ def test_losses_of_stored_states_are_the_models_own(oddity, tmp_path, monkeypatc
     np.testing.assert_allclose(losses[0], expected, atol=1e-4)
     np.testing.assert_allclose(losses[1], expected, atol=1e-3)
     assert np.abs(losses[2] - losses[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_cuts_of_one_head_share_their_work_and_lose_what_each_loses_alone(cap):
+    generator = torch.Generator().manual_seed(0)
+    head = lowrank.low_rank(torch.randn(40, 9, generator=generator), 9)._replace(cap=cap)
+    other = lowrank.Head.random(torch.zeros(40, 9), 4)
+    states = torch.randn(30, 9, generator=generator).numpy()
+    data = lowrank.Examples(states, np.arange(30), np.arange(30) // 5)
+    heads = [head.cut(2), head.cut(5), other, head.cut(5), head, head, head.cut(3)]
+    assert [head.extends(part) for part in heads] == [True, True, False, True, True, True, True]
+    assert not head.cut(3).extends(head)
+    shared = lowrank.token_losses(data, heads, block=7)
+    alone = [lowrank.token_losses(data, [part])[0] for part in heads]
+    np.testing.assert_allclose(shared, alone, rtol=1e-5)

@@ -46,9 +46,20 @@ class Head(NamedTuple):
         """The first `rank` directions: for a head of `low_rank`, the best head of that rank."""
         return self._replace(A=self.A[:, :rank], B=self.B[:rank])
 
+    def extends(self, other: "Head") -> bool:
+        """Whether `other` is a cut of this head, known by their common memory."""
+        pairs = ((self.A, other.A), (self.B, other.B))
+        same = all(
+            own.data_ptr() == its.data_ptr() and own.stride() == its.stride() for own, its in pairs
+        )
+        return same and len(other.B) <= len(self.B)
+
     def logits(self, states: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens vocab"]:
         """The logits of hidden states, through the rank: A·B is never built."""
-        plain = states @ self.B.T @ self.A.T
+        return self.capped(states @ self.B.T @ self.A.T)
+
+    def capped(self, plain: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
+        """What the model's soft cap makes of A B h."""
         return plain if self.cap is None else self.cap * torch.tanh(plain / self.cap)
 
 
@@ -100,7 +111,11 @@ def examples(
 
 @torch.inference_mode()
 def token_losses(data: Examples, heads: Sequence[Head], block: int = 128) -> Losses:
-    """Nats a token of each head over its whole vocabulary, `block` tokens at a time."""
+    """Nats a token of each head over its whole vocabulary, `block` tokens at a time.
+
+    A head that extends the one before it, as cuts of one head in ascending order do, is only
+    charged for the directions that it adds.
+    """
     for head in heads:
         data.check(len(head.A), head.B.shape[1])
     places = data.blocks(block)
@@ -108,9 +123,21 @@ def token_losses(data: Examples, heads: Sequence[Head], block: int = 128) -> Los
     losses = []
     for states, targets in progress.bar(parts, "measuring heads", len(places)):
         following = targets.long()
-        here = [cross_entropy(h.logits(states), following, reduction="none") for h in heads]
+        here = [cross_entropy(z, following, reduction="none") for z in _logits(states, heads)]
         losses.append(torch.stack(here))
     return torch.cat(losses, 1).double().cpu().numpy()
+
+
+def _logits(states: Tensor, heads: Sequence[Head]) -> Iterator[Float[Tensor, "tokens vocab"]]:
+    before = None
+    for head in heads:
+        if before is None or not head.extends(before):
+            plain = states @ head.B.T @ head.A.T
+        else:
+            added = slice(len(before.B), len(head.B))
+            plain.addmm_(states @ head.B[added].T, head.A[:, added].T)
+        yield head.capped(plain)
+        before = head
 
 
 def covariance(

@@ -13,6 +13,21 @@ settings.load_profile("headbound")
 WORDS = ["model", "learns", "head", "rank", "small", "forgets", "ideal", "would", "say", "some"]
 
 
+BOOKS = {"clone", "other_book"}  # fixtures that build a whole book
+SHARED = BOOKS | {"small", "smollm2", "wheel"}  # fixtures that take long: one worker makes each
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What needs a whole book is slow, and what shares a fixture runs where that was made."""
+    for item in items:
+        asked = set(item.fixturenames)
+        if asked & BOOKS:
+            item.add_marker("slow")
+        for name in asked & SHARED:
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A text that a tiny suite can learn from, beside a cache of its own."""

@@ -19,9 +19,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import tiny
 import torch
 from safetensors.torch import save
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 KINDS = ("cut", "short", "429", "503", "wrong")
@@ -284,18 +284,8 @@ def tokenizer_files(real: int) -> dict[str, bytes]:
     """A byte-level BPE of `real` tokens in Pythia's files, trained on made-up words."""
     rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 7))) for _ in range(4 * real)]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=real,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(
-        (" ".join(words[i : i + 20]) for i in range(0, len(words), 20)), trainer
-    )
+    texts = (" ".join(words[i : i + 20]) for i in range(0, len(words), 20))
+    tokenizer = tiny.tokenizer(texts, real)
     assert tokenizer.get_vocab_size() == real
     end = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     config = {

@@ -213,6 +213,7 @@ def report(folder: Path, model: str, **parameters: int) -> dict:
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "llama.gguf", "m|b<i>c$d$"])
 def test_the_report_on_a_folder_and_a_file_opens_with_the_network_cut(kind, tmp_path):
     if kind.endswith(".gguf"):
@@ -234,6 +235,7 @@ def test_the_report_on_a_folder_and_a_file_opens_with_the_network_cut(kind, tmp_
                 assert pages.problems(chromium, address, "report.html", width) == []
 
 
+@pytest.mark.slow
 def test_a_vocabulary_smaller_than_the_width_has_no_rank_bottleneck(tmp_path):
     config = transformers.LlamaConfig(
         **{**tiny.ROTARY, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 64}

@@ -59,6 +59,7 @@ def independent_solver(logits, rank, seed, start=None):
     return kl(logits, x[: n * rank].reshape(n, rank) @ x[n * rank :].reshape(v, rank).T).mean()
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(targets())
 def test_no_solver_leaves_the_bounds_at_any_rank(logits):

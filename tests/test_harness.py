@@ -107,6 +107,7 @@ def test_the_harness_agrees_with_a_hand_count(small):
     assert (found["n"] == 3).all()
 
 
+@pytest.mark.slow
 def test_the_command_runs_the_task_file_and_agrees(small, tmp_path):
     """lm-eval's own command, from the task file's folder, on a checkpoint folder of the tunnel."""
     path, source = small

@@ -267,6 +267,7 @@ def test_a_corrected_configuration_gives_new_states(cache, tmp_path, change):
     np.testing.assert_allclose(after, gathered(corrected, token_ids(3), layers=[-1])[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_store_keeps_what_is_whole_and_nothing_else(cache, monkeypatch):
     monkeypatch.setattr(hidden, "CHUNK", 14)  # two passages at a time
     code = """
@@ -305,6 +306,7 @@ hidden.store(tiny.network("llama"), test_hidden.token_ids(6))
         shutil.rmtree(cache / "hidden")
 
 
+@pytest.mark.slow
 def test_processes_share_one_store(cache):
     code = (
         "import tiny, test_hidden\n"

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from huggingface_hub import constants
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
@@ -20,7 +21,7 @@ ASKED = ["--texts", "4", "--length", "32"]
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     tiny.save(tmp_path / "llama")
     tiny.save(tmp_path / "gpt2", "gpt2", tied=True)
     tiny.save_gguf(tmp_path / "one.gguf")

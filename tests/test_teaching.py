@@ -13,7 +13,6 @@ import jsonschema
 import numpy as np
 import pace
 import pytest
-import torch
 import yaml
 from docutils.nodes import make_id
 from hypothesis import given
@@ -46,15 +45,6 @@ PLACE = re.compile(r"\{\{ (figure|findings)\(\"([\w-]+)\"\) \}\}")
 
 def exercise(name: str):
     return import_module(f"exercises.{name}")
-
-
-@pytest.fixture
-def one_thread():
-    """Matrices this small are slow where threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def exercises_cell(path: Path) -> str:
@@ -119,6 +109,7 @@ SOLVED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", [label for label in SOLVED if CODE.search(SOLVED[label])])
 @pytest.mark.usefixtures("one_thread")
 def test_the_solutions_run_and_pass_their_checks(label):

@@ -66,6 +66,7 @@ tunnel.train([8], 60, sys.argv[1], source=sys.argv[2], **{tiny})
 """
 
 
+@pytest.mark.slow
 def test_killed_run_ends_as_an_unbroken_one(source, tmp_path):
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     script = [sys.executable, "-c", SCRIPT.replace("{tiny}", repr(TINY))]

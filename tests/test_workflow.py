@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import yaml
 
-from companion import execute, gates
+from companion import cli, execute, gates
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -111,6 +111,7 @@ def test_parameters_that_fit_are_taken(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_chapter_that_fails_says_so_in_one_line_and_leaves_no_result(project):
     notebook(
         project / "notebooks" / "01_tiny.ipynb", "raise ValueError('rank = 0: choose another')"
@@ -121,20 +122,24 @@ def test_a_chapter_that_fails_says_so_in_one_line_and_leaves_no_result(project):
     assert not list((project / "out").iterdir())
 
 
-def test_an_unknown_notebook_parameter_or_preset_has_its_own_line(project):
-    done = run(project, "chapter", "notebooks/02_none.ipynb", "out/x.ipynb")
-    assert (done.returncode, done.stderr) == (
-        2,
-        "headbound: notebook = notebooks/02_none.ipynb: no such file\n",
-    )
-    done = run(project, "chapter", "notebooks/01_tiny.ipynb", "out/x.ipynb", "--set", "q=1")
-    assert done.returncode == 2
-    assert "unknown parameter 'q'" in done.stderr
-    done = run(project, "book", "--preset", "huge")
-    assert (done.returncode, done.stderr) == (
-        2,
-        "headbound: PRESET = huge: must be one of laptop, smoke\n",
-    )
+def told(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
+    """Exit status and standard error of a command of `headbound`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["headbound", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code, capfd.readouterr().err
+
+
+def test_an_unknown_notebook_parameter_or_preset_has_its_own_line(project, monkeypatch, capfd):
+    monkeypatch.chdir(project)
+    nothing = told(monkeypatch, capfd, "chapter", "notebooks/02_none.ipynb", "out/x.ipynb")
+    assert nothing == (2, "headbound: notebook = notebooks/02_none.ipynb: no such file\n")
+    chapter = ["chapter", "notebooks/01_tiny.ipynb", "out/x.ipynb"]
+    status, line = told(monkeypatch, capfd, *chapter, "--set", "q=1")
+    assert status == 2
+    assert "unknown parameter 'q'" in line
+    huge = told(monkeypatch, capfd, "book", "--preset", "huge")
+    assert huge == (2, "headbound: PRESET = huge: must be one of laptop, smoke\n")
 
 
 def executed(tmp_path: Path, *cells: str) -> tuple[Path, Path]:

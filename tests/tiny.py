@@ -1,6 +1,7 @@
 """Random models of a few kilobytes, one of each architecture the book meets, with a tokenizer that fits them."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import gguf
@@ -53,17 +54,18 @@ CONFIGS = {
 }
 
 
-def tokenizer() -> Tokenizer:
+def tokenizer(texts: Iterable[str] = (TEXT, TEXT, TEXT), vocab: int = VOCAB) -> Tokenizer:
+    """A byte-level BPE of exactly these many tokens; number 0 ends a text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([TEXT] * 3, trainer)
+    bpe.train_from_iterator(texts, trainer)
     return bpe
 
 

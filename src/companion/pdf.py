@@ -7,17 +7,9 @@ from companion.site import SITE, STAGING, sphinx
 
 OUTPUT = Path("_build/book.pdf")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-FOOTER = """<div style="font-size: 8px; width: 100%; text-align: center">
-<span class="pageNumber"></span></div>"""
-UNFOLDED = """async () => {
-  for (const details of document.querySelectorAll("details")) details.open = true;
-  for (const image of document.images) image.loading = "eager";
-  for (const folded of document.querySelectorAll(".toggle, .dropdown")) {
-    folded.classList.remove("toggle", "toggle-hidden", "dropdown");
-  }
-  await window.MathJax?.startup?.promise;
-  await document.fonts.ready;
-}"""
+UNFOLD = Path(__file__).with_name("templates") / "unfold.js"
+PAGE = '<span class="pageNumber"></span>'
+FOOTER = f'<div style="font-size: 8px; width: 100%; text-align: center">{PAGE}</div>'
 
 
 def print_book() -> int:
@@ -45,7 +37,7 @@ def print_book() -> int:
         page = browser.new_page()
         page.set_default_timeout(300_000)
         page.goto(whole.resolve().as_uri(), wait_until="load")
-        page.evaluate(UNFOLDED)
+        page.evaluate(UNFOLD.read_text("utf-8"))
         page.pdf(path=OUTPUT.with_suffix(".tmp"), footer_template=FOOTER, **look)
         browser.close()
     OUTPUT.with_suffix(".tmp").replace(OUTPUT)

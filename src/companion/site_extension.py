@@ -13,9 +13,7 @@ KEPT = ("tex-chtml.js", "output/chtml/fonts", "input/tex/extensions")  # of Math
 LOCAL = "http://localhost:8000/"  # where `make serve` shows the book
 CITATIONS = 'role="list" class="citation-list"'
 DOWNLOAD = {"icon": "fas fa-download", "tooltip": "Download this chapter's notebook"}
-LOST = """<h1>There is no such page</h1>
-<p>It may have moved with a new edition. The <a href="{home}index.html">start page</a> has a map,
-and <a href="{home}search.html">the search</a> finds words.</p>"""
+LOST = Path(__file__).with_name("templates") / "lost.html"
 
 
 def set_up_site(app: Sphinx, config: Any) -> None:
@@ -23,7 +21,8 @@ def set_up_site(app: Sphinx, config: Any) -> None:
     address = os.environ.get("HEADBOUND_URL") or config.html_baseurl or LOCAL
     config.html_baseurl = config.ogp_site_url = address.rstrip("/") + "/"
     home = config.notfound_urls_prefix = urlparse(config.html_baseurl).path
-    config.notfound_context = {"title": "Not found", "body": LOST.format(home=home)}
+    body = LOST.read_text("utf-8").format(home=home)
+    config.notfound_context = {"title": "Not found", "body": body}
     config.sitemap_url_scheme = "{link}"
     config.sitemap_excludes = ["404.html", "genindex.html", "search.html", "prf-prf.html"]
     config.ogp_site_name = config.html_title

@@ -21,12 +21,6 @@ class Estimate(NamedTuple):
     n: int
 
 
-def begun(**parameters):
-    """What a notebook's `globals()` hold after its parameters cell."""
-    cell = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-    return {**parameters, "In": [cell], "np": np}
-
-
 @pytest.fixture(autouse=True)
 def shown(monkeypatch):
     """What was displayed: (html, metadata) pairs."""
@@ -38,16 +32,9 @@ def shown(monkeypatch):
         yield seen
 
 
-def test_a_chapters_parameters_are_what_its_cells_set_and_nothing_else(shown):
-    namespace = {"seed": 3, "preset": "smoke", "model": "x", "ranks": [1, 2], "np": np}
-    namespace |= {"from_a_startup_file": "secret", "_hidden": 1}
-    namespace["In"] = [
-        "seed = 3\npreset = 'smoke'",
-        "%time",
-        "model = 'x'; ranks = [1, 2]\n_hidden = 1",
-    ]
-    run = chapter.begin(namespace)
-    assert run.parameters == {"seed": 3, "preset": "smoke", "model": "x", "ranks": [1, 2]}
+def test_a_chapter_begins_with_its_preset_seed_and_versions(shown):
+    run = chapter.begin({"seed": 3, "preset": "smoke", "model": "x", "np": np})
+    assert (run.preset, run.seed) == ("smoke", 3)
     assert run.packages["numpy"] == version("numpy")
     assert not shown
 
@@ -55,7 +42,7 @@ def test_a_chapters_parameters_are_what_its_cells_set_and_nothing_else(shown):
 def test_begin_seeds_every_generator():
     draws = []
     for _ in range(2):
-        chapter.begin(begun(seed=5, preset="smoke"))
+        chapter.begin({"seed": 5, "preset": "smoke"})
         draws.append((torch.rand(3).tolist(), np.random.rand(3).tolist()))  # noqa: NPY002 (what begin seeds)
     assert draws[0] == draws[1]
 
@@ -72,7 +59,7 @@ def test_begin_seeds_every_generator():
 )
 def test_begin_needs_seed_and_preset(namespace, message, shown):
     with pytest.raises(ValueError, match=message):
-        chapter.begin(begun(**namespace))
+        chapter.begin(namespace)
     assert not shown
 
 
@@ -153,7 +140,8 @@ def test_rows_of_a_chapter_become_findings_under_its_name(shown):
 
 
 def test_the_end_shows_where_the_numbers_come_from(shown):
-    chapter.end(chapter.begin(begun(seed=0, preset="smoke")), {"tokens": 12_345, "texts": "all"})
+    run = chapter.begin({"seed": 0, "preset": "smoke", "np": np})
+    chapter.end(run, {"tokens": 12_345, "texts": "all"})
     html, metadata = shown[-1]
     kept = json.loads(json.dumps(metadata))["companion"]["provenance"]
     assert kept["preset"] == "smoke"
@@ -204,11 +192,12 @@ def test_one_number_format(value, text):
 
 
 def test_an_explorable_holds_its_data_and_what_all_share(tmp_path, monkeypatch):
-    (tmp_path / "shared.html").write_text("<i>shared</i>")
-    (tmp_path / "one.html").write_text("<b>__SHARED__ __DATA__</b>")
+    (tmp_path / "shared.html").write_text("<b>{% block own %}{% endblock %}{{ data }}</b>")
+    own = "{% extends 'shared.html' %}{% block own %}<i>own</i> {% endblock %}"
+    (tmp_path / "one.html").write_text(own)
     seen = []
     monkeypatch.setattr(chapter, "display", seen.append)
     data = {"x": np.arange(2), "y": np.float32(0.5), "said": "</script>"}
     chapter.explore(tmp_path / "one.html", data)
     told = r'{"x": [0, 1], "y": 0.5, "said": "\u003c/script>"}'
-    assert seen[0].data == f"<b><i>shared</i> {told}</b>"
+    assert seen[0].data == f"<b><i>own</i> {told}</b>"

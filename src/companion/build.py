@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -162,20 +161,14 @@ def _run(preset: str, targets: list[str], cores: int) -> int:
         plan = "\n".join(_log())
         if planned.returncode or "Nothing to be done" in plan:
             return planned.returncode
-        signal.signal(signal.SIGTERM, _stop)
         work = subprocess.Popen([*command, "--quiet", "rules", "--", *targets], **told)
         try:
             _watch(work, Clock(_steps(preset, plan)))
-        finally:
+        finally:  # a signal too ends this process by an exception, see `cli.main`
             if work.poll() is None:
                 work.terminate()
                 work.wait()
     return work.returncode
-
-
-def _stop(*_: object) -> None:
-    """Leave by the way that stops Snakemake too."""
-    sys.exit(128 + signal.SIGTERM)
 
 
 def _steps(preset: str, plan: str) -> list[Step]:

@@ -1,6 +1,5 @@
 """What every chapter says of itself: its findings beside the paper's, its answer, its origin."""
 
-import ast
 import hashlib
 import html
 import json
@@ -12,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from operator import methodcaller
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from IPython.display import HTML, Markdown, display
+from jinja2 import Environment, FileSystemLoader
 from pandas.io.formats.style import Styler
 
 from companion import figures
@@ -32,9 +33,10 @@ __all__ += ["explore", "markdown", "number", "plot", "say", "show", "table", "ti
 
 
 class Run(NamedTuple):
-    """One execution of a notebook: parameters, versions of packages, start (seconds)."""
+    """One execution of a notebook: preset, seed, versions of packages, start (seconds)."""
 
-    parameters: dict[str, Any]
+    preset: str
+    seed: int
     packages: dict[str, str]
     started: float
 
@@ -71,20 +73,16 @@ class Finding(NamedTuple):
 def begin(namespace: Mapping[str, Any]) -> Run:
     """Start a chapter: seed every generator and set the style of figures.
 
-    The parameters are the names that the cells before this one set to plain values.
-    A name that a start-up file of the reader's has set is no parameter.
-
     **Arguments:** `namespace`: the notebook's `globals()`, right after its parameters cell and its
     imports. It must hold `seed` and `preset`.
 
     **Raises:** `ValueError` if `seed` or `preset` is missing or of the wrong type.
     """
-    parameters = _parameters(namespace)
     for name, kind in {"seed": int, "preset": str}.items():
-        if not isinstance(parameters.get(name), kind):
-            told = f"{name} = {parameters.get(name)!r}"
+        if not isinstance(namespace.get(name), kind):
+            told = f"{name} = {namespace.get(name)!r}"
             raise ValueError(f"{told}: the parameters cell must set it to a {kind.__name__}")
-    seed = parameters["seed"]
+    seed = namespace["seed"]
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed = {seed}: must be between 0 and {2**32 - 1}")
     random.seed(seed)
@@ -92,32 +90,7 @@ def begin(namespace: Mapping[str, Any]) -> Run:
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
     figures.use_style()
-    return Run(parameters, _packages(namespace), time.time())
-
-
-def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    plain = (bool, int, float, str, list, dict, type(None))
-    found = {}
-    for name in _assigned(namespace.get("In", [])):
-        if name.startswith("_") or name not in namespace:
-            continue
-        if isinstance(namespace[name], plain):
-            found[name] = namespace[name]
-    return found
-
-
-def _assigned(cells: Sequence[str]) -> list[str]:
-    """The names that cells set at their outermost level, in order."""
-    names = []
-    for cell in cells:
-        try:
-            statements = ast.parse(cell).body
-        except SyntaxError:  # a cell that did not run either
-            continue
-        for statement in statements:
-            targets = statement.targets if isinstance(statement, ast.Assign) else []
-            names += [target.id for target in targets if isinstance(target, ast.Name)]
-    return names
+    return Run(namespace["preset"], seed, _packages(namespace), time.time())
 
 
 def _packages(namespace: Mapping[str, Any]) -> dict[str, str]:
@@ -127,10 +100,8 @@ def _packages(namespace: Mapping[str, Any]) -> dict[str, str]:
     names |= {"torch", "transformers", "numpy", "scipy"} & sys.modules.keys()
     versions = {}
     for name in sorted(names):
-        try:
+        with suppress(PackageNotFoundError):  # of the standard library, or named otherwise
             versions[name] = version(name)
-        except PackageNotFoundError:  # of the standard library, or named otherwise
-            continue
     return versions
 
 
@@ -170,15 +141,13 @@ def table(rows: Any, caption: str, columns: Sequence[str] = (), digits: int = 4)
 def explore(page: Path, data: Mapping[str, Any]) -> None:
     """Show a page of plain JavaScript over computed data, arrays of numpy among them.
 
-    `__DATA__` in it becomes the data, `__SHARED__` the file `shared.html` beside it.
+    The page is a jinja2 template, which may extend another one of its folder; `data` is its data.
     """
     told = json.dumps(data, default=methodcaller("tolist"))
     told = told.replace("<", "\\u003c")  # so that no text of the data ends the script
-    shared = page.with_name("shared.html").read_text("utf-8")
-    whole = page.read_text("utf-8")
-    whole = whole.replace("__SHARED__", shared)
-    whole = whole.replace("__DATA__", told)
-    display(HTML(whole))
+    templates = Environment(loader=FileSystemLoader(page.parent))
+    template = templates.get_template(page.name)
+    display(HTML(template.render(data=told)))
 
 
 def findings(rows: Sequence[Any], of: str = "", one_of_many: bool = False) -> None:
@@ -212,8 +181,8 @@ def end(run: Run, samples: Mapping[str, int | str]) -> None:
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     rows = {
-        "preset": run.parameters["preset"],
-        "seed": run.parameters["seed"],
+        "preset": run.preset,
+        "seed": run.seed,
         "Python": platform.python_version(),
         **run.packages,
         "device": _device(),

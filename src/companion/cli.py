@@ -50,7 +50,7 @@ def book(
 
     It goes on where it was stopped. A verdict that differs from the signed one is marked and told.
     """
-    raise typer.Exit(done(partial(build.build, preset, chapter or [], cores)))
+    done(partial(build.build, preset, chapter or [], cores))
 
 
 @app.command()
@@ -70,7 +70,7 @@ def chapter(
 
     if not notebook.exists() and notebook.suffix != ".ipynb":
         notebook = Path("notebooks") / f"{notebook}.ipynb"
-    raise typer.Exit(execute.report_failure(notebook, work))
+    done(work, notebook.stem)
 
 
 @app.command()
@@ -78,20 +78,20 @@ def sign(preset: Preset = "laptop") -> None:
     """Accept the verdicts that the chapters now give; git's diff of verdicts.yaml shows them."""
     from companion import site
 
-    raise typer.Exit(done(partial(site.sign, preset)))
+    done(partial(site.sign, preset))
 
 
 @app.command()
 def check(preset: Preset = "laptop") -> None:
     """Refuse what is built (exit status 1) where a verdict differs from the signed one."""
-    from companion import site
+    from companion import results, site
 
     def work() -> int:
-        found = site.check(preset)
+        found = results.faults(preset, site.chapters(preset))
         print(*found, sep="\n", file=sys.stderr, end="\n" if found else "")
         return int(bool(found))
 
-    raise typer.Exit(done(work))
+    done(work)
 
 
 @app.command()
@@ -99,7 +99,7 @@ def pdf() -> None:
     """Print the built book as _build/book.pdf; needs a Chromium."""
     from companion import pdf
 
-    raise typer.Exit(done(pdf.print_book))
+    done(pdf.print_book)
 
 
 @app.command()
@@ -107,7 +107,7 @@ def links(preset: Preset = "laptop") -> None:
     """Ask the other hosts that the book links to whether the links still answer."""
     from companion import site
 
-    raise typer.Exit(done(partial(site.linkcheck, preset)))
+    done(partial(site.publish, preset, "linkcheck"))
 
 
 def assigned(values: list[str] | None) -> dict[str, Any]:
@@ -138,13 +138,11 @@ def given(parameters: str, values: list[str] | None) -> dict[str, Any]:
     return found | assigned(values)
 
 
-def done(work: Callable[[], int | None], name: str = "book") -> int:
-    """Do the work of a command: its exit status, and one clear line for a failure."""
+def done(work: Callable[[], int | None], name: str = "book") -> None:
+    """Do the work of a command and leave, with its status or one clear line for a failure."""
     from companion.execute import report_failure
 
-    status: list[int] = []
-    failed = report_failure(Path(name), lambda: status.append(work() or 0))
-    return failed or status[0]
+    raise typer.Exit(report_failure(name, work))
 
 
 def _end(number: int, _frame: object) -> None:

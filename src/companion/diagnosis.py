@@ -4,20 +4,22 @@ import html
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import nbformat
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
-from companion import execute
+from companion import execute, results
+from companion.execute import write_whole
 
 FORMAT = "companion report, 1"
 ROLE = re.compile(r"\{\w+\}`([^`<]*?)(?: <[^`]*>)?`")  # a cross-reference of the book
 HEADING = re.compile(r"^##? +(.+)$", re.M)
-STYLE = Path(__file__).with_name("templates").joinpath("report.css").read_text("utf-8")
 
 
 def report(
@@ -59,15 +61,9 @@ def page(notebook: NotebookNode) -> str:
     first = [cell for cell in cells if "summary" in _tags(cell)]
     (title, opening), *parts = _parts([cell for cell in cells if "summary" not in _tags(cell)])
     folds = [("The question", opening), *parts]
-    body = f'<h1>{title}</h1><section class="first">{_html(first)}</section>' + "".join(
-        f"<details><summary><h2>{heading}</h2></summary>{_html(part)}</details>"
-        for heading, part in folds
-    )
-    head = f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
-    head = f'<meta charset="utf-8">{head}<title>{title}</title>'
-    return (
-        f'<!doctype html><html lang="en"><head>{head}</head><body><main>{body}</main></body></html>'
-    )
+    templates = Environment(loader=PackageLoader("companion"), autoescape=True)
+    templates.filters["shown"] = _html
+    return templates.get_template("report.html.j2").render(title=title, first=first, folds=folds)
 
 
 def facts(notebook: NotebookNode) -> dict[str, Any]:
@@ -81,19 +77,15 @@ def facts(notebook: NotebookNode) -> dict[str, Any]:
     - `figures`: a list of name, caption and alt text.
     - `provenance`: versions, device, run time, sample sizes.
     """
-    said = [output.metadata["companion"] for output in _outputs(notebook.cells, "companion")]
-    merged = {key: value for about in said for key, value in about.items()}
-    parameters: dict[str, Any] = {}
-    for cell in notebook.cells:
-        if {"parameters", "injected-parameters"} & _tags(cell):
-            parameters |= execute.literals(cell.source)
+    told = results.collect(notebook, "report")
+    figures = [{k: v for k, v in f.items() if k != "png"} for f in told.figures.values()]
     return {
         "format": FORMAT,
-        "parameters": parameters,
-        "answer": merged.get("answer"),
-        "findings": merged.get("findings", []),
-        "figures": [about for about in said if "alt" in about],
-        "provenance": merged.get("provenance", {}),
+        "parameters": told.parameters,
+        "answer": told.answer or None,
+        "findings": told.findings,
+        "figures": figures,
+        "provenance": told.provenance,
     }
 
 
@@ -108,15 +100,15 @@ def _parts(cells: Sequence[NotebookNode]) -> list[tuple[str, list[NotebookNode]]
         parts[-1][1].append(nbformat.v4.new_markdown_cell(before))
         for heading, text in zip(sections[::2], sections[1::2], strict=True):
             inside = nbformat.v4.new_markdown_cell(text)
-            parts.append((html.escape(heading), [inside]))
+            parts.append((heading, [inside]))
     return parts[1:] if len(parts) > 1 else parts
 
 
-def _html(cells: Sequence[NotebookNode]) -> str:
+def _html(cells: Sequence[NotebookNode]) -> Markup:
     shown = [_shown(cell) for cell in cells]
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(cells=shown))
-    return body
+    return Markup(body)
 
 
 def _shown(cell: NotebookNode) -> NotebookNode:
@@ -125,8 +117,7 @@ def _shown(cell: NotebookNode) -> NotebookNode:
         cell.source = ROLE.sub(r"\1", cell.source)
         return cell
     cell.outputs = [output for output in cell.outputs if output.output_type != "stream"]
-    for output in _outputs([cell], "companion"):
-        about = output.metadata["companion"]
+    for _, output, about in execute.outputs([cell]):
         if "alt" in about:
             alt, caption = (html.escape(about[key]) for key in ("alt", "caption"))
             picture = output.data["image/png"].strip()
@@ -136,20 +127,5 @@ def _shown(cell: NotebookNode) -> NotebookNode:
     return cell
 
 
-def _outputs(cells: Sequence[NotebookNode], key: str) -> Iterator[NotebookNode]:
-    for cell in cells:
-        for output in cell.get("outputs", []):
-            if key in output.get("metadata", {}):
-                yield output
-
-
 def _tags(cell: NotebookNode) -> set[str]:
     return set(cell.metadata.get("tags", []))
-
-
-def write_whole(place: Path, content: str) -> None:
-    """Write a file that appears only when it is whole."""
-    with execute.beside(place, "writing") as scratch:
-        written = scratch / place.name
-        written.write_text(content, encoding="utf-8")
-        written.replace(place)

@@ -10,8 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,22 @@ def literals(source: str) -> dict[str, Any]:
     """The names that a cell sets, and their values, which are plain literals."""
     lines = [line for line in ast.parse(source).body if isinstance(line, ast.Assign)]
     return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
+
+
+def parameters(notebook: nbformat.NotebookNode) -> dict[str, Any]:
+    """The parameters of an executed notebook, with the values that they had."""
+    values = {}
+    for cell in notebook.cells:
+        if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
+            values |= literals(cell.source)
+    return values
+
+
+def outputs(cells: Iterable[nbformat.NotebookNode]) -> Iterator[tuple]:
+    """Each output of these cells with its cell, and what `companion.chapter` keeps with it."""
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            yield cell, output, output.get("metadata", {}).get("companion", {})
 
 
 def defaults(notebook: Path) -> dict[str, Any]:
@@ -92,23 +108,17 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> dict[str, An
     return fitting
 
 
-def _fitted(name: str, value: Any, default: Any) -> Any:
-    given = value
-    if isinstance(value, str) and not isinstance(default, str):
-        value = _read(value, default)
+def _fitted(name: str, given: Any, default: Any) -> Any:
+    value = given
+    if isinstance(given, str) and not isinstance(default, str):
+        with suppress(ValueError, yaml.YAMLError):
+            value = float(given) if isinstance(default, float) else yaml.safe_load(given)
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if default is not None and type(value) is not type(default):
         expected = type(default).__name__
         raise ValueError(f"{name} = {given!r}: must be of type {expected}, like {default!r}")
     return value
-
-
-def _read(text: str, default: Any) -> Any:
-    try:
-        return float(text) if isinstance(default, float) else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
-        return text
 
 
 def source_hash(notebook: nbformat.NotebookNode) -> str:
@@ -130,12 +140,10 @@ def commit() -> str:
 
 def describe_figures(notebook: nbformat.NotebookNode) -> None:
     """Move captions and alt texts from the outputs to where myst-nb reads them."""
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            about = output.get("metadata", {}).get("companion", {})
-            if "alt" in about:
-                figure = {"caption": markdown(about["caption"]), "name": about["name"]}
-                cell.metadata["mystnb"] = {"figure": figure, "image": {"alt": about["alt"]}}
+    for cell, _, about in outputs(notebook.cells):
+        if "alt" in about:
+            figure = {"caption": markdown(about["caption"]), "name": about["name"]}
+            cell.metadata["mystnb"] = {"figure": figure, "image": {"alt": about["alt"]}}
 
 
 def _book(notebook: Path) -> Path:
@@ -213,6 +221,14 @@ def beside(output: Path, kind: str) -> Iterator[Path]:
             raise
 
 
+def write_whole(place: Path, content: str) -> None:
+    """Write a file that appears only when it is whole."""
+    with beside(place, "writing") as scratch:
+        written = scratch / place.name
+        written.write_text(content, encoding="utf-8")
+        written.replace(place)
+
+
 @contextmanager
 def _own_kernel() -> Iterator[Config]:
     """A kernel of this environment's Python that nothing of the reader's own settings reaches.
@@ -253,16 +269,16 @@ def _sockets() -> Iterator[Config]:
     yield Config(KernelManager={"transport": "tcp"})
 
 
-def report_failure(notebook: Path, work: Callable[[], None]) -> int:
+def report_failure(name: str, work: Callable[[], int | None]) -> int:
     """Do the work of a command: its exit status, and one clear line for a failure."""
-    for name in ("papermill", "traitlets"):  # what they would say of a dead kernel is said here
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for talker in ("papermill", "traitlets"):  # what they say of a dead kernel is said here
+        logging.getLogger(talker).setLevel(logging.CRITICAL)
     try:
-        work()
+        return work() or 0
     except PapermillExecutionError as error:
-        return _told(f"{notebook.stem}: {error.ename}: {error.evalue}", 1)
+        return _told(f"{name}: {error.ename}: {error.evalue}", 1)
     except DeadKernelError:
-        return _told(f"{notebook.stem}: its kernel was killed; it may have run out of memory", 1)
+        return _told(f"{name}: its kernel was killed; it may have run out of memory", 1)
     except OSError as error:
         plain = error.filename is not None and error.strerror is not None
         return _told(f"{error.filename}: {error.strerror}" if plain else str(error), 2)
@@ -272,10 +288,9 @@ def report_failure(notebook: Path, work: Callable[[], None]) -> int:
         if os.environ.get("HEADBOUND_DEBUG"):
             raise
         if "Kernel died" in str(error):  # of RuntimeError: before it has answered once
-            return _told(f"{notebook.stem}: its kernel did not start; run `make install` again", 1)
+            return _told(f"{name}: its kernel did not start; run `make install` again", 1)
         where = "not foreseen; HEADBOUND_DEBUG=1 shows where"
-        return _told(f"{notebook.stem}: {type(error).__name__}: {error} ({where})", 1)
-    return 0
+        return _told(f"{name}: {type(error).__name__}: {error} ({where})", 1)
 
 
 def _told(why: str, status: int) -> int:

@@ -15,6 +15,7 @@ from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from seaborn.utils import relative_luminance
 
 from companion.words import Estimate, visible
 
@@ -39,8 +40,8 @@ class Look(TypedDict, total=False):
     - `limits`: of the y axis.
     """
 
-    by: str
-    panels: str
+    by: str | None
+    panels: str | None
     kind: str
     log: str
     marks: Mapping[str, float]
@@ -116,9 +117,10 @@ def plot(
         frame = tidy(frame, *parts, *((y, x) if look.get("kind") == "dot" else (x, y)))
     fig = draw(frame, x, y, **look)
     see = see or _values(frame, x, y, look["by"], at)
+    panels = look.get("panels")
     what = y
-    if "panels" in look and y == "value":
-        what = ", ".join(map(str, frame[look["panels"]].unique()))
+    if panels and y == "value":
+        what = ", ".join(map(str, frame[panels].unique()))
     caption = _caption(frame, x, what, look)
     alt = _alt(frame, x, what, look)
     show(fig, name, f"{caption} {see}.", f"{alt} {see}.")
@@ -126,19 +128,20 @@ def plot(
 
 def draw(frame: pd.DataFrame, x: str, y: str, **look: Unpack[Look]) -> Figure:
     """The figure that `plot` shows, for a chapter that adds something before it calls `show`."""
-    by, panels = look.get("by"), look.get("panels")
-    _check(frame, x, y, by, panels)
-    frame = _labelled(frame, [x, y, by, panels])
+    by = look.get("by")
+    panels = look.get("panels")
+    columns = [column for column in (x, y, by, panels) if column]
+    _check(frame, columns, by)
+    frame = _labelled(frame, columns)
     parts = list(frame.groupby(panels, sort=False)) if panels else [("", frame)]
     height = 4.2 if len(parts) == 1 else 2.8 * len(parts)
     if look.get("kind") == "dot":
         height = max(height, 0.35 * frame[y].nunique())
     fig, axes = plt.subplots(len(parts), sharex=True, figsize=(7.0, height), squeeze=False)
     for ax, (title, part) in zip(axes[:, 0], parts, strict=True):
-        _fill(ax, part, x, y, by, look)
+        _fill(ax, part, x, y, look)
         ax.set_title(str(title))
-        if ax is not axes[-1, 0]:
-            ax.set_xlabel("")
+        ax.label_outer()
     _legend(fig)
     return fig
 
@@ -175,12 +178,12 @@ def show(fig: Figure, name: str, caption: str, alt: str) -> None:
 def contrast(fig: Figure) -> float:
     """The weakest contrast on white of a figure's lines, as WCAG defines it: 1 to 21."""
     lines = [line for ax in fig.axes for line in ax.lines]
-    ratios = [1.05 / (sns.utils.relative_luminance(line.get_color()) + 0.05) for line in lines]
+    ratios = [1.05 / (relative_luminance(line.get_color()) + 0.05) for line in lines]
     return min(ratios, default=21.0)
 
 
-def _check(frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | None) -> None:
-    missing = [column for column in (x, y, by, panels) if column and column not in frame]
+def _check(frame: pd.DataFrame, columns: Sequence[str], by: str | None) -> None:
+    missing = [column for column in columns if column not in frame]
     if missing:
         raise ValueError(f"columns {missing}: not in the frame, which has {', '.join(frame)}")
     if frame.empty:
@@ -190,10 +193,10 @@ def _check(frame: pd.DataFrame, x: str, y: str, by: str | None, panels: str | No
         raise ValueError(f"{curves} curves by {by!r}: show {MOST_CURVES} at most, or use panels")
 
 
-def _labelled(frame: pd.DataFrame, columns: Sequence[str | None]) -> pd.DataFrame:
+def _labelled(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """The frame with names that fit into a figure, whatever they hold; equal names stay apart."""
     frame = frame.copy()
-    for column in {column for column in columns if column}:
+    for column in set(columns):
         labels: dict[str, str] = {}
         for name in dict.fromkeys(frame[column]):
             if not isinstance(name, str):
@@ -217,7 +220,8 @@ def _cited(frame: pd.DataFrame) -> "pd.Series[bool]":
     return pd.Series(data=False, index=frame.index)
 
 
-def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None, look: Look) -> None:
+def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, look: Look) -> None:
+    by = look.get("by")
     kind = look.get("kind", "line")
     cited = _cited(frame)
     if not cited.all():
@@ -330,13 +334,14 @@ def _values(frame: pd.DataFrame, x: str, y: str, by: str, at: float | None) -> s
 
 def _caption(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:
     """What is drawn, in one sentence."""
-    line = look.get("kind", "line") == "line"
+    by = look.get("by")
+    kind = look.get("kind", "line")
     caption = f"{y[:1].upper()}{y[1:]} against {x}"
-    if look.get("by"):
-        caption += f", {'a line for each' if line else 'by'} {look['by']}"
+    if by:
+        caption += f", a line for each {by}" if kind == "line" else f", by {by}"
     notes = []
     if {"low", "high"} <= set(frame):
-        notes.append(f"{'bands' if line else 'bars'} are 95 % intervals")
+        notes.append(f"{'bands' if kind == 'line' else 'bars'} are 95 % intervals")
     if _cited(frame).any():
         notes.append("grey is cited, not computed here")
     return f"{caption} ({'; '.join(notes)})." if notes else f"{caption}."
@@ -344,16 +349,17 @@ def _caption(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:
 
 def _alt(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:
     """The shape of what is drawn, in one sentence."""
-    cited = _cited(frame)
     by = look.get("by")
-    shape = "line" if look.get("kind", "line") == "line" else "point"
-    curves = (~cited).sum()
-    if shape == "line" and curves:
-        curves = len(_parts(frame[~cited], by))
+    kind = look.get("kind", "line")
+    cited = _cited(frame)
+    curves = len(_parts(frame[~cited], by)) if kind == "line" else (~cited).sum()
+    if cited.all():
+        curves = 0
     grey = len(_parts(frame[cited], by)) if cited.any() else 0
     shown = curves or grey
+    shape = "line" if kind == "line" else "point"
     alt = f"{shown} {shape}{'' if shown == 1 else 's'} of {y} against {x}"
-    if "panels" in look:
+    if look.get("panels"):
         alt += f" in {frame[look['panels']].nunique()} panels"
     if grey:
         alt += f", beside {grey} cited in grey" if curves else ", cited, in grey"

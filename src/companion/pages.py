@@ -1,7 +1,8 @@
 """The pages that are computed from all chapters together: the templates here, and the book's own.
 
 A book's own template is `book/NAME.md.j2`; it becomes `book/generated/NAME.md`. It may use
-`figure("fig-…")`, `findings("01_name")` and the names that `write` gives.
+`figure("fig-…")`, `findings("01_name")`, the data of each `book/NAME.yaml` by its name, and the
+names that `write` gives.
 
 Whatever a template puts into a page is shown as it is: a text that holds Markdown or HTML does
 nothing. Only `| safe` lets it through.
@@ -35,20 +36,18 @@ def write(chapters: Sequence[Chapter], preset: str, folder: Path) -> None:
     every = [(chapter, finding) for chapter in chapters for finding in chapter.findings]
     answered = {f["key"] for _, rows in sections for row in rows for _, f in row.pairs}
     figures = {name: (c, figure) for c in chapters for name, figure in c.figures.items()}
-    about = {
+    about = {path.stem: results.load(path) for path in BOOK.glob("*.yaml")} | {
         "answered": {chapter.name: chapter.answer for chapter in chapters},
         "beyond": [(c, finding) for c, finding in every if finding["key"] not in answered],
         "changes": changes,
         "chapters": chapters,
         "cite": claims.get("cite"),
         "commit": commit(),
-        "decisions": results.load(results.DECISIONS),
         "exempt": results.EXEMPT,
         "found": {finding["key"]: finding for _, finding in every},
         "front": next((figures[f] for f in claims.get("front", []) if f in figures), None),
         "home": {finding["key"]: chapter for chapter, finding in every},
         "preset": preset,
-        "quiz": results.load(BOOK / "quiz.yaml"),
         "sections": sections,
         "signed": {change.key: change.signed for change in changes},
         "words": WORDS,

@@ -11,18 +11,11 @@ from typing import Any, NamedTuple
 import nbformat
 import yaml
 
-from companion.execute import literals
+from companion import execute
 
 CLAIMS, SIGNED = Path("book/claims.yaml"), Path("book/verdicts.yaml")
-DECISIONS = Path("book/decisions.yaml")
 EXEMPT = {"smoke"}  # its numbers mean nothing, so neither do its verdicts
 WORDS = ("reproduced", "consistent", "in part", "divided", "not reproduced", "not testable here")
-SIGNED_HEADER = """\
-# The verdicts that someone looked at and signed, preset by preset. `make sign PRESET=…` writes what
-# the chapters now say; the diff of this file is what there is to review. A list holds every verdict
-# that is fine, for findings that rest on what a machine may lack, such as a network; `absent` in it
-# lets the whole finding be missing. `made` says on what each chapter's verdicts rest.
-"""
 
 
 class Chapter(NamedTuple):
@@ -77,30 +70,30 @@ class Change(NamedTuple):
 
 
 def read(path: Path) -> Chapter:
-    """Collect what a notebook says of itself from the metadata of its outputs."""
-    content = nbformat.read(path, as_version=4)
+    """Collect what an executed notebook says of itself."""
+    return collect(nbformat.read(path, as_version=4), path.stem)
+
+
+def collect(content: nbformat.NotebookNode, name: str) -> Chapter:
+    """The same of a notebook that is read already."""
     lines = [line for cell in content.cells for line in cell.source.splitlines()]
-    title = next(line.removeprefix("# ") for line in lines if line.startswith("# "))
-    parameters, findings, figures, kept = {}, [], {}, {}
-    for cell in content.cells:
-        if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
-            parameters |= literals(cell.source)
-        for output in cell.get("outputs", []):
-            about = output.get("metadata", {}).get("companion", {})
-            kept |= about
-            findings += about.get("findings", [])
-            if "alt" in about and "image/png" in output.get("data", {}):
-                png = base64.b64decode(output["data"]["image/png"])
-                figures[about["name"]] = {**about, "png": png}
+    titles = [line.removeprefix("# ").strip() for line in lines if line.startswith("# ")]
+    findings, figures, kept = [], {}, {}
+    for _, output, about in execute.outputs(content.cells):
+        kept |= about
+        findings += about.get("findings", [])
+        if "alt" in about and "image/png" in output.get("data", {}):
+            png = base64.b64decode(output["data"]["image/png"])
+            figures[about["name"]] = {**about, "png": png}
     own = content.metadata.get("companion", {})
     opening = " ".join(content.cells[0].source.partition("\n")[2].split())
     asked = re.search(r"[^.?!]*\?", opening)
     return Chapter(
-        name=path.stem,
-        title=title.strip(),
+        name=name,
+        title=[*titles, name][0],
         question=own.get("question") or (asked[0].strip() if asked else ""),
         answer=kept.get("answer", ""),
-        parameters=parameters,
+        parameters=execute.parameters(content),
         findings=findings,
         figures=figures,
         provenance=kept.get("provenance", {}),
@@ -202,7 +195,7 @@ def faults(preset: str, chapters: Sequence[Chapter]) -> list[str]:
 def sign(preset: str, chapters: Sequence[Chapter]) -> int:
     """Write the verdicts as they are now, and say how many changed.
 
-    A list that covers the present verdict stays.
+    A list that covers the present verdict stays, and so do the comments that the file begins with.
     """
     everything = load(SIGNED)
     signed = everything.get(preset, {"verdicts": {}})
@@ -217,9 +210,9 @@ def sign(preset: str, chapters: Sequence[Chapter]) -> int:
     made = {chapter.name: chapter.made for chapter in chapters}
     everything[preset] = {"verdicts": after, "made": made}
     style = {"allow_unicode": True, "default_flow_style": None, "sort_keys": False}
-    text = SIGNED_HEADER + yaml.safe_dump(everything, width=200, **style)
-    unfinished = SIGNED.with_suffix(".tmp")
-    unfinished.write_text(text, "utf-8")
-    unfinished.replace(SIGNED)
+    old = SIGNED.read_text("utf-8") if SIGNED.exists() else ""
+    comments = re.match(r"(#.*\n)*", old)[0]
+    text = yaml.safe_dump(everything, width=200, **style)
+    execute.write_whole(SIGNED, comments + text)
     every = before.keys() | after.keys()
     return sum(before.get(key) != after.get(key) for key in every)

@@ -10,7 +10,8 @@ import nbformat
 
 from companion import gates, pages, results
 from companion.build import BOOK, names
-from companion.results import Change
+from companion.execute import outputs
+from companion.results import Change, Chapter
 from companion.words import markdown
 
 STAGED, GENERATED = Path("book/chapters"), Path("book/generated")
@@ -35,17 +36,18 @@ def executed(preset: str) -> list[Path]:
 def publish(preset: str, builder: str = "html") -> int:
     """Build the site beside the old one, and put it in place when Sphinx had nothing to warn of.
 
-    A verdict that is not the signed one is told and marked, and stops nothing. Returns the status.
+    A verdict that is not the signed one is told and marked, and stops nothing. The builder
+    `linkcheck` asks the other hosts that the book links to instead. Returns the exit status.
     """
     paths = executed(preset)
     broken = [fault for path in paths for fault in gates.faults(path, Path("notebooks", path.name))]
     if broken:
         print("headbound: not published:", *broken, sep="\n  ", file=sys.stderr)
         return 1
-    chapters = [results.read(path) for path in paths]
-    changes = results.changes(preset, chapters)
+    found = chapters(preset)
+    changes = results.changes(preset, found)
     stage(paths, changes)
-    pages.write(chapters, preset, GENERATED)
+    pages.write(found, preset, GENERATED)
     status = sphinx(builder)
     if status == 0:
         if builder == "html":
@@ -57,32 +59,28 @@ def publish(preset: str, builder: str = "html") -> int:
     return status
 
 
-def linkcheck(preset: str) -> int:
-    """Ask the other hosts that the book links to. Returns the exit status."""
-    return publish(preset, "linkcheck")
+def chapters(preset: str) -> list[Chapter]:
+    """What the executed chapters of a preset say.
 
-
-def check(preset: str) -> list[str]:
-    """What `make check` refuses, a line each."""
+    **Raises:** `ValueError` where one is not executed yet; as `executed`.
+    """
     paths = executed(preset)
     missing = [path.stem for path in paths if not path.exists()]
     if missing:
         raise ValueError(f"PRESET={preset}: chapters are not executed yet ({', '.join(missing)})")
-    return results.faults(preset, [results.read(path) for path in paths])
+    return [results.read(path) for path in paths]
 
 
-def sign(preset: str) -> int:
-    """Sign the verdicts of a preset's executed chapters. Returns the exit status."""
-    missing = [path.stem for path in executed(preset) if not path.exists()]
-    if preset in results.EXEMPT or missing:
-        reason = f"chapters are not all executed ({', '.join(missing)})"
-        reason = "numbers mean nothing" if preset in results.EXEMPT else reason
-        print(f"headbound: PRESET={preset} is not signed: its {reason}", file=sys.stderr)
-        return 1
-    changed = results.sign(preset, [results.read(path) for path in executed(preset)])
+def sign(preset: str) -> None:
+    """Sign the verdicts of a preset's executed chapters.
+
+    **Raises:** `ValueError` for a preset whose numbers mean nothing; as `chapters`.
+    """
+    if preset in results.EXEMPT:
+        raise ValueError(f"PRESET={preset} is not signed: its numbers mean nothing")
+    changed = results.sign(preset, chapters(preset))
     told = f"{results.SIGNED}: {changed} verdicts of PRESET={preset} changed"
     print(f"{told}; read `git diff {results.SIGNED}`, then commit it")
-    return 0
 
 
 def stage(paths: Sequence[Path], changes: Sequence[Change]) -> None:
@@ -96,9 +94,8 @@ def stage(paths: Sequence[Path], changes: Sequence[Change]) -> None:
         cells = []
         for cell in content.cells:
             cells.append(cell)
-            about = [o.get("metadata", {}).get("companion", {}) for o in cell.get("outputs", [])]
-            keys = [finding["key"] for part in about for finding in part.get("findings", [])]
-            lines = [told[key] for key in keys if key in told]
+            found = [f for _, _, about in outputs([cell]) for f in about.get("findings", [])]
+            lines = [told[finding["key"]] for finding in found if finding["key"] in told]
             if lines:
                 lines = ["```{warning}", "A verdict above is not the signed one:\n", *lines, "```"]
                 cells.append(nbformat.v4.new_markdown_cell("\n".join(lines)))
@@ -125,11 +122,5 @@ def sphinx(builder: str) -> int:
     return built.returncode
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`--preset NAME`, and `--links` to ask other hosts instead of building."""
-    preset = arguments[arguments.index("--preset") + 1]
-    return publish(preset, "linkcheck" if "--links" in arguments else "html")
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(publish(*sys.argv[1:]))

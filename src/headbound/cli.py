@@ -36,7 +36,7 @@ def diagnose(
         diagnosis.report(DIAGNOSIS, output, asked, data)
         print(f"The report is ready: open {output}")
 
-    raise typer.Exit(done(work, DIAGNOSIS.stem))
+    done(work, DIAGNOSIS.stem)
 
 
 @app.command()
@@ -68,7 +68,7 @@ def measure(
         if csv:
             diagnosis.write_whole(csv.expanduser(), frame.to_csv(index=False))
 
-    raise typer.Exit(done(work, "measure"))
+    done(work, "measure")
 
 
 @app.command()
@@ -89,7 +89,7 @@ def suite(
         options = {name: chosen[name] for name in names}
         tunnel.train(chosen["hidden_sizes"], chosen["steps"], source=chosen["text"], **options)
 
-    raise typer.Exit(done(work))
+    done(work)
 
 
 @app.command()
@@ -109,7 +109,7 @@ def tunnel(
             raise ValueError(f"arm = {arm}: must be one of {'; '.join(changes.ARMS)}")
         archive.run(arm, width, seed, folder, cache_dir() / "tunnel")
 
-    raise typer.Exit(done(work, "tunnel"))
+    done(work, "tunnel")
 
 
 @app.command()
@@ -141,7 +141,7 @@ def sweep(
         if task == "measure":
             measure.measure(model, revision, settings, rows, keep)
 
-    raise typer.Exit(done(work))
+    done(work)
 
 
 @app.command()
@@ -163,7 +163,7 @@ def plan(
         with hub.impatient():
             print(plan.words(*read(file), rates))
 
-    raise typer.Exit(done(work))
+    done(work)
 
 
 if __name__ == "__main__":

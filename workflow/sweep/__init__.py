@@ -1,5 +1,6 @@
 """A sweep over published checkpoints: `hub` reads, `audit` compares, `measure`, `plan` counts."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,25 +11,7 @@ from jsonschema import Draft202012Validator
 import headbound
 from headbound import cache
 
-COUNT = {"type": "integer", "minimum": 1}
-TEXT = {"type": "string", "minLength": 1}
-# Of a sweep's file.
-SCHEMA = {
-    "type": "object",
-    "additionalProperties": False,
-    "properties": {
-        "models": {"type": "array", "items": TEXT},
-        "steps": {"type": "array", "items": {"type": "integer", "minimum": 0}},
-        "every": COUNT,
-        "last": COUNT,
-        "name": {**TEXT, "pattern": r"^\w[\w.-]*$"},
-        "whole": {"type": "boolean"},
-        "source": TEXT,
-        "texts": COUNT,
-        "length": {"type": "integer", "minimum": 2},
-        "dtype": {"enum": ["float32", "float16", "bfloat16", "float64"]},
-    },
-}
+SCHEMA = Path(__file__).with_name("schema.json")  # of a sweep's file
 
 
 class Settings(NamedTuple):
@@ -71,7 +54,8 @@ def read(path: str | Path) -> tuple[dict[str, list[str]], Settings]:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a YAML file in UTF-8 ({error})") from error
-    for error in Draft202012Validator(SCHEMA).iter_errors(given):
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    for error in Draft202012Validator(schema).iter_errors(given):
         where = ".".join(map(str, error.path))
         raise ValueError(f"{path}: {where}: {error.message}")
     steps = set(given.pop("steps", []))

@@ -96,16 +96,14 @@ def told(name: str, found: dict[str, Any]) -> pd.DataFrame:
 
 def cited() -> pd.DataFrame:
     """The paper's models: the end of Figure 5, the last layers of Figure 2, half ranks of 6b."""
-    rows = []
-    for figure, quantity in {
-        "5": "singular entropy of the head (nats)",
-        "2": "mean cosine, last layer",
-    }.items():
-        curves = pythia.figures(figure)
-        for (family, size), curve in curves.groupby(["series", "curve"], sort=False):
-            last = curve.loc[curve["x"].idxmax()]
-            named = f"{family if figure == '2' else 'Pythia'}-{size}"
-            rows.append((named, quantity, last["y"], last["error"], figure))
+    entropy = "singular entropy of the head (nats)"
+    heads = pythia.figures("5").assign(series="Pythia", quantity=entropy, figure="5")
+    cosines = pythia.figures("2").assign(quantity="mean cosine, last layer", figure="2")
+    curves = pd.concat([heads, cosines], ignore_index=True)
+    groups = curves.groupby(["figure", "series", "curve"], sort=False)
+    last = curves.loc[groups["x"].idxmax()]
+    named = last["series"] + "-" + last["curve"]
+    rows = [*zip(named, last["quantity"], last["y"], last["error"], last["figure"], strict=True)]
     for name, curve in pythia.figures("6b").groupby("curve", sort=False):
         ordered = curve.sort_values("x")
         at_half = np.interp(ordered["x"].max() / 2, ordered["x"], ordered["y"])
@@ -134,8 +132,6 @@ def main() -> None:
         order = {reference: place for place, reference in enumerate(PARAMETERS)}
         places = table["reference"].map(order).fillna(len(order))
         table = table.iloc[np.argsort(places, kind="stable")]
-        first = ["reference", "verdict", "quantity", "value", "low", "high", "n"]
-        table = table[[*first, *(c for c in table if c not in first)]]
         with cache.replacing(TABLE) as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g")
 

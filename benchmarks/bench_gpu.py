@@ -103,7 +103,7 @@ def constrained_heads(tokens, rows, d, rate):
     rng = np.random.default_rng(0)
     states, targets = rng.standard_normal((tokens, d), np.float32), rng.integers(rows, size=tokens)
     starts = [
-        lowrank.random(torch.empty(rows, d, device=WHERE), rank) for rank in RANKS if rank <= d
+        lowrank.Head.random(torch.empty(rows, d, device=WHERE), rank) for rank in RANKS if rank <= d
     ]
     batch = min(1024, tokens)
 

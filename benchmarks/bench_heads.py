@@ -36,7 +36,7 @@ def train(kind):
     draw = torch.Generator().manual_seed(1)
     ids = torch.randint(VOCAB, (TEXTS, LENGTH), generator=draw)
     weight = torch.randn(VOCAB, D, generator=draw)
-    starts = [lowrank.random(weight, rank) for rank in RANKS]
+    starts = [lowrank.Head.random(weight, rank) for rank in RANKS]
     ones = lowrank.Examples(np.ones((128, D), np.float32), np.arange(128), np.arange(128))
     lowrank.train(ones, starts[:1], 1)  # torch's one-time set-up
 

@@ -147,7 +147,7 @@ def test_the_working_rank_is_the_planted_one_whatever_the_weights_are_rounded_to
     train = train._replace(hidden_states=train.hidden_states @ turn.numpy())
     assert int(torch.linalg.matrix_rank(weight)) == (6 if dtype == torch.float32 else 16)
     whole = lowrank.low_rank(weight, 16, lowrank.covariance(train.hidden_states))
-    found = bottleneck.working_rank(whole, bottleneck.spread(train, 2000))
+    found = bottleneck.working_rank(whole, train.spread(2000))
     assert found.value == 6
     assert found.low <= 6 <= found.high
     assert found.n == 5
@@ -155,10 +155,10 @@ def test_the_working_rank_is_the_planted_one_whatever_the_weights_are_rounded_to
 
 def test_tokens_are_spread_over_all_texts():
     data, _, _ = planted(useful=4)
-    some = bottleneck.spread(data, 240)
+    some = data.spread(240)
     assert len(some.targets) == 240
     assert set(some.texts) == set(data.texts)
-    assert len(bottleneck.spread(data, 10**6).targets) == len(data.targets)
+    assert len(data.spread(10**6).targets) == len(data.targets)
 
 
 def test_passages_come_from_different_texts_and_begin_as_the_tokenizer_begins():
@@ -298,7 +298,7 @@ def test_the_page_puts_the_summary_first_and_folds_the_rest():
 
 
 def test_the_bundled_references_hold_the_planted_cases_and_the_papers_models():
-    known = bottleneck.references()
+    known = bottleneck._references("", 0.0)
     cited = known["verdict"] == "cited"
     verdicts = known[~cited].drop_duplicates("reference").set_index("reference")["verdict"]
     assert set(verdicts.index) <= set(references.PARAMETERS)
@@ -311,10 +311,20 @@ def test_the_bundled_references_hold_the_planted_cases_and_the_papers_models():
 
 
 def test_a_model_is_not_its_own_company():
-    known = bottleneck.references()
+    known = bottleneck._references("", 0.0)
     row = known[(known["reference"] == references.SMOL) & (known["quantity"] == "perplexity")]
-    same = bottleneck.references(row["fingerprint"].iloc[0], row["value"].iloc[0])
+    same = bottleneck._references(row["fingerprint"].iloc[0], row["value"].iloc[0])
     assert references.SMOL in set(known["reference"])
     assert references.SMOL not in set(same["reference"])
-    other = bottleneck.references("another text", row["value"].iloc[0])
+    other = bottleneck._references("another text", row["value"].iloc[0])
     assert references.SMOL in set(other["reference"])
+
+
+def test_a_number_lies_between_its_neighbours(monkeypatch):
+    known = pd.DataFrame({"reference": ["a", "b"], "verdict": "", "quantity": "x", "value": [1, 3]})
+    monkeypatch.setattr(bottleneck, "_references", lambda *_: known)
+    mine = {"x": 2.0, "perplexity": stats.Estimate(5.0, 4.0, 6.0, 3)}
+    row = bottleneck.places(mine, "").set_index("quantity").loc["x"]
+    assert row["known models"] == "1 of 2"
+    assert row["neighbours"] == "above a (1), below b (3)"
+    assert row["the paper's neighbours"] == "none is known"

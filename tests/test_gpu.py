@@ -53,7 +53,7 @@ def test_heads_and_gradients():
     weight = torch.from_numpy(rng.normal(size=(300, 16)).astype(np.float32))
     losses, kept = [], []
     for where in ("cpu", "cuda"):
-        start = lowrank.random(weight.to(where), 4)
+        start = lowrank.Head.random(weight.to(where), 4)
         trained = lowrank.train(data, [start], 1)
         losses.append(lowrank.token_losses(data, trained))
         kept.append(gradients.share_kept(data, weight.to(where)).kept)

@@ -98,7 +98,7 @@ def loss(head, world):
 @pytest.mark.parametrize("sampled", [None, 5])
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_one_pass_equals_one_rank_after_another(world, sampled, cap):
-    starts = [lowrank.random(world[0], rank)._replace(cap=cap) for rank in (1, 4, 8)]
+    starts = [lowrank.Head.random(world[0], rank)._replace(cap=cap) for rank in (1, 4, 8)]
     before = [start.A.clone() for start in starts]
     options = {"epochs": 2, "batch": 64, "sampled": sampled}
     together = lowrank.train(examples(world), starts, **options)
@@ -114,7 +114,7 @@ def test_one_pass_equals_one_rank_after_another(world, sampled, cap):
 def test_a_step_is_adams_step(world):
     """One step, by hand: each entry moves by its rate, against its gradient's sign."""
     data = lowrank.Examples(*(part[:64] for part in examples(world)))
-    start = lowrank.random(world[0], 4)
+    start = lowrank.Head.random(world[0], 4)
     A, B = (factor.clone().requires_grad_() for factor in start[:2])
     states = torch.from_numpy(data.hidden_states)
     cross_entropy(states @ B.T @ A.T, torch.from_numpy(data.targets)).backward()
@@ -126,7 +126,7 @@ def test_a_step_is_adams_step(world):
 
 def test_training_reaches_the_teacher_and_sampling_does_not_move_it(world):
     options = {"epochs": 12, "batch": 64, "learning_rate": 0.15}
-    start = lowrank.random(world[0], 8)
+    start = lowrank.Head.random(world[0], 8)
     whole, sampled = (
         loss(lowrank.train(examples(world), [start], sampled=count, **options)[0], world)
         for count in (None, 5)
@@ -139,7 +139,7 @@ def test_training_reaches_the_teacher_and_sampling_does_not_move_it(world):
 def test_memory_mapped_states_are_enough(world, tmp_path):
     np.save(tmp_path / "states.npy", world[1])
     mapped = np.load(tmp_path / "states.npy", mmap_mode="r")
-    start = lowrank.random(world[0], 2)
+    start = lowrank.Head.random(world[0], 2)
     one, other = (
         lowrank.train(examples(world)._replace(hidden_states=states), [start], 1)[0]
         for states in (world[1], mapped)
@@ -149,19 +149,19 @@ def test_memory_mapped_states_are_enough(world, tmp_path):
 
 def test_divergence_is_an_error_not_a_head(world):
     with pytest.raises(FloatingPointError, match=r"rank 4 diverged: .*; lower learning_rate"):
-        lowrank.train(examples(world), [lowrank.random(world[0], 4)], learning_rate=1e3)
+        lowrank.train(examples(world), [lowrank.Head.random(world[0], 4)], learning_rate=1e3)
     broken = examples(world)._replace(
         hidden_states=np.where(world[1] > 1, np.nan, world[1])  # float32
     )
     with pytest.raises(FloatingPointError, match=r"rank 8 diverged: .* nan at the end"):
-        lowrank.train(broken, [lowrank.random(world[0], 8)])
+        lowrank.train(broken, [lowrank.Head.random(world[0], 8)])
 
 
 @pytest.mark.parametrize(("tokens", "epochs"), [(100, 1), (2048, 0)])
 def test_too_little_to_train_on(world, tokens, epochs):
     data = lowrank.Examples(*(part[:tokens] for part in examples(world)))
     with pytest.raises(ValueError, match="need an epoch and a batch of 128"):
-        lowrank.train(data, [lowrank.random(world[0], 2)], epochs)
+        lowrank.train(data, [lowrank.Head.random(world[0], 2)], epochs)
 
 
 @pytest.mark.parametrize(
@@ -203,29 +203,29 @@ def test_knee_is_found_where_it_was_put():
     texts = np.repeat(np.arange(50), 10)
     excess = np.log1p(0.05) * np.array([8, 4, 2, 0.5, 0])
     losses = 3 + excess[:, None] + np.random.default_rng(0).normal(size=500)
-    knee = lowrank.knee(ranks, losses, texts)
+    knee = lowrank.ByRank(ranks, losses, texts).knee()
     assert knee.value == pytest.approx(32 * 2 ** (1 / 1.5))
     assert knee.low == pytest.approx(knee.high)
-    assert lowrank.knee(ranks, 0 * losses + 1, texts).value == 8
-    assert lowrank.knee(ranks, losses, texts, tolerance=0.2).value < knee.value
+    assert lowrank.ByRank(ranks, 0 * losses + 1, texts).knee().value == 8
+    assert lowrank.ByRank(ranks, losses, texts).knee(tolerance=0.2).value < knee.value
 
 
 PAPER = pythia.figures("6b")
 
 
 def curve(frame):
-    """A cited curve as ranks, losses and texts; two texts that agree."""
+    """A cited curve by rank; two texts that agree."""
     ordered = frame.sort_values("x")
     losses = np.repeat(ordered["y"].to_numpy()[:, None], 2, 1)
-    return ordered["x"].astype(int).tolist(), losses, np.arange(2)
+    return lowrank.ByRank(ordered["x"].astype(int).tolist(), losses, np.arange(2))
 
 
 @pytest.mark.parametrize("name", PAPER["curve"].unique())
 def test_on_the_papers_curves_the_rank_decides_and_not_its_share_of_the_width(name):
     own = PAPER[PAPER["curve"] == name]
     others = PAPER[PAPER["curve"] != name]
-    assert rules.positive(lowrank.rank_or_share(*curve(own), others)).agrees
-    assert lowrank.knee_at_claim(lowrank.knee(*curve(own)), int(own["x"].max())).agrees
+    assert rules.positive(curve(own).rank_or_share(others)).agrees
+    assert lowrank.knee_at_claim(curve(own).knee(), int(own["x"].max())).agrees
     assert rules.rank_costs(own["x"], own["y"]).agrees
 
 
@@ -237,7 +237,7 @@ def test_where_a_share_of_the_width_decides_it_says_so(width):
         ranks = np.array([d / 32, d / 16, d / 8, d / 4, d / 2, d])
         frames.append(pd.DataFrame({"curve": str(d), "x": ranks, "y": np.log2(d / ranks)}))
     own = curve(frames.pop())
-    assert rules.positive(lowrank.rank_or_share(*own, pd.concat(frames))).agrees is False
+    assert rules.positive(own.rank_or_share(pd.concat(frames))).agrees is False
 
 
 @pytest.mark.parametrize(("width", "knee", "agrees"), [(576, 570, None), (4096, 3000, False)])
@@ -248,7 +248,7 @@ def test_a_knee_elsewhere_or_out_of_reach_is_not_the_papers(width, knee, agrees)
 
 @pytest.mark.parametrize(("moved", "agrees"), [(0.03, True), (-0.03, True), (0.14, None)])
 def test_a_curve_that_half_the_text_moves_is_not_judged(moved, agrees):
-    assert lowrank.if_settled(rules.Ruling(True, ""), moved).agrees is agrees
+    assert rules.Ruling(True, "").if_settled(moved).agrees is agrees
 
 
 def test_perplexity_resamples_texts_not_tokens():
@@ -307,3 +307,18 @@ def test_losses_of_stored_states_are_the_models_own(oddity, tmp_path, monkeypatc
     np.testing.assert_allclose(losses[0], expected, atol=1e-4)
     np.testing.assert_allclose(losses[1], expected, atol=1e-3)
     assert np.abs(losses[2] - losses[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_cuts_of_one_head_share_their_work_and_lose_what_each_loses_alone(cap):
+    generator = torch.Generator().manual_seed(0)
+    head = lowrank.low_rank(torch.randn(40, 9, generator=generator), 9)._replace(cap=cap)
+    other = lowrank.Head.random(torch.zeros(40, 9), 4)
+    states = torch.randn(30, 9, generator=generator).numpy()
+    data = lowrank.Examples(states, np.arange(30), np.arange(30) // 5)
+    heads = [head.cut(2), head.cut(5), other, head.cut(5), head, head, head.cut(3)]
+    assert [head.extends(part) for part in heads] == [True, True, False, True, True, True, True]
+    assert not head.cut(3).extends(head)
+    shared = lowrank.token_losses(data, heads, block=7)
+    alone = [lowrank.token_losses(data, [part])[0] for part in heads]
+    np.testing.assert_allclose(shared, alone, rtol=1e-5)

@@ -129,10 +129,10 @@ def test_nothing_to_judge_is_no_verdict():
 
 def test_a_missing_sign_refutes_only_after_enough_seeds_and_steps():
     refuted = rules.Ruling(False, "never above 0.5")
-    assert rules.absent(refuted, [[35_438], [67_000] * 3]) == refuted
-    assert rules.absent(refuted, [[67_000] * 2, [67_000]]).agrees is None
-    assert rules.absent(refuted, [[67_000, 67_000, 35_438]]).agrees is None
-    assert rules.absent(rules.Ruling(True, "seen"), [[10]]).agrees is True
+    assert refuted.after([[35_438], [67_000] * 3]) == refuted
+    assert refuted.after([[67_000] * 2, [67_000]]).agrees is None
+    assert refuted.after([[67_000, 67_000, 35_438]]).agrees is None
+    assert rules.Ruling(True, "seen").after([[10]]).agrees is True
 
 
 def test_thresholds_say_how_far_they_could_move():

@@ -117,10 +117,9 @@ def plot(
         frame = tidy(frame, *parts, *((y, x) if look.get("kind") == "dot" else (x, y)))
     fig = draw(frame, x, y, **look)
     see = see or _values(frame, x, y, look["by"], at)
-    panels = look.get("panels")
     what = y
-    if panels and y == "value":
-        what = ", ".join(map(str, frame[panels].unique()))
+    if "panels" in look and y == "value":
+        what = ", ".join(map(str, frame[look["panels"]].unique()))
     caption = _caption(frame, x, what, look)
     alt = _alt(frame, x, what, look)
     show(fig, name, f"{caption} {see}.", f"{alt} {see}.")
@@ -334,14 +333,13 @@ def _values(frame: pd.DataFrame, x: str, y: str, by: str, at: float | None) -> s
 
 def _caption(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:
     """What is drawn, in one sentence."""
-    by = look.get("by")
-    kind = look.get("kind", "line")
+    line = look.get("kind", "line") == "line"
     caption = f"{y[:1].upper()}{y[1:]} against {x}"
-    if by:
-        caption += f", a line for each {by}" if kind == "line" else f", by {by}"
+    if look.get("by"):
+        caption += f", {'a line for each' if line else 'by'} {look['by']}"
     notes = []
     if {"low", "high"} <= set(frame):
-        notes.append(f"{'bands' if kind == 'line' else 'bars'} are 95 % intervals")
+        notes.append(f"{'bands' if line else 'bars'} are 95 % intervals")
     if _cited(frame).any():
         notes.append("grey is cited, not computed here")
     return f"{caption} ({'; '.join(notes)})." if notes else f"{caption}."
@@ -350,14 +348,13 @@ def _caption(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:
 def _alt(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:
     """The shape of what is drawn, in one sentence."""
     by = look.get("by")
-    kind = look.get("kind", "line")
     cited = _cited(frame)
-    curves = len(_parts(frame[~cited], by)) if kind == "line" else (~cited).sum()
-    if cited.all():
-        curves = 0
+    shape = "line" if look.get("kind", "line") == "line" else "point"
+    curves = (~cited).sum()
+    if shape == "line" and curves:
+        curves = len(_parts(frame[~cited], by))
     grey = len(_parts(frame[cited], by)) if cited.any() else 0
     shown = curves or grey
-    shape = "line" if kind == "line" else "point"
     alt = f"{shown} {shape}{'' if shown == 1 else 's'} of {y} against {x}"
     if look.get("panels"):
         alt += f" in {frame[look['panels']].nunique()} panels"

@@ -62,13 +62,21 @@ def measure(
         for place in filter(None, (data, csv)):
             execute.check_place(place.expanduser())
         asked = revisions.replace(",", " ").split()
-        frame = many.run(model, asked, None if head_only else text, texts, length)
+        frame = many.run(model, asked, None if head_only else text, texts, length, _head_on_hub)
         if data:
             diagnosis.write_whole(data.expanduser(), many.to_json(frame))
         if csv:
             diagnosis.write_whole(csv.expanduser(), frame.to_csv(index=False))
 
     done(work, "measure")
+
+
+def _head_on_hub(model: str, revision: str):
+    """A Hub id's head without rows that no token has; its own bytes alone are fetched."""
+    from sweep import hub
+
+    found = hub.head(model, revision)
+    return found.weight[: hub.tokenizer(found.listed).get_vocab_size()]
 
 
 @app.command()

@@ -45,9 +45,7 @@ BATCH = 4096  # texts encoded between two steps of the progress bar
 
 
 def load(source: str = "docstrings") -> list[str]:
-    """Texts in a fixed order.
-
-    **Arguments:** `source` is one of:
+    """Texts in a fixed order, of a source that is one of:
 
     - `"docstrings"`: unique docstrings of `PACKAGES`, about 38 MB of English technical prose.
     - `"readmes"`: prose of the installed packages' descriptions, one text a package.

@@ -34,10 +34,9 @@ def feed(
 ) -> Iterator[list[Tensor]]:
     """The same parts of several arrays on a device, each read while the last is in use.
 
-    The arrays lie in memory or on disk. Two parts are held. A CUDA device gets them through pinned
-    memory, so that copying and computing overlap.
-
-    **Arguments:** `places`: what to index the arrays with, part after part: slices, arrays of rows.
+    The arrays lie in memory or on disk; each of the `places`, a slice or an array of rows, indexes
+    them. Two parts are held. A CUDA device gets them through pinned memory, so that copying and
+    computing overlap.
 
     >>> parts = feed([np.arange(5)], [slice(0, 3), slice(3, 5)], torch.device("cpu"))
     >>> [part.tolist() for (part,) in parts]

@@ -1,4 +1,4 @@
-"""Zero-shot evaluations: run through lm-eval, and read from its result files, old and new."""
+"""Zero-shot evaluations: run through lm-eval, and read from its result files."""
 
 import copy
 import itertools
@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,30 +22,17 @@ from headbound import cache, corpus, models, progress, stats
 from headbound.train import tunnel
 
 TASKS = Path(__file__).parent / "tasks"
-COLUMNS = ["model", "step", "tokens", "task", "metric", "value", "stderr"]
+COLUMNS = ["model", "step", "task", "metric", "value", "stderr"]
 _WORDS = re.compile(r"[A-Za-z]+(?:[-'][A-Za-z]+)*")
 # Letters, figures and plain punctuation; no constants, double spaces or abbreviations.
 _SENTENCE = re.compile(
     r"(?!.*([A-Z]{6}|\(\)|--| -|  |\b[ei]\.|\bcf\.|\betc\.))[A-Z](?:[\w ,;'\"()%-]|\.(?=\d))+\."
 )
-# How trainers name a checkpoint: step1000, global_step1000, checkpoint-500, iter_0001000, step=9.
 # What says more than a whole number (step1k, step1e5, step1_000, step1.5) is read as no step.
-_STEP = re.compile(
-    r"(?i)(?:(?<![a-z])|(?<=global))(?:step|checkpoint|ckpt|iter(?:ation)?)s?[_=-]?"
-    r"(\d++)(?![a-z]|[.,]\d|_\d{3}(?!\d))"
-)
-_STAGE = re.compile(r"(?i)(?<![a-z])stage[_-]?\d+")
-# Folders that say nothing of the model, as in mine/checkpoints/step1000.
-_NAMELESS = re.compile(
-    r"(?i)(global|hf|checkpoints?|ckpts?|evals?|results|[\w]+-shot|epoch[=_-]?\d+)?"
-)
-# What is counted beside a step, and words for a file's form: they tell no curve from another.
-_COUNTED = re.compile(r"(?i)(?<![a-z])(?:stage|epoch|tokens?)[=_-]?[\d.]+[kmbt]?")
-_FORMAL = re.compile(
-    r"(?i)(global|main|hf|pt|ckpt|safetensors|unsharded|exports?|converted|model|[0-9a-f]{7,40})?"
-)
-# Arguments that make another model of the one that is named.
-_CHANGES = ("subfolder", "gguf_file", "peft", "delta", "load_in_4bit", "load_in_8bit", "autogptq")
+_STEP = re.compile(r"(?i)(?:global_)?(?<![a-z])step[_=-]?(\d++)(?![a-z]|[.,]\d|_\d{3}(?!\d))")
+# Arguments that decide what is evaluated; others, such as a batch size, do not.
+_DECIDING = ("pretrained", "revision", "subfolder", "gguf_file", "peft", "delta")
+_DECIDING += ("load_in_4bit", "load_in_8bit", "autogptq")
 
 
 def _passage(content: str) -> dict[str, str] | None:
@@ -120,10 +107,8 @@ def evaluate(
     """Run lm-eval, zero-shot, on a model in memory (`models.load` gets one).
 
     Results are kept in the cache under all that decides them, task by task and answer by answer: a
-    killed run goes on. What the tokenizer puts before a text is put before each item.
-
-    **Arguments:** `tasks`: lm-eval's names; the local ones lie in `TASKS`. `limit`: items a task,
-    None for all. `source`: of the local task's passages, see `corpus.load`.
+    killed run goes on. What the tokenizer puts before a text is put before each item. Tasks have
+    lm-eval's names; the local ones lie in `TASKS`, with passages from `source` (see `corpus.load`).
 
     **Returns:** task, metric, value, `low`, `high`, items `n`. The 95 % interval is Wilson's for an
     accuracy, a bootstrap over items for LAMBADA's perplexity, else 1.96 of lm-eval's standard
@@ -200,30 +185,23 @@ def _run(model, tokenizer, task, metadata, batch_size, options):
 def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
     """One row a model, step, task and metric, from all lm-eval result files below a folder.
 
-    Files of the old harness (`acc`, `acc_stderr`) and of lm-eval 0.4 (`acc,none`) are read; other
-    JSON is passed over. Model and step are what the file's `model_args` say, else its name, else
-    its folders. Two models that end alike are told apart by more of their paths. `shots` keeps only
-    tasks with that many examples in the prompt.
-
-    **Returns:** columns model, step, tokens (seen in training; NaN unless it is one of Pythia's own
-    runs), task, metric, value, stderr (NaN where the file has none), sorted.
+    Files of EleutherAI's evaluations of Pythia (`acc`, `acc_stderr`) and of lm-eval 0.4
+    (`acc,none`) are read; other JSON is passed over. Model and step are what the file's
+    `model_args` say. `shots` keeps only tasks with that many examples in the prompt. An `stderr` is
+    NaN where the file has none.
 
     **Raises:** `FileNotFoundError` if there is no result file; `ValueError` for broken JSON, no
-    step or several, two files for one step, or one curve of two stages or kinds of evaluation.
+    step or several, two files for one step, or two kinds of model or evaluation on one curve.
     """
     files = [path for path in sorted(Path(folder).expanduser().rglob("*.json")) if path.is_file()]
     rows = [row for path in files for row in _rows(path, shots)]
     table = pd.DataFrame(rows)
     if table.empty:
         raise FileNotFoundError(f"{folder}: no lm-eval result file (*.json); give their folder")
-    _only(table, ["model", "task"], "kind")
-    _only(table, ["model"], "stages")
     _only(table, ["model"], "form")
+    _only(table, ["model", "task"], "kind")
     _only(table, ["model", "task", "step", "metric"], "path")
-    table["tokens"] = table["step"] * table["model"].map(_batch)
-    names = _names(set(table["model"]))
-    table["model"] = table["model"].map(names)
-    return table[COLUMNS].sort_values(COLUMNS[:5], ignore_index=True)
+    return table[COLUMNS].sort_values(COLUMNS[:4], ignore_index=True)
 
 
 def _rows(path: Path, shots: int | None) -> Iterator[dict[str, Any]]:
@@ -283,77 +261,24 @@ def _only(table: pd.DataFrame, by: list[str], column: str) -> None:
 
 
 def _origin(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What a file is of, as its model's arguments say, or else its name, or else its folders.
-
-    It is the model, the step, the stages of training, and `form`: what else is said of the
-    checkpoint, such as a seed or an adapter.
-    """
-    config = _dict(content, "config")
-    arguments = config.get("model_args") or {}
+    """The model and the step that a file is of, and all that its model's arguments say of them."""
+    arguments = _dict(content, "config").get("model_args")
     if isinstance(arguments, str):
         arguments = dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
     if not isinstance(arguments, dict):
         arguments = {}
-    source = str(arguments.get("pretrained") or config.get("model_name") or "").replace("\\", "/")
-    revision = str(arguments.get("revision") or "")
-    changes = [f"{name} {arguments[name]}" for name in _CHANGES if _is_set(arguments.get(name))]
-    folders = path.parent.parts
-    named = _STEP.findall("\n".join([revision, source, *changes, path.name]))
-    if not named:
-        named = _STEP.findall("/".join(folders))[-1:]
+    given = {name: str(arguments.get(name)) for name in _DECIDING}
+    given = {name: value for name, value in given.items() if value not in ("None", "False", "")}
+    told = " ".join(f"{name} {value}" for name, value in given.items())
+    named = _STEP.findall(told)
     steps = sorted(set(map(int, named)))
     if len(steps) != 1:
         what = f"steps {steps}" if steps else "no step"
-        raise ValueError(f"{path}: {what} in its name and model_args; it needs one, as step1000")
-    before, *behind = _STEP.split(path.stem)
-    name = [before] if behind else []
-    model = _parts(source.split("/")) or _parts(name) or _parts(folders)
+        raise ValueError(f"{path}: {what} in its model_args; it needs one, as step1000")
+    # The last folder before the step is the model's name.
+    before_step = _STEP.split(given.get("pretrained", ""))[0]
+    parts = re.split(r"[/\\]", before_step.rstrip("/\\_- "))
+    model = parts[-1].replace("-v1.1", "")
     if not model:
-        raise ValueError(f"{path}: no model in its name and model_args; name its folder by it")
-    stages = {stage.lower() for stage in _STAGE.findall(f"{revision} {source} {path}")}
-    told = " and ".join(sorted(stages)) or "no stage"
-    form = _form([revision, *_STEP.split(source, 1)[2:], *changes])
-    return {"model": model, "step": steps[0], "stages": told, "form": form}
-
-
-def _is_set(value: Any) -> bool:
-    return str(value).lower() not in ("none", "false", "")
-
-
-def _form(places: Sequence[str]) -> str:
-    """What is said of a checkpoint beside its model, step and stage."""
-    words = re.split(r"[\s/_.,=-]+", _COUNTED.sub("", _STEP.sub("", " ".join(places))))
-    told = " ".join(word for word in words if not _FORMAL.fullmatch(word))
-    return f"of {told}" if told else "of no other form"
-
-
-def _parts(path: Sequence[str]) -> str:
-    """A model's path up to its step, without folders at its end that say nothing of it."""
-    parts = []
-    for part in path:
-        named = _STAGE.sub("", _STEP.split(part)[0]).removesuffix("global")
-        parts.append(named.strip("-_. ").replace("-v1.1", ""))
-        if _STEP.search(part):
-            break
-    while parts and _NAMELESS.fullmatch(parts[-1]):
-        parts.pop()
-    return "/".join(part for part in parts if part and part != "/")
-
-
-def _names(models: set[str]) -> dict[str, str]:
-    """The shortest end of each path that no other path has."""
-    paths = [model.split("/") for model in models]
-    names = {}
-    for path in paths:
-        for count in range(1, len(path) + 1):
-            names["/".join(path)] = "/".join(path[-count:])
-            if sum(other[-count:] == path[-count:] for other in paths) == 1:
-                break
-    return names
-
-
-def _batch(model: str) -> float:
-    """Tokens a step of EleutherAI's own runs: 2 Mi, or what the name says. NaN for any other."""
-    own = r"(.*/)?EleutherAI/pythia-[\d.]+[mb](-bf16|-([\d.]+)MtokBS)?(-deduped)?"
-    found = re.fullmatch(own, model)
-    return float(found[3] or 2) * 2**20 if found else math.nan
+        raise ValueError(f"{path}: no model in its model_args; name its folder by it")
+    return {"model": model, "step": steps[0], "form": _STEP.sub("", told)}

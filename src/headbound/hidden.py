@@ -1,15 +1,14 @@
 """Hidden states of every layer: streamed in bounded memory, or stored once for every chapter."""
 
+import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from errno import ENOSPC
 from functools import partial
-from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,18 +19,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from headbound import models
-from headbound.cache import cache_dir, writing
+from headbound import cache, models
+from headbound.cache import replacing
 from headbound.progress import bar
 
-CHUNK = 1 << 14  # tokens computed between two looks at the store
-NAME = 16  # bytes of a passage's hash in a store's index
+Ids = Int[Tensor, "texts length"]
+CHUNK = 1 << 14  # tokens whose states are kept at once: what a kill costs at most
 _VERIFIED: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 
 
 def sequences(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int
-) -> Int[Tensor, "texts length"]:
+) -> Ids:
     """The first `length` tokens of the first `count` texts that have as many: no padding.
 
     A token that the tokenizer puts before every text (Llama's, Gemma's) comes first and is counted.
@@ -81,7 +80,7 @@ def layer_names(model: nn.Module) -> list[str]:
 
 def stream(
     model: nn.Module,
-    input_ids: Int[Tensor, "texts length"],
+    input_ids: Ids,
     layers: Sequence[int] | None = None,
     batch_size: int = 16,
 ) -> Iterator[Float[Tensor, "layers batch length d"]]:
@@ -89,13 +88,12 @@ def stream(
 
     Layer 0 is what enters the first block. Layer i is what leaves block i. The last, L + 1 or -1,
     is what enters the head. In most models that is block L after the final norm; in a model without
-    one it is block L itself. Only what is asked for is kept, and nothing behind it is computed.
+    one it is block L itself. Only what is asked for is kept (None: all), and nothing behind it is
+    computed.
 
     The states are taken where they arise, for transformers' own lists begin with block 1 in some
     models (Mamba). On first use a batch shows that each block reads what the last one wrote.
-
-    **Arguments:** `layers`: indices into `layer_names(model)`; all of them if None. `batch_size`:
-    texts at once to begin with; halved until a batch fits in memory.
+    `batch_size` texts at once are tried; halved until a batch fits in memory.
 
     **Raises:** `ValueError` for a layer that is not there or can't be verified, NaN or Inf in the
     states, or ids outside the vocabulary; `MemoryError` if not even one text fits.
@@ -115,7 +113,7 @@ def stream(
 
 
 def with_logits(
-    model: nn.Module, input_ids: Int[Tensor, "texts length"], layers: Sequence[int]
+    model: nn.Module, input_ids: Ids, layers: Sequence[int]
 ) -> tuple[Float[Tensor, "layers texts length d"], Float[Tensor, "texts length vocab"]]:
     """The states of some layers, as of `stream`, and the logits, from one pass of one batch."""
     places = _places(model, layers)
@@ -123,105 +121,70 @@ def with_logits(
     return _caught(model, places, input_ids, stop=False)
 
 
-def store(
-    model: nn.Module, input_ids: Int[Tensor, "texts length"], layer: int = -1
-) -> Float[np.ndarray, "texts length d"]:
-    """One layer's hidden states on disk, memory-mapped: a passage is computed once, whoever asks.
+def store(model: nn.Module, input_ids: Ids) -> Float[np.ndarray, "texts length d"]:
+    """What the head reads, kept on disk: a passage is computed once, whoever asks.
 
-    A store belongs to a model (`models.key`), a layer and a length. Its index names the passages by
-    hash. States are written before the index, so that a killed process leaves no wrong passage, and
-    the finished ones stay. Processes take turns of `CHUNK` tokens.
+    A store belongs to a model (`models.key`) and a length. Its index names the passages by hash.
+    States are written before the index, so that a killed process leaves no wrong passage, and the
+    finished ones stay.
 
-    **Arguments:** `layer`: index into `layer_names(model)`; -1 is what the head reads.
-
-    **Returns:** float32, read-only.
+    **Returns:** float32, read-only, memory-mapped if the passages were stored in this order.
 
     **Raises:** as `stream`; `OSError` before the work if the disk can't hold what is missing.
     """
     _check(model, input_ids, 1)
-    (place,) = _places(model, [layer])
     length = input_ids.shape[1]
-    names = [
-        blake2b(row.cpu().long().numpy().tobytes(), digest_size=NAME).digest() for row in input_ids
-    ]
+    names = [cache.key(row.cpu().long().numpy().tobytes()) for row in input_ids]
     rows = dict(zip(names, input_ids, strict=True))
-    folder = cache_dir() / "hidden" / f"{models.key(model)}-{place}-{length}"
-    with writing(folder):
+    folder = cache.cache_dir() / "hidden" / f"{models.key(model)}-{length}"
+    with cache.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with bar(None, "hidden states", total=len(rows)) as done:
-            while done.n < len(rows):
-                done.update(len(rows) - _extend(folder, model, rows, place) - done.n)
-        index = _index(folder)
-        shape = (len(index.places), length, index.width)
+        with FileLock(folder / "lock"):
+            width, known = _extend(folder, model, rows)
+        shape = (len(known), length, width)
         every = np.memmap(folder / "states", np.float32, "r", shape=shape)
-        return _in_order(every, [index.places[name] for name in names], folder)
+    places = {name: place for place, name in enumerate(known)}
+    order = [places[name] for name in names]
+    end = order[0] + len(order)
+    if order == list(range(order[0], end)):
+        return every[order[0] : end]
+    found = np.asarray(every)[order]
+    found.flags.writeable = False
+    return found
 
 
-class _Index(NamedTuple):
-    """What a store holds: the states' width, and the place of each passage by its hash."""
-
-    width: int
-    places: dict[bytes, int]
-
-
-def _index(folder: Path) -> _Index:
-    file = folder / "index"
-    said = file.read_bytes() if file.exists() else b""
-    # The first entry is the width. A part of an entry, from a killed process, is no entry.
-    width = int.from_bytes(said[:NAME], "big")
-    starts = range(NAME, len(said) - NAME + 1, NAME)
-    names = [said[start : start + NAME] for start in starts]
-    places = {name: place for place, name in enumerate(names)}
-    return _Index(width, places)
-
-
-def _extend(folder: Path, model: nn.Module, rows: dict[bytes, Tensor], place: int) -> int:
-    """Compute up to `CHUNK` tokens of what a store lacks; how many passages it then still lacks."""
-    with FileLock(folder / "lock"):
-        index = _index(folder)
-        missing = [name for name in rows if name not in index.places]
-        if missing:
-            length = len(rows[missing[0]])
-            count = max(1, CHUNK // length)
-            some = missing[:count]
-            numbers = len(missing) * length * index.width
-            _reserve(folder, 4 * numbers)
-            batch = torch.stack([rows[name] for name in some])
-            parts = [part[0] for part in stream(model, batch, [place])]
-            states = torch.cat(parts).float().cpu().numpy()
-            stored = len(index.places)
-            width = states.shape[-1].to_bytes(NAME, "big")
-            _append(folder / "states", stored * states[0].nbytes, states.tobytes())
-            _append(folder / "index", 0, width)
-            _append(folder / "index", NAME * (1 + stored), b"".join(some))
-            missing = missing[len(some) :]
-        return len(missing)
-
-
-def _append(file: Path, start: int, content: bytes) -> None:
-    """Written, not mapped: a full disk is then an error and not the end of the process."""
-    file.touch()
-    with file.open("r+b") as opened:
-        opened.seek(start)
-        opened.write(content)
+def _extend(folder: Path, model: nn.Module, rows: dict[str, Tensor]) -> tuple[int, list[str]]:
+    """Compute what a store lacks of these passages; the states' width, and all that it then has."""
+    index = folder / "index.json"
+    width = 0
+    known: list[str] = []
+    if index.exists():
+        width, known = json.loads(index.read_text())
+    stored = set(known)
+    missing = [name for name in rows if name not in stored]
+    length = len(next(iter(rows.values())))
+    count = max(1, CHUNK // length)
+    for start in bar(range(0, len(missing), count), "hidden states"):
+        _reserve(folder, 4 * (len(missing) - start) * length * width)
+        some = missing[start : start + count]
+        batch = torch.stack([rows[name] for name in some])
+        parts = [part[0] for part in stream(model, batch, [-1])]
+        states = torch.cat(parts).float().cpu().numpy()
+        # Written, not mapped: a full disk is then an error and not the end of the process.
+        with (folder / "states").open("ab") as file:
+            file.truncate(len(known) * states[0].nbytes)  # what a kill left behind the index
+            file.write(states.tobytes())
+        width = states.shape[-1]
+        known += some
+        with replacing(index) as temporary:
+            temporary.write_text(json.dumps([width, known]))
+    return width, known
 
 
 def _reserve(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(ENOSPC, f"{needed:,} bytes are needed and {free:,} are free")
-
-
-def _in_order(every: np.ndarray, order: list[int], folder: Path) -> np.ndarray:
-    end = order[0] + len(order)
-    if order == list(range(order[0], end)):
-        return every[order[0] : end]
-    _reserve(folder, len(order) * every[0].nbytes)
-    with tempfile.TemporaryFile(dir=folder) as file:  # without a name: it goes with its map
-        for number in order:
-            file.write(every[number].tobytes())
-        file.flush()
-        return np.memmap(file, np.float32, "r", shape=(len(order), *every.shape[1:]))
 
 
 def _places(model: nn.Module, layers: Sequence[int] | None) -> list[int]:

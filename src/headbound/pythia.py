@@ -25,9 +25,7 @@ DATA = Path(__file__).parents[2] / "book" / "data"
 def parameters(model: str, embeddings: bool = True) -> int:
     """Parameters of a Pythia model of l layers, hidden size d and vocabulary V.
 
-        l (12 d² + 13 d) + 2 d,  and 2 V d of embeddings
-
-    The head counts as an embedding.
+        l (12 d² + 13 d) + 2 d,  and 2 V d of embeddings, the head being one
 
     **Raises:** `ValueError` for a model whose name has no size of Pythia's.
     """
@@ -37,19 +35,15 @@ def parameters(model: str, embeddings: bool = True) -> int:
 
 
 def nominal(model: str) -> float:
-    """The number in a model's name: 70e6 for `pythia-70m` or `70M`. The axis of Figure 1b fits it.
-
-    **Raises:** `ValueError` for a model whose name has no size of Pythia's.
-    """
+    """The number in a model's name, as Figure 1b plots it: 70e6 for `pythia-70m` or `70M`."""
     size = _size(model)
     return float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
 
 
 def figures(figure: str, **chosen: str) -> pd.DataFrame:
-    """The curves of one of the paper's figures, as numbers read off the picture.
+    """The curves of the paper's figure 1a, 1b, 2, 3, 5, 6b, 7 or 8, read off the picture.
 
-    **Arguments:** `figure`: 1a, 1b, 2, 3, 5, 6b, 7 or 8. `chosen`: keeps the rows that have this
-    value in this column, as `curve="160M"`.
+    `chosen` keeps the rows that have this value in this column, as `curve="160M"`.
 
     **Returns:** columns figure, series, curve, x_name, x, y_name, y, error (±, of reading) and how.
 
@@ -64,24 +58,14 @@ def figures(figure: str, **chosen: str) -> pd.DataFrame:
 
 
 def evaluations(**chosen: str | int) -> pd.DataFrame:
-    """EleutherAI's published evaluations of Pythia's checkpoints.
-
-    **Arguments:** `chosen`: keeps the rows that have this value in this column, as
-    `model="pythia-160m", shots=0`.
+    """EleutherAI's published evaluations of Pythia's checkpoints; `chosen` as of `figures`.
 
     **Returns:** columns model, batch (tokens a step), step, tokens (seen in training), shots, task,
     metric (acc, acc_norm, ppl), value and stderr.
 
-    **Raises:** `FileNotFoundError` outside a checkout of the book.
-
     **Source:** `evals/pythia-v1` of EleutherAI/pythia; `book/data/README.md` names the commit.
     """
     return _read("pythia-evals.csv", **chosen)
-
-
-def audit() -> pd.DataFrame:
-    """Public reports of branches whose files are not what their names say, in the book's words."""
-    return _read("pythia-audit.csv")
 
 
 def _size(model: str) -> str:

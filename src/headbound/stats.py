@@ -21,6 +21,12 @@ class Estimate(NamedTuple):
         """The estimate of an increasing function of the number, as a perplexity from a loss."""
         return Estimate(*map(increasing, self[:3]), self.n)
 
+    def above(self, cut: float) -> bool | None:
+        """Whether the whole interval lies above `cut`: None where it holds `cut`, or is unknown."""
+        if self.low > cut:
+            return True
+        return False if self.high <= cut else None
+
     def __str__(self) -> str:
         width = abs(self.high - self.low)
         scale = max(abs(self.value), width, 1e-12)
@@ -30,13 +36,6 @@ class Estimate(NamedTuple):
             digits = max(0, 2 - power)
         value, low, high = (f"{number:.{digits}f}" for number in self[:3])
         return f"{value} [{low}, {high}] (n = {self.n:,})"
-
-
-def above(estimate: Estimate, cut: float) -> bool | None:
-    """Whether the whole interval lies above `cut`: None where it holds `cut`, or is unknown."""
-    if estimate.low > cut:
-        return True
-    return False if estimate.high <= cut else None
 
 
 def bootstrap(

@@ -11,13 +11,14 @@ from torch import Tensor
 from headbound import device, stats
 from headbound.stats import Estimate
 
+States = Float[Tensor, "tokens d"]
 ROWS = 1024  # states normalised at once: what bounds the extra memory
 LEAST = 1e-12  # norms from here on have squares that do not vanish in float32
 MOST = 1e12  # and up to here none that overflow
 
 
 def mean_cosine(
-    hidden_states: Float[Tensor, "tokens d"] | Iterable[Float[Tensor, "_ d"]],
+    hidden_states: States | Iterable[Float[Tensor, "_ d"]],
     resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
@@ -25,9 +26,8 @@ def mean_cosine(
 
         A = (‖Σ uᵢ‖² − N) / (N (N − 1))
 
-    **Arguments:** `hidden_states`: one block, or one a text. Texts are the units of the bootstrap:
-    a token never meets its own copy. One block, or a resample without a pair, has no interval
-    (NaN).
+    The states come in one block, or one a text. Texts are the units of the bootstrap: a token never
+    meets its own copy. One block, or a resample without a pair, has no interval (NaN).
 
     **Raises:** `ValueError` for NaN, Inf, a zero state, or fewer than two states.
 
@@ -70,7 +70,7 @@ def by_layer(
     ]
 
 
-def sinks(hidden_states: Float[Tensor, "tokens d"], ratio: float = 10.0) -> Bool[Tensor, " tokens"]:
+def sinks(hidden_states: States, ratio: float = 10.0) -> Bool[Tensor, " tokens"]:
     """Which states are longer than `ratio` times the median: attention sinks, mostly first tokens.
 
     **Raises:** `ValueError` if `ratio` is not above one.
@@ -82,7 +82,7 @@ def sinks(hidden_states: Float[Tensor, "tokens d"], ratio: float = 10.0) -> Bool
     return (norms > ratio * norms.median()).to(hidden_states.device)
 
 
-def sum_of_units(hidden_states: Float[Tensor, "tokens d"]) -> Float[Tensor, " d"]:
+def sum_of_units(hidden_states: States) -> Float[Tensor, " d"]:
     """Σ hᵢ / ‖hᵢ‖, blocks in float32 (float64 if they come so) and their sum in float64.
 
     **Raises:** `ValueError` for NaN, Inf or a zero state.
@@ -100,9 +100,7 @@ def sum_of_units(hidden_states: Float[Tensor, "tokens d"]) -> Float[Tensor, " d"
     return total
 
 
-def cosines(
-    hidden_states: Float[Tensor, "tokens d"], count: int, seed: int = 0
-) -> Float[Tensor, " count"]:
+def cosines(hidden_states: States, count: int, seed: int = 0) -> Float[Tensor, " count"]:
     """Cosines of `count` random pairs i ≠ j. **Raises:** `ValueError` as `mean_cosine` does."""
     tokens = len(hidden_states)
     if tokens < 2:
@@ -119,7 +117,7 @@ def most_layers(layers: Sequence[Estimate], cut: float = 0.1) -> bool | None:
 
     All 20 models of the paper's figure 2 pass, up to a cut of 0.14.
     """
-    sides = [stats.above(layer, cut) for layer in layers]
+    sides = [layer.above(cut) for layer in layers]
     if 2 * sides.count(True) > len(sides):
         return True
     return False if 2 * sides.count(False) >= len(sides) else None
@@ -130,9 +128,9 @@ def fits_size(parameters: float, last: Estimate) -> bool | None:
 
     High is above 0.56, low is up to 0.20: in the paper's figure 2 none lies between. None there.
     """
-    if stats.above(last, 0.56):
+    if last.above(0.56):
         return parameters <= 160e6
-    return parameters > 160e6 if stats.above(last, 0.20) is False else None
+    return parameters > 160e6 if last.above(0.20) is False else None
 
 
 def _peak_one(block: Tensor, first: int) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from headbound import corpus, hidden, pythia, stats
 from headbound.measure import lowrank, ngrams
 from headbound.measure.lowrank import Examples, Head
+from headbound.stats import Estimate
 
 VERDICTS = ("bottleneck", "no bottleneck found", "undecided", "no rank bottleneck is possible")
 IN_USE = 0.9  # the least share of the width in a head's working rank with which it can be cleared
@@ -47,15 +48,7 @@ def sample(
     return [hidden.sequences(tokenizer, part, count, length + 1) for part, count in pairs]
 
 
-def spread(data: Examples, tokens: int) -> Examples:
-    """About so many tokens, evenly over all texts: a text's neighbours say much the same."""
-    places = np.linspace(0, len(data.targets) - 1, min(tokens, len(data.targets))).astype(int)
-    return Examples(*(part[places] for part in data))
-
-
-def working_rank(
-    head: Head, data: Examples, groups: int = 5, tolerance: float = 1e-3
-) -> stats.Estimate:
+def working_rank(head: Head, data: Examples, groups: int = 5, tolerance: float = 1e-3) -> Estimate:
     """The least rank at which a cut of `head` (of `lowrank.low_rank`) predicts as the whole does.
 
     That is ½ E[Δ²] ≤ `tolerance` nats, Δ the change of a token's loss: to second order the
@@ -93,10 +86,9 @@ def lift(
 
     All heads read the same inputs: a one, the coordinates u = B h of `head` (of `lowrank.low_rank`)
     and as many fixed random features GELU(R u). All start as `head` cut to the lower rank and are
-    trained alike on `train`, one epoch, so that they differ in rank alone.
-
-    **Arguments:** `others`: the softmax is over the tokens that occur and this many more.
-    `training`: options of `lowrank.train`; the learning rate is 0.008 unless given.
+    trained alike on `train`, one epoch, so that they differ in rank alone. The softmax is over the
+    tokens that occur and so many `others`. `training` is options of `lowrank.train`; the learning
+    rate is 0.008 unless given.
 
     **Raises:** `ValueError` for ranks outside 1 to r and 2r, where r is the rank of `head`.
     """
@@ -145,25 +137,25 @@ def _start(head: Head, kept: np.ndarray, low: int, rank: int) -> Head:
     return Head(A, torch.eye(1 + 2 * len(head.B))[: 1 + rank], head.cap)
 
 
-def ahead(nats: Nats, train: Examples, test: Examples) -> stats.Estimate:
+def ahead(nats: Nats, train: Examples, test: Examples) -> Estimate:
     """Nats a token that a model's losses on `test` save against token frequencies of `train`."""
     counts = np.bincount(train.targets, minlength=int(test.targets.max()) + 1) + 0.1
     return stats.mean(np.log(counts.sum() / counts[test.targets]) - nats, test.texts)
 
 
 def verdict(
-    gain: stats.Estimate,
-    control: stats.Estimate,
-    lead: stats.Estimate,
+    gain: Estimate,
+    control: Estimate,
+    lead: Estimate,
     used: float,
     margin: float,
     possible: bool = True,
 ) -> tuple[str, str]:
     """One of `VERDICTS` by the diagnosis's rule, and why, with how far the margin could move.
 
-    **Arguments:** `gain` of a higher rank over the head's own, in nats a token, from `lift`;
-    `control`, the same for the head cut on purpose; `lead` over token frequencies, from `ahead`;
-    `used`, the working rank over the width; `possible`: V tokens need V − 1 dimensions at most.
+    The `gain` of a higher rank over the head's own is in nats a token, from `lift`. `control` is
+    the same for the head cut on purpose, `lead` comes from `ahead`, and `used` is the working rank
+    over the width. V tokens need V − 1 dimensions at most: more is not `possible`.
     """
     if not possible:
         return VERDICTS[3], "The vocabulary needs no more dimensions than the head has."
@@ -192,7 +184,7 @@ def target_rank(
     most: int = 300_000,
     groups: int = 5,
     seed: int = 0,
-) -> tuple[stats.Estimate, int, float]:
+) -> tuple[Estimate, int, float]:
     """How many dimensions of a text's n-gram matrix two halves agree on (`ngrams.split_half`).
 
     The `vocab` − 1 most frequent tokens are told apart, the others are merged. About `most` tokens
@@ -224,7 +216,7 @@ def target_rank(
     return rank, read, 1 - float(counts[kept].sum() / read)
 
 
-def references(fingerprint: str = "", perplexity: float = 0.0) -> pd.DataFrame:
+def _references(fingerprint: str, perplexity: float) -> pd.DataFrame:
     """What this report found for known models, and the paper's figures say of its own: a row each.
 
     A model of the same text (its fingerprint) and perplexity is the one in hand, and left out.
@@ -237,14 +229,13 @@ def references(fingerprint: str = "", perplexity: float = 0.0) -> pd.DataFrame:
     return known[~known["reference"].isin(same)]
 
 
-def places(known: pd.DataFrame, mine: Mapping[str, stats.Estimate | float]) -> pd.DataFrame:
-    """Where numbers lie among those of `references`, in words: how many have less, and the nearest.
+def places(mine: Mapping[str, Estimate | float], fingerprint: str) -> pd.DataFrame:
+    """Where numbers lie among known models', in words: how many have less, and the nearest.
 
-    >>> known = pd.DataFrame({"reference": ["a", "b"], "verdict": "", "quantity": "x"})
-    >>> known["value"] = [1, 3]
-    >>> places(known, {"x": 2.0}).loc[0, ["known models", "neighbours"]].tolist()
-    ['1 of 2', 'above a (1), below b (3)']
+    They are what this report found, and what the paper's figures say of its own. One of the same
+    text (its fingerprint) and perplexity is the model in hand, and left out.
     """
+    known = _references(fingerprint, mine["perplexity"].value)
     cited = known["verdict"] == "cited"
     rows = []
     for quantity, number in mine.items():

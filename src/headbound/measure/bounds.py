@@ -93,11 +93,9 @@ def reach(
 ) -> Logits:
     """Rank-d logits H Wᵀ with a small gap: L-BFGS on both factors from several starts.
 
-    **Arguments:**
-
-    - `steps`: from each start; 0 keeps the start itself.
-    - `powers`: a start each: Eckart–Young, tokens weighted by mean probability to that power.
-    - `seeds`: further random starts, one a seed: for a solver that looks for the optimum.
+    Each of the `powers` is a start: Eckart–Young, tokens weighted by mean probability to that
+    power. Each of the `seeds` is a random one, for a solver that looks for the optimum. With 0
+    `steps` a start stays as it is.
     """
     _check([rank], logits)
     target = _log_softmax(logits)
@@ -141,10 +139,8 @@ def lower(
         gap(d) ≥ (κ/N) Σ_{j>d} φ(−σ_j(A)),  φ(t) = eᵗ − 1 − t,
 
     where A = diag(α) (log P* − its β²-weighted row means) diag(β). Ascent on β and κ looks for good
-    weights; whatever it finds gives a bound.
-
-    **Arguments:** `tokens`: how many of the likeliest may have β > 0 (at least 2 max(ranks)).
-    `anchors`: at how many of the ranks weights are sought.
+    weights at `anchors` of the ranks; whatever it finds gives a bound. The likeliest `tokens` may
+    have β > 0, or 2 max(ranks) if these are more.
 
     **Returns:** nats per context. **Raises:** as `upper`.
     """

@@ -19,10 +19,11 @@ from headbound.measure.spectrum import ROWS
 
 LARGE = 100_000  # symbols from which the repetition is said to be unlearnable
 NOISE = 1e-12  # a squared singular value below this share of their sum is rounding
+Weight = Float[Tensor, "vocab d"]
 Logits = Callable[[Tensor], Tensor] | None
 
 
-class Squares(NamedTuple):
+class _Squares(NamedTuple):
     """‖g‖² of each token, and the square of what of g lies in the span of the head's columns."""
 
     gradient: Float64[np.ndarray, " tokens"]
@@ -42,16 +43,12 @@ class Squares(NamedTuple):
 
 
 @torch.inference_mode()
-def share_kept(
-    data: Examples, weight: Float[Tensor, "vocab d"], block: int = 128, logits: Logits = None
-) -> Squares:
+def share_kept(data: Examples, weight: Weight, block: int = 128, logits: Logits = None) -> _Squares:
     """How much of each token's logit gradient passes through the head W, exactly, in float64.
 
-    It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's. Beside the arguments
-    nothing is larger than `block` × V.
-
-    **Arguments:** `weight`: W, best without its mean row, which the softmax ignores. `logits`: from
-    states to logits, such as `models.Readout.logits`; None is W alone.
+    It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's. W is best without its
+    mean row, which the softmax ignores. `logits` are made of states, by `models.Readout.logits` for
+    one; by W alone if None. Beside the arguments nothing is larger than `block` × V.
 
     **Raises:** `ValueError` for no token, sizes that do not fit, NaN or Inf.
 
@@ -68,10 +65,10 @@ def share_kept(
         both = [x.square().sum(1) for x in (g, projected)]
         squares.append(torch.stack(both).cpu())
     gradient, kept = torch.cat(squares, 1).numpy()
-    return Squares(gradient, kept, data.texts)
+    return _Squares(gradient, kept, data.texts)
 
 
-def _orthonormal(weight: Float[Tensor, "vocab d"]) -> Float64[Tensor, "d rank"]:
+def _orthonormal(weight: Weight) -> Float64[Tensor, "d rank"]:
     """The matrix B for which the columns of W·B are an orthonormal basis of W's column space.
 
     From WᵀW = Q Λ Qᵀ follows B = Q Λ^(−½), but squaring W costs half of the digits. A second round
@@ -92,7 +89,7 @@ def _orthonormal(weight: Float[Tensor, "vocab d"]) -> Float64[Tensor, "d rank"]:
 
 @torch.inference_mode()
 def singular_values(
-    data: Examples, weight: Float[Tensor, "vocab d"], block: int = 768, logits: Logits = None
+    data: Examples, weight: Weight, block: int = 768, logits: Logits = None
 ) -> Float64[np.ndarray, " tokens"]:
     """Singular values of G (tokens × V), the largest first, from G Gᵀ: for a few thousand tokens.
 

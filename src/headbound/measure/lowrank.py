@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy, embedding
 from torch.optim.lr_scheduler import LinearLR
 
 from headbound import device, hidden, progress, stats
-from headbound.measure.rules import NOTICEABLE, Ruling
+from headbound.measure.rules import Ruling
 from headbound.models import Readout
 
 CLAIMED = 1000  # the rank below which heads lose noticeably, by the paper's section 5.1
-Losses = Float[np.ndarray, "ranks tokens"]
+Losses = Float[np.ndarray, "heads tokens"]
 Texts = Int[np.ndarray, " tokens"]
 
 
@@ -31,13 +31,35 @@ class Head(NamedTuple):
     B: Tensor
     cap: float | None = None
 
+    @classmethod
+    def random(cls, weight: Float[Tensor, "vocab d"], rank: int, seed: int = 0) -> "Head":
+        """A head of `weight`'s shape: deviation 0.02 in A, 1/√d in B, so logits near zero."""
+        vocab, d = weight.shape
+        draw = torch.Generator().manual_seed(seed)
+        A = torch.randn(vocab, rank, generator=draw)
+        A *= 0.02
+        B = torch.randn(rank, d, generator=draw)
+        B /= math.sqrt(d)
+        return cls(A.to(weight), B.to(weight))
+
     def cut(self, rank: int) -> "Head":
         """The first `rank` directions: for a head of `low_rank`, the best head of that rank."""
         return self._replace(A=self.A[:, :rank], B=self.B[:rank])
 
+    def extends(self, other: "Head") -> bool:
+        """Whether `other` is a cut of this head, known by their common memory."""
+        pairs = ((self.A, other.A), (self.B, other.B))
+        same = all(
+            own.data_ptr() == its.data_ptr() and own.stride() == its.stride() for own, its in pairs
+        )
+        return same and len(other.B) <= len(self.B)
+
     def logits(self, states: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens vocab"]:
         """The logits of hidden states, through the rank: A·B is never built."""
-        plain = states @ self.B.T @ self.A.T
+        return self.capped(states @ self.B.T @ self.A.T)
+
+    def capped(self, plain: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
+        """What the model's soft cap makes of A B h."""
         return plain if self.cap is None else self.cap * torch.tanh(plain / self.cap)
 
 
@@ -51,6 +73,12 @@ class Examples(NamedTuple):
     def blocks(self, size: int) -> list[slice]:
         """The places of all tokens, `size` at a time."""
         return [slice(start, start + size) for start in range(0, len(self.targets), size)]
+
+    def spread(self, tokens: int) -> "Examples":
+        """About so many tokens, evenly over all texts: a text's neighbours say much the same."""
+        count = len(self.targets)
+        places = np.linspace(0, count - 1, min(tokens, count)).astype(int)
+        return Examples(*(part[places] for part in self))
 
     def check(self, vocab: int, width: int) -> None:
         """**Raises:** `ValueError` if there is none, or if they do not fit a head of that shape."""
@@ -82,10 +110,12 @@ def examples(
 
 
 @torch.inference_mode()
-def token_losses(
-    data: Examples, heads: Sequence[Head], block: int = 128
-) -> Float[np.ndarray, "heads tokens"]:
-    """Nats a token of each head over its whole vocabulary, `block` tokens at a time."""
+def token_losses(data: Examples, heads: Sequence[Head], block: int = 128) -> Losses:
+    """Nats a token of each head over its whole vocabulary, `block` tokens at a time.
+
+    A head that extends the one before it, as cuts of one head in ascending order do, is only
+    charged for the directions that it adds.
+    """
     for head in heads:
         data.check(len(head.A), head.B.shape[1])
     places = data.blocks(block)
@@ -93,9 +123,21 @@ def token_losses(
     losses = []
     for states, targets in progress.bar(parts, "measuring heads", len(places)):
         following = targets.long()
-        here = [cross_entropy(h.logits(states), following, reduction="none") for h in heads]
+        here = [cross_entropy(z, following, reduction="none") for z in _logits(states, heads)]
         losses.append(torch.stack(here))
     return torch.cat(losses, 1).double().cpu().numpy()
+
+
+def _logits(states: Tensor, heads: Sequence[Head]) -> Iterator[Float[Tensor, "tokens vocab"]]:
+    before = None
+    for head in heads:
+        if before is None or not head.extends(before):
+            plain = states @ head.B.T @ head.A.T
+        else:
+            added = slice(len(before.B), len(head.B))
+            plain.addmm_(states @ head.B[added].T, head.A[:, added].T)
+        yield head.capped(plain)
+        before = head
 
 
 def covariance(
@@ -153,17 +195,6 @@ def low_rank(
     return Head(A.to(weight), B.to(weight))
 
 
-def random(weight: Float[Tensor, "vocab d"], rank: int, seed: int = 0) -> Head:
-    """A random head of `weight`'s shape: deviation 0.02 in A, 1/√d in B, so logits near zero."""
-    vocab, d = weight.shape
-    draw = torch.Generator().manual_seed(seed)
-    A = torch.randn(vocab, rank, generator=draw)
-    A *= 0.02
-    B = torch.randn(rank, d, generator=draw)
-    B /= math.sqrt(d)
-    return Head(A.to(weight), B.to(weight))
-
-
 def train(
     data: Examples,
     heads: Sequence[Head],
@@ -175,16 +206,12 @@ def train(
 ) -> list[Head]:
     """Train heads of any ranks in one pass over a frozen model's hidden states, by cross-entropy.
 
-    Each batch is read once and shown to every head in turn; each ends where it would have ended
-    alone. Adam's rate falls linearly to zero.
+    Each batch of tokens is read once and shown to every head in turn; each ends where it would have
+    ended alone. Adam's rate falls linearly to zero. It is over √r for A, as a logit is a sum of r
+    terms, and times twice B's root mean square for B, whose scale is that of the states.
 
-    **Arguments:**
-
-    - `batch`: in tokens.
-    - `learning_rate`: over √r for A, as a logit is a sum of r terms; times twice B's root mean
-      square for B, whose scale is that of the states.
-    - `sampled`: a step's softmax runs over the tokens that occur in the text and this many others,
-      drawn afresh and weighted by the inverse of their chance. None: over all tokens.
+    A step's softmax runs over the tokens that occur in the text and `sampled` others, drawn afresh
+    and weighted by the inverse of their chance. None: over all tokens.
 
     **Raises:** `ValueError` without a whole batch; `FloatingPointError` if a head diverges: a loss
     that is not finite, or a nat higher at the end than at first.
@@ -285,46 +312,91 @@ def perplexity(losses: Float[np.ndarray, " tokens"], texts: Texts) -> stats.Esti
     return stats.mean(losses, texts).map(math.exp)
 
 
-def above_full(ranks: Sequence[int], losses: Losses, texts: Texts) -> pd.DataFrame:
-    """A curve to draw: what each rank loses against the largest one, in nats a token.
+class ByRank(NamedTuple):
+    """The losses of heads of ascending ranks on the same tokens, in nats; the last one is full."""
 
-    **Returns:** columns `rank r`, `share r/d`, `loss above the full head (nats)`, `low`, `high`.
-    """
-    rows = []
-    for rank, row in zip(ranks, losses, strict=True):
-        above = stats.mean(row - losses[-1], texts)
-        share = rank / ranks[-1]
-        rows.append((rank, share, *above[:3]))
-    names = ["rank r", "share r/d", "loss above the full head (nats)", "low", "high"]
-    return pd.DataFrame(rows, columns=names)
+    ranks: Sequence[int]
+    losses: Losses
+    texts: Texts
 
+    def above_full(self) -> pd.DataFrame:
+        """A curve to draw: what each rank loses against the full one, in nats a token.
 
-def knee(
-    ranks: Sequence[int], losses: Losses, texts: Texts, tolerance: float = 0.05
-) -> stats.Estimate:
-    """The rank above which perplexity stays within `tolerance` (0.05: 5 %) of the largest rank's.
+        **Returns:** columns `rank r`, `share r/d`, `loss above the full head (nats)`, `low`,
+        `high`.
+        """
+        rows = []
+        d = self.ranks[-1]
+        full = self.losses[-1]
+        for rank, row in zip(self.ranks, self.losses, strict=True):
+            above = stats.mean(row - full, self.texts)
+            rows.append((rank, rank / d, *above[:3]))
+        names = ["rank r", "share r/d", "loss above the full head (nats)", "low", "high"]
+        return pd.DataFrame(rows, columns=names)
 
-    It is interpolated in the log of the rank; `ranks` ascend.
-    """
-    allowed = math.log1p(tolerance)
+    def knee(self, tolerance: float = 0.05) -> stats.Estimate:
+        """The rank above which perplexity stays within `tolerance` (0.05: 5 %) of the full one's.
 
-    def crossing(excess: Float[np.ndarray, " ranks"]) -> float:
-        above = np.flatnonzero(excess > allowed)
-        if not len(above):
-            return float(ranks[0])
-        pair = slice(above[-1], above[-1] + 2)
-        logarithms = np.log(ranks[pair])
-        crossed = np.interp(-allowed, -excess[pair], logarithms)
-        return math.exp(crossed)
+        It is interpolated in the log of the rank.
+        """
+        allowed = math.log1p(tolerance)
 
-    return _of_excess(losses, texts, crossing)
+        def crossing(excess: Float[np.ndarray, " ranks"]) -> float:
+            above = np.flatnonzero(excess > allowed)
+            if not len(above):
+                return float(self.ranks[0])
+            pair = slice(above[-1], above[-1] + 2)
+            logarithms = np.log(self.ranks[pair])
+            crossed = np.interp(-allowed, -excess[pair], logarithms)
+            return math.exp(crossed)
 
+        return self._of_excess(crossing)
 
-def if_settled(ruling: Ruling, moved: float) -> Ruling:
-    """A ruling on a curve; None if half the text `moved` its perplexity by 5 % or more."""
-    if abs(moved) < NOTICEABLE:
-        return ruling
-    return Ruling(None, f"half the training text moves perplexity by {moved:+.0%}: more is needed")
+    def rank_or_share(self, others: pd.DataFrame) -> stats.Estimate:
+        """Does a cut cost models the same at equal rank r, or at equal share r/d of their width d?
+
+        The distance to other models' curves at equal r/d, less that at equal r: root mean squares
+        over the ranks below d, of the loss above the full head, in nats. Above 0 the rank itself
+        decides (section 5.1: "regardless of the model size"). Too short a training favours that.
+
+        **Arguments:** `others`: columns `curve`, `x` (ranks, the largest is that model's d) and `y`
+        (nats).
+        """
+        places = []
+        theirs = []
+        ascending = others.sort_values("x")
+        for _, other in ascending.groupby("curve"):
+            known = np.log(other["x"].to_numpy())
+            above = other["y"].to_numpy()
+            for place, rank in enumerate(self.ranks[:-1]):
+                at_rank = math.log(rank)
+                at_share = at_rank - math.log(self.ranks[-1]) + known[-1]
+                asked = np.array([at_rank, at_share])
+                if known[0] <= asked.min() and asked.max() <= known[-1]:
+                    places.append(place)
+                    theirs.append(np.interp(asked, known, above - above[-1]))
+
+        def nearer(excess: Float[np.ndarray, " ranks"]) -> float:
+            differences = excess[places, None] - theirs
+            at_rank, at_share = np.sqrt(np.square(differences).mean(0))
+            return at_share - at_rank
+
+        return self._of_excess(nearer)
+
+    def _of_excess(self, number: Callable[[Float[np.ndarray, " ranks"]], float]) -> stats.Estimate:
+        # A number of the curve of mean losses above the full head's.
+        counts = np.bincount(self.texts)
+        by_text = [np.bincount(self.texts, row) for row in self.losses - self.losses[-1]]
+        sums = np.stack(by_text, 1)
+
+        def statistic(weights: Float[np.ndarray, "sets texts"]) -> Float[np.ndarray, " sets"]:
+            tokens = weights @ counts
+            curves = weights @ sums
+            curves /= tokens[:, None]
+            numbers = [number(curve) for curve in curves]
+            return np.array(numbers)
+
+        return stats.bootstrap(statistic, len(counts))
 
 
 def knee_at_claim(knee: stats.Estimate, width: int) -> Ruling:
@@ -333,58 +405,6 @@ def knee_at_claim(knee: stats.Estimate, width: int) -> Ruling:
         return Ruling(None, f"d = {width}: a knee at 1,000 is out of reach")
     factor = max(knee.value / CLAIMED, CLAIMED / knee.value)
     return Ruling(factor <= 2, f"a factor of {factor:.2f} from 1,000; up to 2 is called the same")
-
-
-def rank_or_share(
-    ranks: Sequence[int], losses: Losses, texts: Texts, others: pd.DataFrame
-) -> stats.Estimate:
-    """Does a cut cost models the same at equal rank r, or at equal share r/d of their width d?
-
-    The distance to other models' curves at equal r/d, less that at equal r: root mean squares over
-    the ranks below d, of the loss above the full head, in nats. Above 0 the rank itself decides
-    (section 5.1: "regardless of the model size"). Too short a training favours that.
-
-    **Arguments:** `ranks`, `losses`, `texts`: as of `knee`; the last rank is d. `others`: columns
-    `curve`, `x` (ranks, the largest is that model's d) and `y` (nats).
-    """
-    places = []
-    theirs = []
-    ascending = others.sort_values("x")
-    for _, other in ascending.groupby("curve"):
-        known = np.log(other["x"].to_numpy())
-        above = other["y"].to_numpy()
-        for place, rank in enumerate(ranks[:-1]):
-            at_rank = math.log(rank)
-            at_share = at_rank - math.log(ranks[-1]) + known[-1]
-            asked = np.array([at_rank, at_share])
-            if known[0] <= asked.min() and asked.max() <= known[-1]:
-                places.append(place)
-                theirs.append(np.interp(asked, known, above - above[-1]))
-
-    def nearer(excess: Float[np.ndarray, " ranks"]) -> float:
-        differences = excess[places, None] - theirs
-        at_rank, at_share = np.sqrt(np.square(differences).mean(0))
-        return at_share - at_rank
-
-    return _of_excess(losses, texts, nearer)
-
-
-def _of_excess(
-    losses: Losses, texts: Texts, number: Callable[[Float[np.ndarray, " ranks"]], float]
-) -> stats.Estimate:
-    # A number of the curve of mean losses above the last rank's.
-    counts = np.bincount(texts)
-    by_text = [np.bincount(texts, row) for row in losses - losses[-1]]
-    sums = np.stack(by_text, 1)
-
-    def statistic(weights: Float[np.ndarray, "sets texts"]) -> Float[np.ndarray, " sets"]:
-        tokens = weights @ counts
-        curves = weights @ sums
-        curves /= tokens[:, None]
-        numbers = [number(curve) for curve in curves]
-        return np.array(numbers)
-
-    return stats.bootstrap(statistic, len(counts))
 
 
 def _roots(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import xxhash
+from jaxtyping import Float
 from torch import Tensor
 
 import headbound
@@ -18,6 +18,8 @@ SCHEMA = json.loads(files("headbound").joinpath("measurements.json").read_text("
 FORMAT = SCHEMA["properties"]["format"]["const"]
 COLUMNS = list(SCHEMA["properties"]["rows"]["items"]["properties"])
 FEW = 8  # passages for what needs all logits at once
+Row = dict[str, Any]
+HeadOnHub = Callable[[str, str], Float[Tensor, "vocab d"]]
 
 
 def _jobs(names: Sequence[str], revisions: Sequence[str]) -> list[tuple[str, str]]:
@@ -39,12 +41,18 @@ def _is_here(name: str) -> bool:
 
 
 def run(
-    names: Sequence[str], revisions: Sequence[str], source: str | None, texts: int, length: int
+    names: Sequence[str],
+    revisions: Sequence[str],
+    source: str | None,
+    texts: int,
+    length: int,
+    head_on_hub: HeadOnHub,
 ) -> pd.DataFrame:
     """A row a checkpoint, with the columns and units of `measurements.json`; a line said of each.
 
-    **Arguments:** `names`: folders, `.gguf` files, and Hub ids, these at each of the `revisions`.
-    `source`: of the held-out passages, see `corpus.load`; None reads heads alone.
+    The names are folders, `.gguf` files, and Hub ids, these at each of the `revisions`. `source` is
+    that of the held-out passages, see `corpus.load`; None reads heads alone, a Hub id's by
+    `head_on_hub` from its name and revision.
 
     **Raises:** `ValueError` as `corpus.load`, or for revisions without a Hub id; or, after the last
     checkpoint, naming those that could not be measured and why.
@@ -56,7 +64,7 @@ def run(
     for model, revision in work:
         try:
             if source is None:
-                row = _head(model, revision)
+                row = _head(model, revision, head_on_hub)
             else:
                 row = _whole(model, revision, held_out, texts, length)
         except (ValueError, OSError, MemoryError) as error:
@@ -77,22 +85,17 @@ def to_json(frame: pd.DataFrame) -> str:
     return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
 
 
-def _head(model: str, revision: str) -> dict[str, Any]:
-    from sweep import hub  # reads a head's own bytes
-
+def _head(model: str, revision: str, head_on_hub: HeadOnHub) -> Row:
     if _is_here(model):
         weight = models.head_weight(*models.load(model))
     else:
-        found = hub.head(model, revision or "main")
-        weight = found.weight[: hub.tokenizer(found.listed).get_vocab_size()]
+        weight = head_on_hub(model, revision or "main")
     content = weight.detach().float().cpu().contiguous().numpy().tobytes()
-    key = [xxhash.xxh3_128_hexdigest(content), list(weight.shape)]
+    key = [content, list(weight.shape)]
     return _kept(key, weight, lambda: checkpoint.head(weight.to(device.pick())))
 
 
-def _whole(
-    model: str, revision: str, held_out: Sequence[str], texts: int, length: int
-) -> dict[str, Any]:
+def _whole(model: str, revision: str, held_out: Sequence[str], texts: int, length: int) -> Row:
     network, tokenizer = models.load(model, revision or None)
     weight = models.head_weight(network, tokenizer)
     rows = hidden.sequences(tokenizer, held_out, texts, length)
@@ -100,19 +103,16 @@ def _whole(
     if length > limit:
         raise ValueError(f"length = {length}: {model} reads {limit} tokens at most; choose fewer")
 
-    def work() -> dict[str, float]:
+    def work() -> Row:
         found = checkpoint.measure(network, rows, tokenizer)
         few = rows[:FEW].to(network.device)
         return found | checkpoint.outputs(network, few)
 
-    passages = xxhash.xxh3_128_hexdigest(rows.numpy().tobytes())
-    key = [models.key(network, tokenizer), passages]
+    key = [models.key(network, tokenizer), rows.numpy().tobytes()]
     return _kept(key, weight, work)
 
 
-def _kept(
-    key: Sequence[object], weight: Tensor, work: Callable[[], dict[str, float]]
-) -> dict[str, Any]:
+def _kept(key: Sequence[object], weight: Tensor, work: Callable[[], Row]) -> Row:
     """A checkpoint's numbers, worked out once; its head's size beside them."""
     name = cache.key(headbound.__version__, *key, libraries=["torch", "transformers"])
     vocabulary, d = weight.shape
@@ -121,7 +121,7 @@ def _kept(
     )
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: Row) -> str:
     told = f"head entropy {row['singular_entropy']:.4f} nats"
     if "loss" in row:
         cosine = f"last-layer cosine {row['anisotropy_after_norm']:.3f}"

@@ -20,8 +20,9 @@ from scipy.special import expit, logit
 from statsmodels.api import OLS, add_constant
 from torch.nn.functional import pad
 
-from headbound import device, stats
+from headbound import device
 from headbound.measure import spectrum
+from headbound.stats import Estimate
 
 Tokens = Integer[np.ndarray, " tokens"]
 Pieces = Sequence[Integer[np.ndarray, " _"]]
@@ -33,7 +34,7 @@ SLOTS = 1 << 16  # values of the hash that deals out contexts
 EPSILON = np.finfo(float).eps
 
 
-class SplitHalf(NamedTuple):
+class _SplitHalf(NamedTuple):
     """What two halves of a text agree on: the rank, and W-error without noise.
 
     It lies between `floor` (a half judged by itself) and `ceiling` (judged by the other half).
@@ -55,13 +56,9 @@ def count(
 ) -> Iterator[csr_array]:
     """Counts (contexts × vocabulary), one partition of the contexts after the other.
 
-    **Arguments:**
-
-    - `tokens`: the corpus, perhaps memory-mapped: it is read in blocks.
-    - `order`: tokens in an n-gram; a context has one less.
-    - `targets`: what follows each context, where that is not what does in `tokens`.
-    - `partitions`: how many; by default enough for `PARTITION` n-grams in each.
-    - `only`: the partitions wanted, by default all; jobs may count some each and add up.
+    An n-gram has `order` tokens, its context one less. `targets` say what follows each context
+    where that is not what does in `tokens`. By default all partitions are counted, enough of them
+    for `PARTITION` n-grams in each; jobs may count `only` some each and add up.
 
     **Raises:** `ValueError` for an order, ids, targets or partitions that don't fit.
     """
@@ -104,14 +101,10 @@ def gram(
 ) -> Float64[np.ndarray, "vocab vocab"]:
     """WᵀW of the rows √w · k / n: k a context's counts, n their sum.
 
+    The `weighting` is `contexts`, w = 1 (the paper's), or `tokens`, w = n (what the loss sees).
     With `unbiased`, Σ w (k kᵀ − diag k) / (n (n − 1)), over pairs of *different* occurrences. Its
-    mean is WᵀW of the true probabilities, which the plain one exceeds by sampling noise.
-
-    **Arguments:**
-
-    - `weighting`: `contexts`, w = 1 (the paper's), or `tokens`, w = n (what the loss sees).
-    - `unbiased`: contexts seen once are then left out.
-    - `counting`: `targets`, `partitions` and `only`, as of `count`.
+    mean is WᵀW of the true probabilities, which the plain one exceeds by sampling noise. Contexts
+    seen once are then left out. `counting` is as of `count`.
 
     **Raises:** `ValueError` for bad arguments, or a V × V matrix beyond the free memory.
     """
@@ -179,7 +172,7 @@ def errors(tokens: Tokens, order: int, vocab_size: int, leading: int = 0, **rows
     return spectrum.w_error(values, range(len(values) + 1))
 
 
-def split_half(pieces: Pieces, order: int, vocab_size: int) -> SplitHalf:
+def split_half(pieces: Pieces, order: int, vocab_size: int) -> _SplitHalf:
     """What two halves of a text agree on: every other piece, and the pieces between.
 
     The halves have `unbiased` matrices S and S', weighted by tokens, so that noise is alike in all
@@ -201,12 +194,12 @@ def split_half(pieces: Pieces, order: int, vocab_size: int) -> SplitHalf:
         halves.append(torch.from_numpy(found / found.trace()))
     both = (_judged(*halves) + _judged(*halves[::-1])) / 2
     floor, ceiling = both[1:].clamp(min=0).sqrt().numpy()
-    return SplitHalf(int(both[0].argmin()), floor, ceiling)
+    return _SplitHalf(int(both[0].argmin()), floor, ceiling)
 
 
 def study(
     pieces: Pieces, order: int, vocab_size: int, seed: int = 0
-) -> tuple[Curve, Curve, SplitHalf]:
+) -> tuple[Curve, Curve, _SplitHalf]:
     """A list of texts as counted, with what follows each context shuffled, and split in halves.
 
     The first two are W-errors, weighted by tokens. The shuffled matrix has true rank one.
@@ -225,9 +218,7 @@ def needed_rank(errors: Curve, level: float) -> int | None:
     return int(below[0]) if len(below) else None
 
 
-def carried(
-    vocab_sizes: Sequence[int], ranks: Sequence[float | int], vocab_size: int
-) -> stats.Estimate:
+def carried(vocab_sizes: Sequence[int], ranks: Sequence[float | int], vocab_size: int) -> Estimate:
     """The needed rank d at another vocabulary size, with the interval of a prediction.
 
     logit(d / V) = a + b ln V, by least squares
@@ -241,11 +232,11 @@ def carried(
     found = prediction.summary_frame(alpha=0.05).iloc[0]
     names = ("mean", "obs_ci_lower", "obs_ci_upper")
     value, low, high = (vocab_size * float(expit(found[name])) for name in names)
-    return stats.Estimate(value, low, high, len(sizes))
+    return Estimate(value, low, high, len(sizes))
 
 
 def meets(
-    found: stats.Estimate, low: float, high: float, factor: float = 3.0, reach: float = 1.0
+    found: Estimate, low: float, high: float, factor: float = 3.0, reach: float = 1.0
 ) -> bool | None:
     """Whether an interval meets a range; None if it spans `factor` or more, which is no test.
 

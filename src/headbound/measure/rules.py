@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from headbound.measure.saturation import SEEN, LateRise, late_rise
-from headbound.stats import Estimate, above
+from headbound.stats import Estimate
 
 TENFOLD = 10.0  # an order of magnitude, which is what the paper's spectra rise by
 APART = 0.5  # mean cosine between "nearly isotropic" and "highly anisotropic"
@@ -29,6 +29,26 @@ class Ruling(NamedTuple):
 
     agrees: bool | None
     comment: str
+
+    def after(self, steps: Iterable[Sequence[int]]) -> "Ruling":
+        """The ruling after runs of so many `steps`, given for each width.
+
+        A sign that is missing refutes the paper only after runs enough and long enough: some width
+        needs three runs that each took as many steps as Pythia's turn.
+        """
+        long_runs = [sum(run >= TURN for run in of_width) for of_width in steps]
+        most = max(long_runs)
+        if self.agrees is not False or most >= SEEDS:
+            return self
+        told = f"open: {most} of {SEEDS} runs of one width took {TURN:,} steps"
+        return Ruling(None, f"{told}; {self.comment}")
+
+    def if_settled(self, moved: float) -> "Ruling":
+        """The ruling on a curve; None if half the text `moved` its perplexity by 5 % or more."""
+        if abs(moved) < NOTICEABLE:
+            return self
+        told = f"half the training text moves perplexity by {moved:+.0%}: more is needed"
+        return Ruling(None, told)
 
 
 def loss_rises(rises: Mapping[str, LateRise], small: Collection[str]) -> Ruling:
@@ -63,20 +83,6 @@ def last_layers_part(cosines: Mapping[str, float], small: Collection[str]) -> Ru
     return _just_the_small(cosines, APART, small, "mean cosine")
 
 
-def absent(ruling: Ruling, steps: Iterable[Sequence[int]]) -> Ruling:
-    """A sign that is missing refutes the paper only after runs enough and long enough.
-
-    Some width needs three runs that each took as many steps as Pythia's turn.
-
-    **Arguments:** `steps`: for each width, the steps of its runs.
-    """
-    long_runs = [sum(run >= TURN for run in of_width) for of_width in steps]
-    if ruling.agrees is not False or max(long_runs) >= SEEDS:
-        return ruling
-    told = f"open: {max(long_runs)} of {SEEDS} runs of one width took {TURN:,} steps"
-    return Ruling(None, f"{told}; {ruling.comment}")
-
-
 def rank_costs(ranks: ArrayLike, losses: ArrayLike, up_to: int = 512) -> Ruling:
     """Section 5.1: a head of a rank well below 1,000 noticeably raises perplexity.
 
@@ -103,18 +109,23 @@ def bends_at(errors: ArrayLike, losses: ArrayLike, bend: float = 0.6) -> Ruling:
     order = np.argsort(errors)
     error = np.asarray(errors, float)[order]
     loss = np.asarray(losses, float)[order]
-    if not error[0] < bend < error[-1]:
-        comment = f"W-errors from {error[0]:.2f} to {error[-1]:.2f} do not enclose {bend}"
-        return Ruling(None, comment)
+    first = error[0]
+    last = error[-1]
+    if not first < bend < last:
+        return Ruling(None, f"W-errors from {first:.2f} to {last:.2f} do not enclose {bend}")
     there = np.interp(bend, error, loss)
     grown = there - loss[0]
-    before = grown / (bend - error[0])
-    beyond = (loss[-1] - there) / (error[-1] - bend)
-    steeper = beyond / before if before > 0 else np.inf
-    agrees = bool(steeper >= STEEPER and beyond > 0 and grown <= SLOW)
+    rest = loss[-1] - there
+    before = grown / (bend - first)
+    beyond = rest / (last - bend)
+    steeper = np.inf
+    if before > 0:
+        steeper = beyond / before
     slopes = f"slope beyond {bend} over slope before: {steeper:.1f}; asked: {STEEPER:.0f}"
     growth = f"loss grown up to there: {grown:.2f} nats; slow up to {SLOW} (the paper: 0.09)"
-    return Ruling(agrees, f"{slopes}; {growth}")
+    bends = beyond > 0 and steeper >= STEEPER
+    agrees = bends and grown <= SLOW
+    return Ruling(bool(agrees), f"{slopes}; {growth}")
 
 
 def width_alone(differences: Mapping[str, Estimate]) -> Ruling:
@@ -158,7 +169,7 @@ def holds(measured: Estimate, claim: float) -> Ruling:
 
 def positive(measured: Estimate) -> Ruling:
     """The interval lies above zero; left open where it holds zero or is unknown."""
-    agrees = above(measured, 0.0)
+    agrees = measured.above(0.0)
     if agrees is None:
         return Ruling(None, "the interval holds zero, or there is none")
     return Ruling(agrees, "the interval lies on one side of zero")

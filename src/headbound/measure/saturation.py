@@ -11,6 +11,9 @@ from scipy.stats import t as student
 
 from headbound.stats import Estimate
 
+Curve = Float[np.ndarray, " n"]
+Curves = Float[np.ndarray, "curves n"]
+Each = Float[np.ndarray, " curves"]
 EARLY = 0.1  # share of the training whose climbs and peaks are a beginning, not a late turn
 SEEN = 5.0  # times the noise: one in a hundred level curves has a chance rise as great
 PLATEAU = 4.0  # squared noise: a rise at the end below two standard errors is taken as level
@@ -21,20 +24,16 @@ RISING = 1e-9  # relative: below it a ratio is rounding
 class LateRise(NamedTuple):
     """How far a curve that should fall has risen again, in the curve's unit.
 
-    - `least`, at `least_step`: the least value past the first tenth of the training.
-    - `final`: the last value; `rise` = final − least.
-    - `most`: how far the curve has stood above an earlier value at worst, around `worst_step`.
-      Medians of three checkpoints are compared, so that one outlier makes no rise.
-    - `noise`: standard deviation of a checkpoint about its neighbours.
+    Medians of three checkpoints are compared for `most`, so that one outlier makes no rise.
     """
 
     least_step: int
-    least: float
+    least: float  # past the first tenth of the training
     final: float
-    rise: float
-    worst_step: int
-    most: float
-    noise: float
+    rise: float  # final − least
+    worst_step: int  # around which
+    most: float  # the curve has stood so far above an earlier value
+    noise: float  # standard deviation of a checkpoint about its neighbours
 
     @property
     def strength(self) -> float:
@@ -51,9 +50,7 @@ def late_rise(steps: ArrayLike, values: ArrayLike) -> LateRise:
     """The late rise of a curve: the book's one definition, for losses, perplexities and entropies.
 
     The first tenth of the training is left out, by steps: a curve climbs to its first peak there.
-
-    **Arguments:** `steps`, `values`: the curve (steps,), in any order, each step once; less is
-    better.
+    The steps come in any order; less is better.
 
     **Raises:** `ValueError` for fewer than three checkpoints past the first tenth, a repeated step,
     a value that is not finite.
@@ -92,9 +89,8 @@ def late_change(*curves: tuple[ArrayLike, ArrayLike]) -> Estimate:
     """Mean value over the last third of training minus that over its middle third.
 
     Whole thirds are compared, since one last checkpoint is noisy. The interval is Welch's, over
-    checkpoints. Of two curves it gives the first one's change minus the second one's.
-
-    **Arguments:** `curves`: one or two pairs of tokens (or steps) and values.
+    checkpoints. A curve is a pair of tokens (or steps) and values. Of two curves it gives the first
+    one's change minus the second one's.
     """
     thirds = []
     for tokens, values in curves:
@@ -116,7 +112,7 @@ def late_change(*curves: tuple[ArrayLike, ArrayLike]) -> Estimate:
     return Estimate(change, change - half, change + half, int(sizes.sum()))
 
 
-class Saturation(NamedTuple):
+class _Saturation(NamedTuple):
     """What `detect` found, in the metric's units; `drop` > 0 is worse, `noise` counts stderrs."""
 
     best_step: int
@@ -136,7 +132,7 @@ def detect(
     higher_is_better: bool = True,
     resamples: int = 999,
     seed: int = 0,
-) -> Saturation:
+) -> _Saturation:
     r"""Test a curve that improves and then worsens to its end against one that never worsens.
 
     1. The two hypotheses are shapes: monotone, and single-peaked with the peak anywhere.
@@ -148,18 +144,12 @@ def detect(
     4. The p-value is the share of simulated null curves with a greater statistic. Each picks its
        own peak. The climb up to half of the gain is left out.
 
-    **Arguments:**
+    Zeros in `stderr` are raised to the least positive one; without it the scatter decides. The
+    least possible p-value is 1/(`resamples` + 1). `low` and `high` are a 95 % interval of the drop:
+    of the noise of the two checkpoints, not of their choice, which the p-value allows for.
 
-    - `steps`, `values`: the curve (steps,); three checkpoints at least, each step once.
-    - `stderr`: of each value (zeros are raised to the least positive one), or None: the scatter
-      decides.
-    - `resamples`, `seed`: of the simulation; the least possible p-value is 1/(`resamples` + 1).
-
-    **Returns:** a `Saturation`; `low`, `high` are a 95 % interval of the drop between these two
-    checkpoints. It includes their noise, not their choice, which the p-value allows for.
-
-    **Raises:** `ValueError` for a curve too short, a repeated step, a value or stderr that is not a
-    number.
+    **Raises:** `ValueError` for fewer than three checkpoints, a repeated step, a value or stderr
+    that is not a number.
 
     **Source:** Robertson, Wright & Dykstra 1988, chapter 2 (tests under order restrictions).
     """
@@ -180,7 +170,7 @@ def detect(
     half = 0.0
     if best < len(gain) - 1:
         half = 1.96 * noise * np.hypot(error[best], error[-1])
-    return Saturation(
+    return _Saturation(
         best_step=int(step[best]),
         best=float(value[best]),
         final=float(value[-1]),
@@ -192,9 +182,7 @@ def detect(
     )
 
 
-def _in_order(
-    steps: ArrayLike, values: ArrayLike
-) -> tuple[np.ndarray, Float[np.ndarray, " n"], np.ndarray]:
+def _in_order(steps: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, Curve, np.ndarray]:
     """A curve sorted by step, checked, and the order that sorted it."""
     step, value = np.asarray(steps), np.asarray(values, float)
     if len(step) < 3 or value.shape != step.shape:
@@ -211,9 +199,7 @@ def _in_order(
     return step, value, order
 
 
-def _errors(
-    stderr: ArrayLike | None, step: np.ndarray, order: np.ndarray
-) -> Float[np.ndarray, " n"]:
+def _errors(stderr: ArrayLike | None, step: np.ndarray, order: np.ndarray) -> Curve:
     """Standard errors in the curve's order, zeros raised to the least positive one."""
     if stderr is None:
         return np.ones(len(step))
@@ -226,8 +212,8 @@ def _errors(
 
 
 def _null_model(
-    gain: Float[np.ndarray, " n"], error: Float[np.ndarray, " n"], floor: float
-) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"], float]:
+    gain: Curve, error: Curve, floor: float
+) -> tuple[Curve, Bool[np.ndarray, " n"], float]:
     """The null's curve, the checkpoints past half of its gain, and its noise (in stderrs).
 
     Each needs the others, so they are found in turn, three times over.
@@ -241,7 +227,7 @@ def _null_model(
     return null, late, noise
 
 
-def _scatter(y: Float[np.ndarray, " n"], error: Float[np.ndarray, " n"]) -> float:
+def _scatter(y: Curve, error: Curve) -> float:
     """Noise in stderrs, from second differences of neighbours.
 
     The lesser of a robust and a root-mean-square estimate.
@@ -259,9 +245,7 @@ def _scatter(y: Float[np.ndarray, " n"], error: Float[np.ndarray, " n"]) -> floa
     return min(robust, whole)
 
 
-def _level_fit(
-    y: Float[np.ndarray, " n"], error: Float[np.ndarray, " n"], noise: float
-) -> Float[np.ndarray, " n"]:
+def _level_fit(y: Curve, error: Curve, noise: float) -> Curve:
     """The monotone fit with the longest level end that costs no more than PLATEAU."""
     weight = error**-2.0
     free = isotonic_regression(y, weights=weight).x
@@ -278,9 +262,7 @@ def _level_fit(
     return free
 
 
-def _compare(
-    curves: Float[np.ndarray, "curves n"], error: Float[np.ndarray, " n"]
-) -> tuple[Float[np.ndarray, " curves"], Float[np.ndarray, " curves"]]:
+def _compare(curves: Curves, error: Curve) -> tuple[Each, Each]:
     """R₀ − R₁ and R₁ of each curve; a peak may lie anywhere."""
     rising = _rising_costs(curves, error)
     backwards = _rising_costs(np.flip(curves, 1), np.flip(error))
@@ -292,9 +274,7 @@ def _compare(
     return gained, peaked
 
 
-def _rising_costs(
-    curves: Float[np.ndarray, "curves n"], error: Float[np.ndarray, " n"]
-) -> Float[np.ndarray, "n+1 curves"]:
+def _rising_costs(curves: Curves, error: Curve) -> Float[np.ndarray, "n+1 curves"]:
     """Squares left by the best rising fit to the first 0 … n points, all curves at once.
 
     Pool-adjacent-violators keeps a stack of pools for each curve, their means rising to the top.
@@ -325,9 +305,7 @@ def _violating(mean: np.ndarray, top: np.ndarray, among: np.ndarray) -> np.ndarr
     return stacked[mean[upper - 1, stacked] > mean[upper, stacked]]
 
 
-def _merge(
-    mean: np.ndarray, weight: np.ndarray, top: np.ndarray, curves: np.ndarray
-) -> Float[np.ndarray, " curves"]:
+def _merge(mean: np.ndarray, weight: np.ndarray, top: np.ndarray, curves: np.ndarray) -> Each:
     """Merge the two uppermost pools of these curves; returns the squares that each merger costs."""
     upper = top[curves]
     lower = upper - 1

@@ -23,18 +23,13 @@ DELTA = 1e-2
 REREADINGS = 100  # of losses with a reading error
 
 
-class Law(NamedTuple):
-    """A fitted law: ln A and alpha, the fits behind their intervals, and how well it fits.
-
-    - `left_out`: the same without each model in turn.
-    - `reread`: the same for losses that were read anew, with noise of the reading error.
-    - `misfit`: root mean square of ln(predicted/observed); 0.02 means off by 2 %.
-    """
+class _Law(NamedTuple):
+    """A fitted law: ln A and alpha, the fits behind their intervals, and how well it fits."""
 
     place: Place
-    left_out: Float[np.ndarray, "models 2"]
-    reread: Float[np.ndarray, "readings 2"]
-    misfit: float
+    left_out: Float[np.ndarray, "models 2"]  # the same without each model in turn
+    reread: Float[np.ndarray, "readings 2"]  # and with noise of the reading error on the losses
+    misfit: float  # root mean square of ln(predicted/observed); 0.02 means off by 2 %
 
     @property
     def constants(self) -> dict[str, Estimate]:
@@ -67,19 +62,14 @@ class Law(NamedTuple):
 
 def fit(
     parameters: ArrayLike, tokens: Numbers, losses: ArrayLike, error: float = 0.0, seed: int = 0
-) -> Law:
+) -> _Law:
     """Fit A and alpha of the paper's law by Huber's loss on ln L.
 
         L(N, T) = A/N^alpha + B/T^beta + E,  with B, beta and E of `HOFFMANN`
 
-    Intervals are jackknifes over models.
-
-    **Arguments:**
-
-    - `parameters`, `losses`: N and L (nats) of each model, (models,).
-    - `tokens`: T of each, or one number for all.
-    - `error`: standard error of each loss (nats), such as that of reading a figure. It widens the
-      intervals.
+    Intervals are jackknifes over models. `tokens` are those of each, or one number for all.
+    `error` is the standard error of each loss (nats), such as that of reading a figure, and widens
+    the intervals.
 
     **Raises:** `ValueError` for fewer than three models, or a number that is not positive and
     finite.
@@ -105,7 +95,7 @@ def fit(
     predicted = _loss(place, sizes, texts)
     residual = np.log(predicted / observed)
     misfit = math.sqrt(np.mean(residual**2))
-    return Law(place, np.array(left_out), np.array(reread).reshape(-1, 2), misfit)
+    return _Law(place, np.array(left_out), np.array(reread).reshape(-1, 2), misfit)
 
 
 def _minimum(n: np.ndarray, t: np.ndarray, losses: np.ndarray) -> Place:

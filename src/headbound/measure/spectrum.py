@@ -127,7 +127,7 @@ def fits_size(parameters: float, entropy: stats.Estimate, cut: float = 1.6) -> b
     head that is flat leaves it open: the paper says that not every small model need saturate.
     """
     small = parameters < 410e6
-    high = stats.above(entropy, cut)
+    high = entropy.above(cut)
     return None if high is None or (small and not high) else high == small
 
 

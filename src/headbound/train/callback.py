@@ -20,13 +20,8 @@ def watch(trainer: Trainer, input_ids: Int[Tensor, "texts length"], every: int =
 
     What `checkpoint.measure` and `checkpoint.outputs` say goes through the trainer's own log, so
     TensorBoard, W&B and others show it under `saturation/…`. The `rows` of what is returned keep
-    it.
-
-    **Arguments:**
-
-    - `trainer`: before its `train` is called.
-    - `input_ids`: a fixed batch of held-out text, such as 8 texts of 128 tokens.
-    - `every`: steps of the optimizer between two measurements; the first step is measured too.
+    it. To be called before the trainer's `train`, with a fixed batch of held-out text, such as 8
+    texts of 128 tokens. The first step of the optimizer is measured, and `every` so many.
 
     **Raises:** `ValueError` if `every` is below 1 or a text has fewer than two tokens.
     """

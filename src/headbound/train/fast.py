@@ -118,12 +118,8 @@ def cross_entropy(
     """The mean of −ln softmax(W h)[target] in nats, with both gradients, block by block.
 
     With E = exp(W h) and Z = ΣE a block yields ln Z, and E W / Z is the mean row that the
-    softmax expects: the gradient by h is that row minus the target's.
-
-    **Arguments:**
-
-    - `z_loss`: this times the mean of (ln Z)² is added, in float32 only.
-    - `precision`: a 16-bit format to which the logits are rounded, and their gradient too.
+    softmax expects: the gradient by h is that row minus the target's. The logits and their gradient
+    are rounded to `precision`. In float32, `z_loss` times the mean of (ln Z)² is added.
 
     **Source:** of the z-loss Chowdhery et al. 2022.
     """

@@ -25,11 +25,8 @@ def learn(
 ) -> dict[str, float]:
     """Train a GPT-NeoX to say the token before once more, every token equally likely.
 
-    **Arguments:**
-
-    - `layers`: with 0, embedding, final norm and head are all there is.
-    - `peak`: of the learning rate, after a warm-up, then a cosine.
-    - `momentum`: of plain gradient descent; None trains with Adam.
+    Without layers, embedding, final norm and head are all there is. The learning rate is warmed up
+    to its peak and falls as a cosine. With a momentum this is plain gradient descent, else Adam.
 
     **Returns:** at the end, over tokens spread evenly over the vocabulary, loss (nats), learned
     (share of tokens said right) and kept (share of the squared logit gradient).

@@ -23,54 +23,38 @@ CHOICES = {
 class Recipe:
     """All that a run of the wind tunnel follows from, beside its text and its build.
 
-    **Fields:**
-
-    - `hidden_size`: d, a multiple of 8; a head of attention has 16 dimensions, or all 8.
-    - `steps`: updates, each of `batch_size` windows of `context` tokens.
-    - `vocab_size`: tokens of the tokenizer. `unused`: the share of the model's rows beyond these.
-    - `layers`: blocks, with feed-forwards of 4 d.
-    - `peak`, `schedule`, `warmup`: of the learning rate; see its method.
-    - `optimizer`: `adamw` with betas .9 and .95; `coupled`, the same with one second moment for all
-      rows of embedding and head; or `sgd`, with momentum .9.
-    - `weight_decay`: of matrices, a share of the weight for each unit of learning rate.
-    - `precision`: what weights, states, logits and their gradient are rounded to. Sums, moments and
-      the kept weights stay float32.
-    - `centred`: the mean row is taken out of the head after each step.
-    - `z_loss`: the factor of the mean (ln Z)² in the loss.
-    - `cut`: in the pass `forward` or `backward` alone, the head is projected on its d/2 leading
-      right singular vectors at that step.
-    - `tied`: one matrix for embedding and head. Pythia's are two.
-    - `epochs`: passes over a part of the windows that is drawn to fit; None keeps all of them.
-    - `checkpoints`: measured models after the first. `held_out_texts`: texts they are measured on.
-    - `seed`: of first weights and of the order of the text.
-    - `variant`: the name of the build.
-
-    **Raises:** `ValueError` for a value outside these.
+    **Raises:** `ValueError` for a value outside what is said of a field.
     """
 
-    hidden_size: int
-    steps: int
+    hidden_size: int  # d, a multiple of 8; a head of attention has 16 dimensions, or all 8
+    steps: int  # updates, each of `batch_size` windows of `context` tokens
     source: str = "docstrings"
-    vocab_size: int = 2048
-    layers: int = 2
+    vocab_size: int = 2048  # of the tokenizer
+    layers: int = 2  # blocks, with feed-forwards of 4 d
     context: int = 128
     batch_size: int = 16
-    peak: float = 1e-2
+    peak: float = 1e-2  # of the learning rate; see its method
     schedule: str = "cosine"
     warmup: float = 0.01
+    # `adamw` with betas .9 and .95; `coupled`, the same with one second moment for all rows of
+    # embedding and head; or `sgd`, with momentum .9.
     optimizer: str = "adamw"
-    weight_decay: float = 0.1
+    weight_decay: float = 0.1  # of matrices, a share of the weight for each unit of learning rate
+    # What weights, states, logits and their gradient are rounded to. Sums, moments and the kept
+    # weights stay float32.
     precision: str = "float32"
-    centred: bool = False
-    z_loss: float = 0.0
+    centred: bool = False  # the mean row is taken out of the head after each step
+    z_loss: float = 0.0  # the factor of the mean (ln Z)² in the loss
+    # In the pass `forward` or `backward` alone, the head is projected on its d/2 leading right
+    # singular vectors at that step.
     cut: str = "none"
-    tied: bool = False
-    unused: float = 0.0
-    epochs: float | None = None
-    checkpoints: int = 14
-    held_out_texts: int = 256
-    seed: int = 0
-    variant: str = "neox"
+    tied: bool = False  # one matrix for embedding and head; Pythia's are two
+    unused: float = 0.0  # the share of the model's rows beyond the tokenizer's
+    epochs: float | None = None  # over windows drawn to fit; None keeps all of them
+    checkpoints: int = 14  # measured models after the first
+    held_out_texts: int = 256  # that they are measured on
+    seed: int = 0  # of first weights and of the order of the text
+    variant: str = "neox"  # the name of the build
 
     def __post_init__(self) -> None:
         if self.hidden_size < 8 or self.hidden_size % 8:

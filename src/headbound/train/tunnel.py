@@ -129,11 +129,9 @@ def train(
     A killed run goes on from its last training state and ends as an unbroken one, bit for bit: data
     order and random numbers follow from seed and step, and on a CPU a model has one thread.
 
-    **Arguments:**
-
-    - `hidden_sizes`, `steps`, `options`: see `Recipe`.
-    - `folder`: by default in the cache, under a hash of the recipe without its hidden size.
-    - `build`: from a configuration to a GPT-NeoX with any head, kept under the name `variant`.
+    `options` are those of `Recipe`. The folder is by default in the cache, under a hash of the
+    recipe without its hidden size. `build` makes of a configuration a GPT-NeoX with any head, which
+    is kept under the name `variant`.
 
     **Returns:** a row a checkpoint: model, step, tokens, `checkpoint.measure`, and `path` to it in
     the Hub's layout.

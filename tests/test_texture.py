@@ -132,6 +132,11 @@ def test_companion_knows_nothing_of_this_book():
         assert not imported(path) & {"headbound", "sweep", "exercises"}, path
 
 
+def test_what_measures_knows_nothing_of_the_sweep():
+    for path in sources("src/headbound"):
+        assert path.name == "cli.py" or "sweep" not in imported(path), path
+
+
 def test_everything_is_installed_and_nothing_changes_the_path():
     changing = "sys.path" + "."
     for path in [*sources("src"), *sources("workflow"), *sources("tests"), *sources("benchmarks")]:

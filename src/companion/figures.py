@@ -328,7 +328,7 @@ def _values(frame: pd.DataFrame, x: str, y: str, by: str, at: float | None) -> s
     for curve, part in own.groupby(by, sort=False):
         nearest = part.loc[(part[x] - at).abs().idxmin()]
         told.append(f"{nearest[y]:.2g} {curve}")
-    return f"At {x} = {nearest[x]:,.4g}: {', '.join(told)}"
+    return f"At {x} = {nearest[x]:,.4g}: {'; '.join(told)}"
 
 
 def _caption(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:

@@ -25,6 +25,11 @@ def with_row_constants(logits: np.ndarray, rank: int) -> float:
     return _tail(logits, rank)
 
 
+def one_mean_for_all(logits: np.ndarray, rank: int) -> float:
+    """you took off one mean of the whole matrix: each row has its own"""
+    return _tail(logits - logits.mean(), rank)
+
+
 def columns_centred(logits: np.ndarray, rank: int) -> float:
     """you centred the columns: each row is free up to a constant"""
     return _tail(logits - logits.mean(axis=0), rank)

@@ -32,7 +32,7 @@ def _begin() -> None:
         os.dup2(kept, 2)
 
 
-def bar(items: Iterable[T] | None, description: str, total: int | None = None) -> "tqdm[T]":
+def bar(items: Iterable[T], description: str, total: int | None = None) -> "tqdm[T]":
     """A progress bar on standard error once 2 s have passed.
 
     It is redrawn on a terminal, and a line every 30 s elsewhere.

@@ -153,9 +153,9 @@ def verdict(
 ) -> tuple[str, str]:
     """One of `VERDICTS` by the diagnosis's rule, and why, with how far the margin could move.
 
-    The `gain` of a higher rank over the head's own is in nats a token, from `lift`. `control` is
-    the same for the head cut on purpose, `lead` comes from `ahead`, and `used` is the working rank
-    over the width. V tokens need V − 1 dimensions at most: more is not `possible`.
+    `gain` is that of a higher rank over the head's own, in nats a token, from `lift`; `control` is
+    the same for the head cut on purpose. `lead` comes from `ahead`. `used` is the working rank over
+    the width. It is `possible` unless the head has the V − 1 dimensions that V tokens need at most.
     """
     if not possible:
         return VERDICTS[3], "The vocabulary needs no more dimensions than the head has."

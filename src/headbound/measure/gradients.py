@@ -47,8 +47,8 @@ def share_kept(data: Examples, weight: Weight, block: int = 128, logits: Logits 
     """How much of each token's logit gradient passes through the head W, exactly, in float64.
 
     It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's. W is best without its
-    mean row, which the softmax ignores. `logits` are made of states, by `models.Readout.logits` for
-    one; by W alone if None. Beside the arguments nothing is larger than `block` × V.
+    mean row, which the softmax ignores. `logits` makes logits of states, as `models.Readout.logits`
+    does; without it W alone does. Beside the arguments nothing is larger than `block` × V.
 
     **Raises:** `ValueError` for no token, sizes that do not fit, NaN or Inf.
 

@@ -67,8 +67,8 @@ def fit(
 
         L(N, T) = A/N^alpha + B/T^beta + E,  with B, beta and E of `HOFFMANN`
 
-    Intervals are jackknifes over models. `tokens` are those of each, or one number for all.
-    `error` is the standard error of each loss (nats), such as that of reading a figure, and widens
+    Intervals are jackknifes over models. `tokens` is T of each model, or one number for all.
+    `error` is the standard error of each loss (nats), such as that of reading a figure; it widens
     the intervals.
 
     **Raises:** `ValueError` for fewer than three models, or a number that is not positive and

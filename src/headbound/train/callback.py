@@ -20,8 +20,8 @@ def watch(trainer: Trainer, input_ids: Int[Tensor, "texts length"], every: int =
 
     What `checkpoint.measure` and `checkpoint.outputs` say goes through the trainer's own log, so
     TensorBoard, W&B and others show it under `saturation/…`. The `rows` of what is returned keep
-    it. To be called before the trainer's `train`, with a fixed batch of held-out text, such as 8
-    texts of 128 tokens. The first step of the optimizer is measured, and `every` so many.
+    it. Call it before the trainer's `train`, with a fixed batch of held-out text, such as 8 texts
+    of 128 tokens. The optimizer's first step is measured, and then every so many.
 
     **Raises:** `ValueError` if `every` is below 1 or a text has fewer than two tokens.
     """

@@ -13,16 +13,16 @@ settings.load_profile("headbound")
 WORDS = ["model", "learns", "head", "rank", "small", "forgets", "ideal", "would", "say", "some"]
 
 
-BOOKS = {"clone", "other_book"}  # fixtures that build a whole book
-SHARED = BOOKS | {"small", "smollm2", "wheel"}  # fixtures that take long: one worker makes each
+LONG = {"clone", "other_book", "smollm2"}  # fixtures: two whole books, and a real model
+SHARED = LONG | {"small", "wheel"}  # one worker makes each of these
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What needs a whole book is slow, and what shares a fixture runs where that was made."""
+    """What needs such a fixture is slow, and what shares one runs where that was made."""
     for item in items:
         asked = set(item.fixturenames)
-        if asked & BOOKS:
+        if asked & LONG:
             item.add_marker("slow")
         for name in asked & SHARED:
             item.add_marker(pytest.mark.xdist_group(name))

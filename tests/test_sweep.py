@@ -86,6 +86,7 @@ def test_a_head_sweep_costs_little_more_than_its_heads(served, table, monkeypatc
     assert served.sent == before
 
 
+@pytest.mark.slow
 def test_whole_checkpoints_give_loss_and_anisotropy_and_go_again(served, table, prose, tmp_path):
     settings = sweep.Settings(source=prose, texts=4, length=32)
     few = {model: names[:1] for model, names in table.items()}
@@ -107,6 +108,7 @@ def test_a_third_of_the_answers_failing_changes_no_result(served, table):
     assert measure.run(table, HEADS._replace(name="faulty")).equals(clean)
 
 
+@pytest.mark.slow
 def test_what_the_network_left_out_is_named(served, table, monkeypatch):
     monkeypatch.setattr(reader, "TRIES", 2)
     for model in table:

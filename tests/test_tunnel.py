@@ -28,7 +28,10 @@ TINY = {
 }
 
 
-def test_table_and_hub_layout(source, tmp_path):
+@pytest.mark.parametrize("cores", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_table_and_hub_layout(source, tmp_path, monkeypatch, cores):
+    """With two cores, the models train in processes of their own."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
     table = tunnel.train([8, 16], 12, tmp_path, source=source, **TINY)
     assert list(table.hidden_size.unique()) == [8, 16]
     assert (

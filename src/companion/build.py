@@ -16,6 +16,7 @@ import psutil
 import yaml
 from filelock import FileLock, Timeout
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 BUILD, LOG, TIMES = Path("_build"), Path("_build/book.log"), Path("_build/times.json")
@@ -85,14 +86,13 @@ class Clock:
             seconds += max(0.0, step.before - now + self.started.get(step.name, now))
         return f"about {max(1, round(seconds / 120))} min left"
 
-    def state(self, step: Step) -> str:
-        """A step's state in words."""
+    def state(self, step: Step) -> str | ProgressBar:
+        """A step's state: in words, or a bar while it runs."""
         if step.name in self.took:
             return f"done in {self.took[step.name]:.0f} s"
         if step.name not in self.started:
             return "waiting"
-        full = round(BAR * self.shares[step.name])
-        return f"running {'█' * full}{'░' * (BAR - full)}"
+        return ProgressBar(total=1, completed=self.shares[step.name], width=BAR)
 
 
 def names(preset: str, asked: Sequence[str] = ()) -> list[str]:

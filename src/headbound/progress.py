@@ -69,10 +69,12 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 def parallel(jobs: Iterable[Any], workers: int | None = None, description: str = "") -> list[Any]:
     """The results of `joblib.delayed` calls, in order, each in one of `workers` processes.
 
-    `workers` None is one a core; with 1 the calls run here. With a `description`, a bar counts the
-    results. The processes end here.
+    `workers` None is one a core; with 1 of them, or 1 job, the calls run here. With a
+    `description`, a bar counts the results. The processes end here.
     """
-    if workers == 1:
+    jobs = list(jobs)
+    workers = min(len(jobs), workers or os.cpu_count() or 1)
+    if workers < 2:
         return [function(*arguments, **options) for function, arguments, options in jobs]
     _begin()
     # Fresh processes: a copy of this one would share its threads' locks.

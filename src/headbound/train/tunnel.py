@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -153,7 +152,7 @@ def train(
     root = _settle(first, text, folder)
     on = device.pick()
     jobs = [delayed(_one)(root, recipe, text, build, on) for recipe in recipes]
-    workers = min(len(jobs), os.cpu_count() or 1) if on.type == "cpu" else 1
+    workers = None if on.type == "cpu" else 1
     return pd.DataFrame([row for rows in progress.parallel(jobs, workers)[::-1] for row in rows])
 
 

@@ -91,11 +91,11 @@ def test_a_broken_run_goes_on_bit_for_bit(source, tmp_path, monkeypatch, stopped
     assert all(torch.equal(a[k], b[k]) for k in a | b)
 
 
-def planted(shift):
+def planted(shift, seeds=4):
     rng = np.random.default_rng(0)
     rows = []
     for arm in ("baseline", "a", "b"):
-        for seed in range(4):
+        for seed in range(seeds):
             value = rng.normal() + shift * (arm == "a")
             rows.append({"arm": arm, "hidden_size": 8, "seed": seed, "loss": value, "entropy": 1.0})
     return pd.DataFrame(rows)
@@ -112,14 +112,14 @@ def test_one_arms_effect_is_a_paired_t_test():
     assert found["n"] == 4
 
 
-def test_several_arms_share_one_size_of_noise_and_are_corrected_together():
-    runs = planted(2.0)
+def test_arms_of_two_pairs_share_one_size_of_noise_and_all_are_corrected_together():
+    runs = planted(2.0, seeds=2)
     found = changes.effects(runs, ["loss"]).set_index("arm")
     table = runs.pivot(index="seed", columns="arm", values="loss")
     mean = table.mean()
     rest = table.sub(table.mean(axis=1), axis=0) - mean + mean.mean()
-    freedom = (4 - 1) * (3 - 1)
-    error = np.sqrt(2 / 4 * (rest.to_numpy() ** 2).sum() / freedom)
+    freedom = (2 - 1) * (3 - 1)
+    error = np.sqrt(2 / 2 * (rest.to_numpy() ** 2).sum() / freedom)
     for arm in ("a", "b"):
         effect = mean[arm] - mean["baseline"]
         half = student.ppf(0.975, freedom) * error
@@ -130,6 +130,16 @@ def test_several_arms_share_one_size_of_noise_and_are_corrected_together():
     smallest, largest = sorted(found["p"])
     by_hand = [min(1, 2 * smallest), max(2 * smallest, largest)]
     assert sorted(found["adjusted"]) == pytest.approx(by_hand)
+
+
+def test_an_arm_of_three_pairs_has_its_own_noise():
+    runs = planted(2.0, seeds=3)
+    alone = changes.effects(runs.query("arm != 'b'"), ["loss"]).set_index("arm")
+    noisy = runs.assign(loss=runs["loss"].where(runs["arm"] != "b", 1e3 * runs["loss"]))
+    both = changes.effects(noisy, ["loss"]).set_index("arm")
+    columns = ["value", "low", "high", "p", "freedom"]
+    assert both.loc["a", columns].to_list() == pytest.approx(alone.loc["a", columns].to_list())
+    assert both.loc["a", "adjusted"] > alone.loc["a", "adjusted"]
 
 
 def run_of(**columns):

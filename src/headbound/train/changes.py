@@ -158,8 +158,9 @@ def _with_head(config: GPTNeoXConfig, head: Callable[[int, int], nn.Module]) -> 
 def signs(table: pd.DataFrame) -> pd.DataFrame:
     """One row a run: the end of each course of `archive.run`, and how it came there.
 
-    `…_late` is `saturation.late_rise`'s rise, and `…_ratio` the last value over the least late one.
-    `seen` says whether the loss has risen late, and `visible` how far it must rise to be seen.
+    `…_late` is the most that `saturation.late_rise` finds, and `…_ratio` the last value over the
+    least late one. `seen` says whether the loss has risen late, and `visible` how far it must rise
+    to be seen.
     """
     rows = []
     for key, run in table.groupby(["arm", "hidden_size", "seed"], sort=False):
@@ -167,7 +168,7 @@ def signs(table: pd.DataFrame) -> pd.DataFrame:
         for name in COURSES:
             course = late_rise(run["step"], run[name])
             row[name] = course.final
-            row[f"{name}_late"] = course.rise
+            row[f"{name}_late"] = course.most
             row[f"{name}_ratio"] = course.final / course.least
         loss = late_rise(run["step"], run["loss"])
         last = run.loc[run["step"].idxmax()]
@@ -203,9 +204,9 @@ def share(found: Sequence[bool]) -> stats.Estimate:
 def effects(signs: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
     """What each arm changes against the baseline of the same width and seed.
 
-    A quantity is fitted as an arm's effect plus that of its width and seed plus noise. The size of
-    the noise is taken to be one for all arms, so that two or three pairs of each suffice. With one
-    arm this is the paired t test.
+    A quantity is fitted as an arm's effect plus that of its width and seed plus noise. An arm of
+    `SEEDS` pairs or more is fitted by itself, which is the paired t test. Two pairs say too little
+    about their noise: the size of the noise is taken to be one for all arms that have no more.
 
     **Returns:** a row an arm and quantity: value, low and high of a 95 % interval, n (the pairs),
     the degrees of `freedom` of the noise, p, `adjusted`, p after Holm's correction for all tests of
@@ -215,10 +216,18 @@ def effects(signs: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
     """
     width = signs["hidden_size"].astype(str)
     runs = signs.assign(block=width + "/" + signs["seed"].astype(str))
+    blocks = runs.groupby("arm", sort=False)["block"].apply(set)
+    pairs = blocks.map(blocks["baseline"].intersection).map(len).drop("baseline")
+    few = list(pairs.index[pairs < SEEDS])
+    fitted = [[arm] for arm in pairs.index.difference(few, sort=False)]
+    if few:
+        fitted.append(few)
     rows = []
     for quantity in quantities:
-        fit = ols(f"{quantity} ~ C(arm, Treatment('baseline')) + block", runs).fit()
-        rows += [_effect(runs, fit, arm, quantity) for arm in _others(runs)]
+        for arms in fitted:
+            some = runs[runs["arm"].isin(["baseline", *arms])]
+            fit = ols(f"{quantity} ~ C(arm, Treatment('baseline')) + block", some).fit()
+            rows += [_effect(fit, arm, quantity, int(pairs[arm])) for arm in arms]
     table = pd.DataFrame(rows).sort_values("arm", kind="stable", ignore_index=True)
     known = table["p"].notna()
     table["adjusted"] = np.nan
@@ -227,16 +236,10 @@ def effects(signs: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
     return table.assign(outcome=[outcome(row) for _, row in table.iterrows()])
 
 
-def _others(runs: pd.DataFrame) -> list[str]:
-    return [arm for arm in dict.fromkeys(runs["arm"]) if arm != "baseline"]
-
-
 def _effect(
-    runs: pd.DataFrame, fit: RegressionResultsWrapper, arm: str, quantity: str
+    fit: RegressionResultsWrapper, arm: str, quantity: str, pairs: int
 ) -> dict[str, float | str]:
     """One row of `effects`."""
-    blocks = runs.groupby("arm")["block"].apply(set)
-    pairs = len(blocks[arm] & blocks["baseline"])
     term = f"C(arm, Treatment('baseline'))[T.{arm}]"
     row = {"arm": arm, "quantity": quantity, "value": fit.params[term], "n": pairs}
     row["freedom"] = fit.df_resid

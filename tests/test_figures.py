@@ -90,6 +90,14 @@ def test_numbers_by_curve_and_place_are_drawn_as_they_are(shown):
     assert "bars are 95 % intervals" in dot[1]["caption"]
 
 
+def test_a_single_point_is_seen_with_its_interval():
+    told = pd.DataFrame({"size": [1, 1], "cosine": [0.2, 0.3], "model": ["a", "b"]})
+    fig = figures.draw(told.assign(low=0.1, high=0.4), "size", "cosine", by="model")
+    lines = [part for part in fig.axes[0].collections if hasattr(part, "get_segments")]
+    assert [line.get_segments()[0][:, 1].tolist() for line in lines] == [[0.1, 0.4]] * 2
+    assert fig.axes[0].lines[0].get_markersize() == 9
+
+
 def test_what_to_see_is_made_of_our_own_curves_where_it_is_not_said(shown):
     told = frame(model=["ours", "ours", "theirs"], cited=[False, False, True])
     figures.plot(told, "fig-x", "layer", "mean cosine", by="model", at=1.9)

@@ -266,11 +266,15 @@ def _lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> Non
         count = len(keys)
         style = {"hue": by, "hue_order": keys, "style": by, "style_order": keys}
         style |= {"palette": COLORS[:count], "dashes": DASHES[:count], "markers": MARKERS[:count]}
+    if len(frame) == len(parts):
+        style["markersize"] = 9  # single points, which no line makes seen
     sns.lineplot(frame, x=x, y=y, ax=ax, estimator=None, errorbar=None, **style)
     if {"low", "high"} <= set(frame):
         for part, color in zip(parts.values(), COLORS, strict=False):
             part = part.sort_values(x)
             ax.fill_between(part[x], part["low"], part["high"], color=color, alpha=0.2, lw=0)
+            if len(part) == 1:
+                ax.vlines(part[x], part["low"], part["high"], color=color, lw=2)
 
 
 def _lines_cited(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:

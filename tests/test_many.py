@@ -94,6 +94,12 @@ def test_heads_alone(folder):
     assert (row["vocabulary"], row["d"], row["loss"]) == (tiny.VOCAB, 16, None)
 
 
+def test_the_json_and_the_csv_have_a_place_each(folder):
+    done = measure("llama", "--json", "out", "--csv", "./out")
+    expected = "headbound: json = out, csv = out: one place for both; name another\n"
+    assert (done.exit_code, done.output) == (2, expected)
+
+
 def test_revisions_are_of_hub_ids(folder):
     asked = ["a/b", "llama", "smollm2-135m", "llama"]
     assert many._jobs(asked, ["step1", "step2"]) == [

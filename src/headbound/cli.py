@@ -61,6 +61,8 @@ def measure(
 
         for place in filter(None, (data, csv)):
             execute.check_place(place.expanduser())
+        if data and csv and data.expanduser().resolve() == csv.expanduser().resolve():
+            raise ValueError(f"json = {data}, csv = {csv}: one place for both; name another")
         asked = revisions.replace(",", " ").split()
         frame = many.run(model, asked, None if head_only else text, texts, length, _head_on_hub)
         if data:

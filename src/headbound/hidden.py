@@ -165,7 +165,10 @@ def _extend(folder: Path, model: nn.Module, rows: dict[str, Tensor]) -> tuple[in
     length = len(next(iter(rows.values())))
     count = max(1, CHUNK // length)
     for start in bar(range(0, len(missing), count), "hidden states"):
-        _reserve(folder, 4 * (len(missing) - start) * length * width)
+        needed = 4 * (len(missing) - start) * length * width
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise OSError(ENOSPC, f"{needed:,} bytes are needed and {free:,} are free")
         some = missing[start : start + count]
         batch = torch.stack([rows[name] for name in some])
         parts = [part[0] for part in stream(model, batch, [-1])]
@@ -179,12 +182,6 @@ def _extend(folder: Path, model: nn.Module, rows: dict[str, Tensor]) -> tuple[in
         with replacing(index) as temporary:
             temporary.write_text(json.dumps([width, known]))
     return width, known
-
-
-def _reserve(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(ENOSPC, f"{needed:,} bytes are needed and {free:,} are free")
 
 
 def _places(model: nn.Module, layers: Sequence[int] | None) -> list[int]:

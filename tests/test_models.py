@@ -148,6 +148,15 @@ def test_broken_files_are_named_in_one_line(folder, file, content, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_without_a_tokenizer_is_told_so(tmp_path):
+    """For GPT-NeoX, `transformers` makes up an empty one, that finds no token in any text."""
+    tiny.save(tmp_path / "neox", "neox")
+    for file in (tmp_path / "neox").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="it has no tokenizer; add its"):
+        models.load(str(tmp_path / "neox"))
+
+
 @pytest.mark.parametrize("lost", [1, 1000])
 def test_truncated_weights(folder, lost):
     file = folder / "model.safetensors"

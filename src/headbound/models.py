@@ -77,6 +77,8 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:
         raise ValueError(_explain(model, revision, part, error)) from error
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # an empty one is made up
+        raise ValueError(f"model = {model!r}: it has no tokenizer; add its tokenizer.json")
     wrong = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     # A pooler is a classifier's add-on that no measurement reads.
     wrong = sorted(name for name in wrong if not name.startswith("pooler."))

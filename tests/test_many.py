@@ -148,3 +148,12 @@ def test_the_gradient_is_that_of_the_models_own_logits(folder):
 
 def test_parameters_and_set_together():
     assert given('{"a": 1, "b": 2}', ["b=3"]) == {"a": 1, "b": "3"}
+
+
+def test_a_model_reads_all_of_a_passage_but_its_last_token(folder):
+    limit = models.load("llama", device="cpu")[0].config.max_position_embeddings
+    options = ["--text", "text.txt", "--texts", "1", "--length"]
+    assert measure("llama", *options, str(limit + 1)).exit_code == 0
+    told = measure("llama", *options, str(limit + 2))
+    assert told.exit_code == 2
+    assert f"llama reads {limit} tokens at most" in told.stderr

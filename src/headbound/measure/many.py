@@ -100,7 +100,7 @@ def _whole(model: str, revision: str, held_out: Sequence[str], texts: int, lengt
     weight = models.head_weight(network, tokenizer)
     rows = hidden.sequences(tokenizer, held_out, texts, length)
     limit = getattr(network.config.get_text_config(), "max_position_embeddings", None) or length
-    if length > limit:
+    if length - 1 > limit:  # the last token is only predicted
         raise ValueError(f"length = {length}: {model} reads {limit} tokens at most; choose fewer")
 
     def work() -> Row:

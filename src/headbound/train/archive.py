@@ -12,7 +12,6 @@ import re
 import shlex
 import subprocess
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -180,7 +179,8 @@ def first_text(folder: Path = TABLES) -> tunnel.Text:
     """The archived runs' text as far as the first steps of seed 0 read it; the rest is zeros.
 
     The text is made of installed packages' docstrings, so another version of one of them changes
-    it. What is kept lets the beginnings of the runs be made again whatever is installed.
+    it. What `first_text.py` of that folder kept lets the beginnings of the runs be made again
+    whatever is installed.
     """
     with np.load(folder / "first-text.npz") as kept:
         stream = np.zeros(int(kept["length"]), np.int32)
@@ -190,25 +190,6 @@ def first_text(folder: Path = TABLES) -> tunnel.Text:
         held_out = torch.from_numpy(kept["held_out"].astype(np.int64))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
     return tunnel.Text(tokenizer, stream, held_out)
-
-
-def keep_first_text(arms: Mapping[str, int], folder: Path = TABLES) -> None:
-    """Keep what `first_text` reads: of some arms the windows of so many first steps, at seed 0."""
-    text = _text(changes.recipe("baseline", 8, 0))
-    places = np.arange(len(text.stream))
-    read = np.zeros(len(text.stream), bool)
-    for arm, steps in arms.items():
-        recipe = changes.recipe(arm, 8, 0)
-        for step in range(steps):
-            read[tunnel.batch(places, step, recipe).numpy()] = True
-    np.savez_compressed(
-        folder / "first-text.npz",
-        length=len(text.stream),
-        places=places[read].astype(np.int32),
-        tokens=np.asarray(text.stream)[read].astype(np.uint16),
-        held_out=text.held_out.numpy().astype(np.uint16),
-        tokenizer=text.tokenizer.backend_tokenizer.to_str(),
-    )
 
 
 def differences(found: pd.DataFrame, kept: pd.DataFrame) -> pd.Series:

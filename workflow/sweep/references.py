@@ -9,13 +9,14 @@ from typing import Any
 import nbformat
 import numpy as np
 import pandas as pd
+import torch
 import transformers
 
 from companion import diagnosis
 from companion.execute import execute
 from headbound import cache, pythia
-from headbound.train import tunnel
-from headbound.train.step import Recipe
+from headbound.train import archive, changes, tunnel
+from headbound.train.step import Recipe, Trainer
 
 NOTEBOOK = Path("notebooks/09_diagnose.ipynb")
 TABLE = Path("book/data/references.csv")
@@ -30,6 +31,10 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     f"{TUNNEL}, d = 64, early": {},
     f"{TUNNEL}, d = 64, head cut to 8": {"planted_rank": 8},
     f"{TUNNEL}, d = 64, untrained": {},
+    f"{TUNNEL}, long run, d = 8": {},
+    f"{TUNNEL}, long run, d = 8, early": {},
+    f"{TUNNEL}, long run, d = 16": {},
+    f"{TUNNEL}, long run, d = 16, early": {},
 }
 EARLY = 0.1  # of the training's steps
 
@@ -41,6 +46,8 @@ def model(name: str) -> str:
     if "untrained" in name:
         return untrained()
     width = int(name.split("d = ")[1].split(",")[0])
+    if "long run" in name:
+        return long_run(width, "early" in name)
     table = tunnel.train([8, 16, 32, 64], 2000)
     own = table[table["hidden_size"] == width]
     early = own[own["step"] >= EARLY * own["step"].max()]
@@ -55,6 +62,22 @@ def untrained() -> str:
         transformers.set_seed(0)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         tunnel.corpus()[0].save_pretrained(folder)
+    return str(folder)
+
+
+def long_run(width: int, early: bool) -> str:
+    """The archive's baseline of seed 0, trained here to its end or to the first tenth of it."""
+    recipe = changes.recipe("baseline", width, 0)
+    folder = cache.cache_dir() / "references" / f"long-run-{width}{'-early' * early}"
+    until = round(EARLY * recipe.steps) if early else None
+    archive.run("baseline", width, 0, folder / "tables", folder / "state", until)
+    shape = (recipe.vocab_size, recipe.context, recipe.held_out_texts)
+    tokenizer = tunnel.corpus(recipe.source, *shape).tokenizer
+    trainer = Trainer(changes.build("baseline")(recipe.config(tokenizer.eos_token_id)), recipe)
+    (state,) = folder.glob("state/*/training.pt")
+    trainer.restore(torch.load(state)[1])
+    trainer.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 

@@ -34,7 +34,6 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     f"{TUNNEL}, long run, d = 8": {},
     f"{TUNNEL}, long run, d = 8, early": {},
     f"{TUNNEL}, long run, d = 16": {},
-    f"{TUNNEL}, long run, d = 16, early": {},
 }
 EARLY = 0.1  # of the training's steps
 

@@ -199,12 +199,14 @@ def test_outcomes_and_judgements_of_planted_effects():
     assert changes.told(table, "a", "entropy_centred_late", ("more",))[1].agrees is False
     assert changes.told(table, "a", "cosine_after_norm", ("more",))[1].agrees is None
     assert changes.told(table, "never run", "loss", ("more",))[0] is None
-    assert changes.parted(table) == (["a"], 1)
+    assert changes.parted(table) == (["a"], 1, (True, "a"))
     worse = table.assign(value=table["value"].where(table["quantity"] != "loss", 0.3))
     worse["adjusted"] = worse["adjusted"].where(worse["quantity"] != "loss", 0.001)
-    assert changes.parted(with_outcomes(worse)) == ([], 1)
+    assert changes.parted(with_outcomes(worse)) == ([], 1, (None, ""))
+    three = pd.concat([with_outcomes(worse).assign(arm=arm) for arm in "abc"])
+    assert changes.parted(three) == ([], 3, (False, ""))
     flat = with_outcomes(table.assign(adjusted=0.9))
-    assert changes.parted(flat) == ([], 0)
+    assert changes.parted(flat) == ([], 0, (None, ""))
     runs = pd.DataFrame({"arm": ["a"] * 3, "loss": [False] * 3, "entropy": [True, False, True]})
     said = {
         "a": {

@@ -67,15 +67,20 @@ def untrained() -> str:
 def long_run(width: int, early: bool) -> str:
     """The archive's baseline of seed 0, trained here to its end or to the first tenth of it."""
     recipe = changes.recipe("baseline", width, 0)
-    folder = cache.cache_dir() / "references" / f"long-run-{width}{'-early' * early}"
-    until = round(EARLY * recipe.steps) if early else None
+    name = f"long-run-{width}"
+    until = None
+    if early:
+        name += "-early"
+        until = round(EARLY * recipe.steps)
+    folder = cache.cache_dir() / "references" / name
     archive.run("baseline", width, 0, folder / "tables", folder / "state", until)
     shape = (recipe.vocab_size, recipe.context, recipe.held_out_texts)
     tokenizer = tunnel.corpus(recipe.source, *shape).tokenizer
-    trainer = Trainer(changes.build("baseline")(recipe.config(tokenizer.eos_token_id)), recipe)
+    model = changes.build("baseline")(recipe.config(tokenizer.eos_token_id))
+    trainer = Trainer(model, recipe)
     (state,) = folder.glob("state/*/training.pt")
     trainer.restore(torch.load(state)[1])
-    trainer.model.save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

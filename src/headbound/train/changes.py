@@ -277,17 +277,23 @@ def told(
     return stats.Estimate(value, low, high, pairs), Ruling(agrees, comment)
 
 
-def parted(effects: pd.DataFrame) -> tuple[list[str], int]:
-    """Arms whose entropy, raw or centred, rises more than the baseline's, and whose loss does not.
+def parted(effects: pd.DataFrame) -> tuple[list[str], int, Ruling]:
+    """Arms that move the head's entropy and not the final loss with it: geometry does not decide.
 
-    **Returns:** those arms, and of how many whose entropy rises more and whose final loss is
-    settled.
+    The entropy is the raw one where it moves, else the centred one. The loss stays the same or goes
+    the other way.
+
+    **Returns:** those arms; of how many that move the entropy and whose final loss is settled; and
+    the ruling, which is open where none is found among fewer than `SEEDS`.
     """
     outcomes = effects.pivot(index="arm", columns="quantity", values="outcome")
-    spiked = outcomes[["entropy_late", "entropy_centred_late"]].eq("more").any(axis=1)
-    losses = outcomes["loss"][spiked]
-    settled = losses[losses != "open"]
-    return list(settled.index[settled != "more"]), len(settled)
+    moves = outcomes.where(outcomes.isin(["more", "less"]))
+    moved = moves["entropy_late"].fillna(moves["entropy_centred_late"])
+    settled = moved.notna() & outcomes["loss"].isin(["more", "less", "same"])
+    apart = list(outcomes.index[settled & (moved != outcomes["loss"])])
+    known = len(apart) > 0 or settled.sum() >= SEEDS
+    ruling = Ruling(len(apart) > 0 if known else None, ", ".join(apart))
+    return apart, int(settled.sum()), ruling
 
 
 def judge(

@@ -76,11 +76,11 @@ def long_run(width: int, early: bool) -> str:
     archive.run("baseline", width, 0, folder / "tables", folder / "state", until)
     shape = (recipe.vocab_size, recipe.context, recipe.held_out_texts)
     tokenizer = tunnel.corpus(recipe.source, *shape).tokenizer
-    model = changes.build("baseline")(recipe.config(tokenizer.eos_token_id))
-    trainer = Trainer(model, recipe)
+    network = changes.build("baseline")(recipe.config(tokenizer.eos_token_id))
+    trainer = Trainer(network, recipe)
     (state,) = folder.glob("state/*/training.pt")
     trainer.restore(torch.load(state)[1])
-    model.save_pretrained(folder)
+    network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

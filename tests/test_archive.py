@@ -127,7 +127,7 @@ def test_every_archived_run_says_where_it_comes_from():
     origins = archive.origins()
     assert len(origins) == len(RUNS)
     assert origins["command"].is_unique
-    assert origins["command"].str.fullmatch(r"headbound tunnel ('[^']+'|\w+) \d+ \d").all()
+    assert origins["command"].str.fullmatch(r"headbound tunnel ('[^']+'|[\w-]+) \d+ \d").all()
     assert origins["commit"].str.fullmatch("[0-9a-f]{40}").all()
     assert (origins["core_hours"] > 0.02).all()
 

@@ -27,13 +27,15 @@ import sys
 sys.path = [p for p in sys.path if p.startswith((sys.prefix, sys.base_prefix, {folder!r}))]
 sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
 
-class Refused:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in {absent!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+from importlib.machinery import PathFinder
 
-sys.meta_path.insert(0, Refused)
+class Emptied(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] not in {absent!r}:
+            return super().find_spec(name, path, target)
+
+sys.meta_path = [Emptied if f is PathFinder else f for f in sys.meta_path]
 """
 LOADED = """
 import sys

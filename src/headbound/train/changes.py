@@ -280,20 +280,20 @@ def told(
 def parted(effects: pd.DataFrame) -> tuple[list[str], int, Ruling]:
     """Arms that move the head's entropy and not the final loss with it: geometry does not decide.
 
-    The entropy is the raw one where it moves, else the centred one. The loss stays the same or goes
-    the other way.
-
-    **Returns:** those arms; of how many that move the entropy and whose final loss is settled; and
-    the ruling, which is open where none is found among fewer than `SEEDS`.
+    The entropy is the raw one where it moves, else the centred one. Beside the arms come how many
+    move it and have a settled loss, and a ruling: open if none is found among fewer than `SEEDS`.
     """
     outcomes = effects.pivot(index="arm", columns="quantity", values="outcome")
     moves = outcomes.where(outcomes.isin(["more", "less"]))
-    moved = moves["entropy_late"].fillna(moves["entropy_centred_late"])
-    settled = moved.notna() & outcomes["loss"].isin(["more", "less", "same"])
-    apart = list(outcomes.index[settled & (moved != outcomes["loss"])])
-    known = len(apart) > 0 or settled.sum() >= SEEDS
-    ruling = Ruling(len(apart) > 0 if known else None, ", ".join(apart))
-    return apart, int(settled.sum()), ruling
+    entropy = moves["entropy_late"].fillna(moves["entropy_centred_late"])
+    loss = outcomes["loss"]
+    settled = entropy.notna() & (loss != "open")
+    apart = list(loss.index[settled & (loss != entropy)])
+    count = int(settled.sum())
+    agrees = True if apart else None
+    if not apart and count >= SEEDS:
+        agrees = False
+    return apart, count, Ruling(agrees, ", ".join(apart))
 
 
 def judge(

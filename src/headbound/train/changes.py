@@ -111,6 +111,19 @@ ARMS: dict[str, dict[str, Any]] = {
     "100 epochs": {"epochs": 100.0},
     "unused tokens": {"unused": 0.2},
 }
+# Cures are tried on the arm whose loss rises late, and are compared with it.
+RISING = "rank cut, backward"
+CURES = {
+    f"cut backward + {cure}": ARMS[RISING] | ARMS[cure]
+    for cure in (
+        "centred rows",
+        "coupled Adam",
+        "z-loss",
+        "weight decay 1",
+        "batch x 8, equal tokens",
+    )
+}
+ARMS |= CURES
 
 
 def parameters(d: int, vocab: int = VOCAB, layers: int = 2) -> int:

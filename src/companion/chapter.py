@@ -160,7 +160,7 @@ def explore(page: Path, data: Mapping[str, Any]) -> None:
     display(HTML(template.render(data=told)))
 
 
-def findings(run: Run, told: Mapping[str, Sequence[Any]], **fields: Any) -> None:
+def findings(run: Run, told: Mapping[str, Sequence[Any]] = (), **fields: Any) -> None:
     """Show a chapter's numbers beside the paper's; the pages that collect them have them too.
 
     What is measured and what the paper says of it stand in the file that `begin` was given.

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -63,52 +64,73 @@ def test_begin_needs_seed_and_preset(namespace, message, shown):
     assert not shown
 
 
-def test_findings_are_shown_and_kept_as_json(shown):
-    chapter.findings(
-        [
-            chapter.Finding("anisotropy.last", "A", "high", Estimate(0.25, 0.2, 0.3, 40), True),
-            chapter.Finding(
-                "spectrum.entropy", "KL", "0.1", 0.123456, bool(np.float64(1) > 2), "another model"
-            ),
-            chapter.Finding("spectrum.shape", "shape", "-", "49,152 × 576", None),
-        ]
-    )
+TEXTS = """\
+anisotropy.last: {quantity: "A, {blocks} blocks", paper: high}
+spectrum.entropy: {quantity: KL, paper: "0.1", comment: "model {model}"}
+spectrum.shape: {quantity: shape, paper: not given}
+spectrum.rank: {quantity: rank, paper: low, one_of_many: true}
+"""
+
+
+@pytest.fixture
+def run(tmp_path, shown):
+    (tmp_path / "texts.yaml").write_text(TEXTS)
+    return chapter.begin({"seed": 0, "preset": "smoke"}, tmp_path / "texts.yaml")
+
+
+def test_findings_are_shown_and_kept_as_json(run, shown):
+    told = {
+        "anisotropy.last": (Estimate(0.25, 0.2, 0.3, 40), True),
+        "spectrum.entropy": (0.123456, bool(np.float64(1) > 2), "the interval excludes it"),
+        "spectrum.shape": ("49,152 × 576", None),
+    }
+    chapter.findings(run, told, blocks=3, model="{another}")
     html, metadata = shown[0]
     for text in (
+        "A, 3 blocks",
         "0.250 [0.200, 0.300] (n = 40)",
         "0.1235",
         ">reproduced<",
         "not reproduced",
         "not testable here",
-        "another model",
+        "model {another}; the interval excludes it",
     ):
         assert text in html
     kept = json.loads(json.dumps(metadata))["companion"]["findings"]
     assert kept[0]["measured"] == {"value": 0.25, "low": 0.2, "high": 0.3, "n": 40}
     verdicts = ["reproduced", "not reproduced", "not testable here"]
     assert [row["verdict"] for row in kept] == verdicts
-    assert [row["key"] for row in kept] == ["anisotropy.last", "spectrum.entropy", "spectrum.shape"]
+    assert [row["key"] for row in kept] == list(told)
 
 
-def test_numpys_own_numbers_and_verdicts_are_kept_too(shown):
+def test_numpys_own_numbers_and_verdicts_are_kept_too(run, shown):
     # What a notebook gets from comparing numpy numbers.
-    row = chapter.Finding(
-        "a.b",
-        "q",
-        "p",
-        Estimate(np.float64(1), np.float32(0), np.float32(2), np.int64(3)),
-        np.True_,
-    )
-    chapter.findings([row, row._replace(measured=np.float64(2), agrees=np.False_)])
+    measured = Estimate(np.float64(1), np.float32(0), np.float32(2), np.int64(3))
+    told = {"spectrum.shape": (measured, np.True_)}
+    told["spectrum.rank"] = (np.float64(2), np.False_)
+    chapter.findings(run, told)
     kept = json.loads(json.dumps(shown[0][1]))["companion"]["findings"]
     assert [r["verdict"] for r in kept] == ["reproduced", "not reproduced"]
     assert kept[0]["measured"] == {"value": 1, "low": 0, "high": 2, "n": 3}
 
 
-def test_an_unknown_interval_is_kept_as_strict_json(shown):
-    chapter.findings([chapter.Finding("a.b", "q", "p", Estimate(1.0, math.nan, math.nan, 1), None)])
+def test_an_unknown_interval_is_kept_as_strict_json(run, shown):
+    chapter.findings(run, {"spectrum.shape": (Estimate(1.0, math.nan, math.nan, 1), None)})
     kept = json.dumps(shown[0][1], allow_nan=False)
     assert json.loads(kept)["companion"]["findings"][0]["measured"]["low"] is None
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("spectrum.shap", "spectrum.shap: the chapter's file of findings does not have this key"),
+        ("anisotropy.last", "anisotropy.last: its text asks for 'blocks'; give it to `findings`"),
+    ],
+)
+def test_a_finding_without_its_text_is_refused(key, message, run, shown):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        chapter.findings(run, {key: (1.0, True)})
+    assert not shown
 
 
 def test_a_table_rounds_floats_and_has_its_caption(shown):
@@ -131,14 +153,6 @@ def test_a_table_of_rows_shows_estimates_and_answers_in_words(shown):
         assert text in html
 
 
-def test_rows_of_a_chapter_become_findings_under_its_name(shown):
-    own = chapter.Finding("a.own", "q", "p", 1.0, True)
-    chapter.findings([("rank", "q", "p", 2.0, True, "why"), own], of="a", one_of_many=True)
-    rank, kept = shown[0][1]["companion"]["findings"]
-    assert (rank["key"], rank["comment"], rank["verdict"]) == ("a.rank", "why", "consistent")
-    assert (kept["key"], kept["verdict"]) == ("a.own", "reproduced")
-
-
 def test_the_end_shows_where_the_numbers_come_from(shown):
     run = chapter.begin({"seed": 0, "preset": "smoke", "np": np})
     chapter.end(run, {"tokens": 12_345, "texts": "all"})
@@ -152,17 +166,18 @@ def test_the_end_shows_where_the_numbers_come_from(shown):
 
 
 @pytest.mark.parametrize(
-    ("agrees", "one_of_many", "verdict"),
+    ("agrees", "key", "verdict"),
     [
-        (True, False, "reproduced"),
-        (True, True, "consistent"),
-        (False, True, "not reproduced"),
-        (None, True, "not testable here"),
+        (True, "spectrum.shape", "reproduced"),
+        (True, "spectrum.rank", "consistent"),
+        (False, "spectrum.rank", "not reproduced"),
+        (None, "spectrum.rank", "not testable here"),
     ],
 )
-def test_one_model_that_meets_a_claim_about_all_is_consistent(agrees, one_of_many, verdict):
-    finding = chapter.Finding("a.b", "q", "p", 1.0, agrees, one_of_many=one_of_many)
-    assert finding.verdict == verdict
+def test_one_model_that_meets_a_claim_about_all_is_consistent(agrees, key, verdict, run, shown):
+    chapter.findings(run, {key: (1.0, agrees)})
+    (kept,) = shown[0][1]["companion"]["findings"]
+    assert kept["verdict"] == verdict
     assert verdict in chapter.VERDICTS
 
 

@@ -42,6 +42,13 @@ sections:
       - {id: inverse, claim: The pull falls with the square., paper: "2", certainty: recalled,
          tolerance: a tenth, findings: [orbit.power]}
 """
+TEXTS = {
+    "01_fall": 'fall.time: {quantity: "{name}", paper: "{name}"}',
+    "02_orbit": """\
+orbit.power: {quantity: "{name}", paper: "{name}"}
+orbit.moon: {quantity: "{name}", paper: "{name}", comment: "{name}"}
+""",
+}
 REFERENCES = "@misc{newton1687, title={Principia}, author={Newton, Isaac}, year={1687}}\n"
 FOREIGN = [
     "<script>window.hit = 1</script>",
@@ -75,19 +82,19 @@ for name in NAMES:
     safe = chapter.markdown(name)
     chapter.say(f"An apple called {safe} fell.\\n\\n{safe}")"""
 FOUND = """\
-finding = chapter.Finding({key!r}, NAME, NAME, {value}, {agrees}, NAME)
-chapter.findings([finding])
+chapter.findings(run, {told}, name=NAME)
 chapter.answer("They *fall*, computed.")"""
 
 
-def notebook(title: str, *cells: str) -> nbformat.NotebookNode:
+def notebook(name: str, title: str, *cells: str) -> nbformat.NotebookNode:
     """A chapter of the other paper."""
     made = nbformat.v4.new_notebook()
     opening = nbformat.v4.new_markdown_cell(f"# {title}\n\nDo apples fall?")
-    lines = "".join(f"    {name!r},\n" for name in FOREIGN)
+    lines = "".join(f"    {foreign!r},\n" for foreign in FOREIGN)
     parameters = nbformat.v4.new_code_cell(f"preset = 'smoke'\nseed = 0\nNAMES = [\n{lines}]")
     parameters.metadata["tags"] = ["parameters"]
-    begin = f"{LONG}from companion import chapter\nrun = chapter.begin(globals())"
+    begin = f"{LONG}from pathlib import Path\nfrom companion import chapter"
+    begin += f"\nrun = chapter.begin(globals(), Path('book/findings/{name}.yaml'))"
     code = [begin, *cells, "chapter.end(run, {'apples': 2})"]
     made.cells = [opening, parameters, *map(nbformat.v4.new_code_cell, code)]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -99,21 +106,23 @@ def notebook(title: str, *cells: str) -> nbformat.NotebookNode:
 def other_book(tmp_path_factory):
     """Executed and built in another process, in which the measuring package can't be imported."""
     folder = tmp_path_factory.mktemp("other book")
-    for place in ("notebooks", "presets", "book", "_build"):
-        (folder / place).mkdir()
+    for place in ("notebooks", "presets", "book/findings", "_build"):
+        (folder / place).mkdir(parents=True)
     texts = {"_config.yml": CONFIG, "_toc.yml": CONTENTS, "book/claims.yaml": CLAIMS}
     texts |= {"book/references.bib": REFERENCES, "presets/laptop.yaml": "{01_fall: , 02_orbit: }"}
     texts["book/index.md"] = "# Apples\n\n```{include} generated/answer.md\n```\n"
     texts["book/index.md"] += "\n```{include} generated/map.md\n```\n\n```{bibliography}\n```\n"
+    texts |= {f"book/findings/{name}.yaml": text for name, text in TEXTS.items()}
     for name, text in texts.items():
         (folder / name).write_text(text)
-    fall = FOUND.format(key="fall.time", value=0.45, agrees=True)
-    orbit = FOUND.format(key="orbit.power", value=2.04, agrees=True)
-    moon = FOUND.format(key="orbit.moon", value=1.0, agrees=None)
-    nbformat.write(
-        notebook("A fall: how long?", FALL, PANELS, TOLD, fall), folder / "notebooks/01_fall.ipynb"
-    )
-    nbformat.write(notebook("An orbit", orbit, moon), folder / "notebooks/02_orbit.ipynb")
+    fall = FOUND.format(told="{'fall.time': (0.45, True, NAME)}")
+    orbit = FOUND.format(told="{'orbit.power': (2.04, True, NAME), 'orbit.moon': (1.0, None)}")
+    chapters = {
+        "01_fall": notebook("01_fall", "A fall: how long?", FALL, PANELS, TOLD, fall),
+        "02_orbit": notebook("02_orbit", "An orbit", orbit),
+    }
+    for name, content in chapters.items():
+        nbformat.write(content, folder / f"notebooks/{name}.ipynb")
     program = """
 import sys
 sys.modules["headbound"] = sys.modules["exercises"] = None

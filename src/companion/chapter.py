@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import yaml
 from IPython.display import HTML, Markdown, display
 from jinja2 import Environment, FileSystemLoader
 from pandas.io.formats.style import Styler
@@ -33,12 +34,17 @@ __all__ += ["explore", "markdown", "number", "plot", "say", "show", "table", "ti
 
 
 class Run(NamedTuple):
-    """One execution of a notebook: preset, seed, versions of packages, start (seconds)."""
+    """One execution of a notebook.
+
+    - `preset`, `seed`, `packages` (their versions), `started` (seconds).
+    - `texts`: of its findings, by key: `quantity`, `paper`, and maybe `comment`, `one_of_many`.
+    """
 
     preset: str
     seed: int
     packages: dict[str, str]
     started: float
+    texts: dict[str, dict[str, Any]]
 
 
 class Finding(NamedTuple):
@@ -70,11 +76,14 @@ class Finding(NamedTuple):
         return "consistent" if self.one_of_many else "reproduced"
 
 
-def begin(namespace: Mapping[str, Any]) -> Run:
+def begin(namespace: Mapping[str, Any], texts: Path | None = None) -> Run:
     """Start a chapter: seed every generator and set the style of figures.
 
-    **Arguments:** `namespace`: the notebook's `globals()`, right after its parameters cell and its
-    imports. It must hold `seed` and `preset`.
+    **Arguments:**
+
+    - `namespace`: the notebook's `globals()`, right after its parameters cell and its imports. It
+      must hold `seed` and `preset`.
+    - `texts`: the file, `book/findings/NN_name.yaml`, with the words of the chapter's `findings`.
 
     **Raises:** `ValueError` if `seed` or `preset` is missing or of the wrong type.
     """
@@ -90,7 +99,8 @@ def begin(namespace: Mapping[str, Any]) -> Run:
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
     figures.use_style()
-    return Run(namespace["preset"], seed, _packages(namespace), time.time())
+    told = yaml.safe_load(texts.read_text("utf-8")) if texts else {}
+    return Run(namespace["preset"], seed, _packages(namespace), time.time(), told)
 
 
 def _packages(namespace: Mapping[str, Any]) -> dict[str, str]:
@@ -150,7 +160,57 @@ def explore(page: Path, data: Mapping[str, Any]) -> None:
     display(HTML(template.render(data=told)))
 
 
-def findings(rows: Sequence[Any], of: str = "", one_of_many: bool = False) -> None:
+def findings(run: Run, told: Mapping[str, Sequence[Any]] = (), **fields: Any) -> None:
+    """Show a chapter's numbers beside the paper's; the pages that collect them have them too.
+
+    What is measured and what the paper says of it stand in the file that `begin` was given.
+    A comment there goes before the one here.
+
+    **Arguments:**
+
+    - `told`: by key (`chapter.quantity`): the number, estimate or words measured; what a tested
+      rule says, None where this scale can't tell; and maybe how it came to that.
+    - `fields`: what the texts have in braces, such as `{width}`.
+
+    **Raises:** `ValueError` for a key without texts, or a text with a field that is not given.
+    """
+    if not isinstance(run, Run):  # until every chapter has its file
+        return _findings_of_rows(run, **fields)
+    kept = []
+    numbers = []
+    for key, (measured, agrees, *comments) in told.items():
+        texts = _filled(run.texts, key, fields)
+        comment = "; ".join(filter(None, [texts.get("comment"), *comments]))
+        about = {"key": key, "quantity": texts["quantity"], "paper": texts["paper"]}
+        verdict = _verdict(agrees, run.texts[key].get("one_of_many", False))
+        kept.append(about | {"comment": comment, "measured": _plain(measured), "verdict": verdict})
+        numbers.append(number(measured))
+    columns = {"quantity": "quantity", "paper": "the paper (cited)", "measured": "measured here"}
+    columns |= {"verdict": "verdict", "comment": "comment"}
+    frame = pd.DataFrame(kept).assign(measured=numbers)[[*columns]].rename(columns=columns)
+    _show(frame, "This chapter's findings", {"findings": kept})
+
+
+def _filled(texts: Mapping[str, Any], key: str, fields: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of a finding, with their fields filled."""
+    if key not in texts:
+        raise ValueError(f"{key}: the chapter's file of findings does not have this key")
+    try:
+        return {name: str(text).format_map(fields) for name, text in texts[key].items()}
+    except KeyError as error:
+        raise ValueError(f"{key}: its text asks for {error}; give it to `findings`") from None
+
+
+def _verdict(agrees: bool | None, one_of_many: bool) -> str:
+    """One of `VERDICTS`; one model of many can at best be consistent with a claim about all."""
+    if agrees is None:
+        return "not testable here"
+    if not agrees:
+        return "not reproduced"
+    return "consistent" if one_of_many else "reproduced"
+
+
+def _findings_of_rows(rows: Sequence[Any], of: str = "", one_of_many: bool = False) -> None:
     """Show a chapter's numbers beside the paper's; the pages that collect them have them too.
 
     **Arguments:** `rows`: findings, or their values in order. The keys of the latter begin with

@@ -14,6 +14,7 @@ import yaml
 from companion import execute
 
 CLAIMS, SIGNED = Path("book/claims.yaml"), Path("book/verdicts.yaml")
+TEXTS = Path("book/findings")  # a file a chapter, with the words of its findings
 EXEMPT = {"smoke"}  # its numbers mean nothing, so neither do its verdicts
 WORDS = ("reproduced", "consistent", "in part", "divided", "not reproduced", "not testable here")
 
@@ -178,6 +179,9 @@ def faults(preset: str, chapters: Sequence[Chapter]) -> list[str]:
     known = set(keys)
     for part in everything.values():
         known |= {key for key, words in part["verdicts"].items() if "absent" in words}
+    for path in sorted(TEXTS.glob("*.yaml")):
+        unused = sorted(load(path).keys() - known)
+        found += [f"{path}: no chapter has the finding {key}; remove it" for key in unused]
     claims = [row.claim for _, rows in join(load(CLAIMS), chapters) for row in rows]
     for claim in claims:
         for key in claim.get("findings", []):

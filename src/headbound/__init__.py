@@ -22,8 +22,10 @@ Chapter → module: what it holds.
 """
 
 import warnings
+from pathlib import Path
 
 __version__ = "0.1.0"
+BOOK = Path(__file__).parents[2] / "book"
 
 # tqdm.auto, imported by transformers, asks for ipywidgets: its pages load scripts from elsewhere.
 warnings.filterwarnings("ignore", message="IProgress not found")

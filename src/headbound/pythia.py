@@ -1,9 +1,10 @@
 """Pythia's sizes, and the cited figures of the paper and of EleutherAI in `book/data`."""
 
 import re
-from pathlib import Path
 
 import pandas as pd
+
+from headbound import BOOK
 
 # Layers, hidden size and padded vocabulary, as in Biderman et al. 2023, table 1.
 PYTHIA = {
@@ -19,7 +20,7 @@ PYTHIA = {
     "12b": (36, 5120, 50_688),
 }
 STEP_TOKENS = 2**21  # tokens a step of the main runs
-DATA = Path(__file__).parents[2] / "book" / "data"
+DATA = BOOK / "data"
 
 
 def parameters(model: str, embeddings: bool = True) -> int:

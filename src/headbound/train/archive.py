@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from headbound import cache, device
+from headbound import BOOK, cache, device
 from headbound.corpus import END_OF_TEXT
 from headbound.measure import checkpoint
 from headbound.measure.anisotropy import mean_cosine
@@ -34,7 +34,7 @@ from headbound.train.step import Recipe, Trainer, last_matrix
 
 BLOCK = 2048  # tokens whose logits are held at once
 DIGITS = 5  # significant ones in a table
-TABLES = Path(__file__).parents[3] / "book" / "archive"
+TABLES = BOOK / "archive"
 
 
 def _mixed_steps(steps: int, checkpoints: int) -> list[int]:

@@ -30,14 +30,14 @@ from companion.figures import draw, plot, show, tidy
 from companion.words import VERDICTS, Estimate, markdown, number, visible
 
 __all__ = ["VERDICTS", "Finding", "Run", "answer", "begin", "draw", "end", "findings"]
-__all__ += ["explore", "markdown", "number", "plot", "say", "show", "table", "tidy"]
+__all__ += ["explore", "figure", "markdown", "number", "plot", "say", "show", "table", "tidy"]
 
 
 class Run(NamedTuple):
     """One execution of a notebook.
 
     - `preset`, `seed`, `packages` (their versions), `started` (seconds).
-    - `texts`: of its findings, by key: `quantity`, `paper`, and maybe `comment`, `one_of_many`.
+    - `texts`: the chapter's file, its words by key.
     """
 
     preset: str
@@ -45,6 +45,26 @@ class Run(NamedTuple):
     packages: dict[str, str]
     started: float
     texts: dict[str, dict[str, Any]]
+
+    def words(self, key: str, **fields: Any) -> dict[str, Any]:
+        """What the chapter's file has under a key, with the fields in braces filled.
+
+        A verb takes them by name: `table(rows, **run.words("table-heads", d=d))`.
+
+        **Raises:** `ValueError` for a key that is not there, or a field that is not given.
+        """
+
+        def filled(part: Any) -> Any:
+            if isinstance(part, list):
+                return [filled(piece) for piece in part]
+            return part.format_map(fields) if isinstance(part, str) else part
+
+        if key not in self.texts:
+            raise ValueError(f"{key}: the chapter's file of findings does not have this key")
+        try:
+            return {name: filled(part) for name, part in self.texts[key].items()}
+        except KeyError as error:
+            raise ValueError(f"{key}: its text asks for {error}; give it") from None
 
 
 class Finding(NamedTuple):
@@ -160,6 +180,20 @@ def explore(page: Path, data: Mapping[str, Any]) -> None:
     display(HTML(template.render(data=told)))
 
 
+def figure(run: Run, frame: pd.DataFrame | Mapping[Any, Any], name: str, **given: Any) -> None:
+    """Draw and show a figure as `figures.plot` does, with the words that the chapter's file has.
+
+    The file has by the figure's name `x`, `y`, `see` or `at`, and what `figures.Look` has.
+
+    **Arguments:** `given`: what of a look is computed, as `along`, `cited` or `marks`, and the
+    fields that the words have in braces.
+
+    **Raises:** `ValueError` for a name without words, or a field that is not given.
+    """
+    computed = {part: given.pop(part) for part in figures.PARTS & given.keys()}
+    plot(frame, name, **run.words(name, **given), **computed)
+
+
 def findings(run: Run, told: Mapping[str, Sequence[Any]] = (), **fields: Any) -> None:
     """Show a chapter's numbers beside the paper's; the pages that collect them have them too.
 
@@ -179,9 +213,9 @@ def findings(run: Run, told: Mapping[str, Sequence[Any]] = (), **fields: Any) ->
     kept = []
     numbers = []
     for key, (measured, agrees, *comments) in told.items():
-        texts = _filled(run.texts, key, fields)
+        texts = run.words(key, **fields)
         comment = "; ".join(filter(None, [texts.get("comment"), *comments]))
-        about = {"key": key, "quantity": texts["quantity"], "paper": texts["paper"]}
+        about = {"key": key, "quantity": texts["quantity"], "paper": str(texts["paper"])}
         verdict = _verdict(agrees, run.texts[key].get("one_of_many", False))
         kept.append(about | {"comment": comment, "measured": _plain(measured), "verdict": verdict})
         numbers.append(number(measured))
@@ -189,16 +223,6 @@ def findings(run: Run, told: Mapping[str, Sequence[Any]] = (), **fields: Any) ->
     columns |= {"verdict": "verdict", "comment": "comment"}
     frame = pd.DataFrame(kept).assign(measured=numbers)[[*columns]].rename(columns=columns)
     _show(frame, "This chapter's findings", {"findings": kept})
-
-
-def _filled(texts: Mapping[str, Any], key: str, fields: Mapping[str, Any]) -> dict[str, str]:
-    """The texts of a finding, with their fields filled."""
-    if key not in texts:
-        raise ValueError(f"{key}: the chapter's file of findings does not have this key")
-    try:
-        return {name: str(text).format_map(fields) for name, text in texts[key].items()}
-    except KeyError as error:
-        raise ValueError(f"{key}: its text asks for {error}; give it to `findings`") from None
 
 
 def _verdict(agrees: bool | None, one_of_many: bool) -> str:

@@ -54,6 +54,9 @@ class Look(TypedDict, total=False):
     cited: pd.DataFrame
 
 
+PARTS = {"see", "at", *Look.__annotations__}  # what `plot` takes beside columns and a name
+
+
 def use_style() -> None:
     """Set seaborn up for the book: a white grid, and colours that are read on it."""
     # A name in a script that the font lacks shows boxes; its table has it whole.

@@ -70,7 +70,6 @@ spectrum.entropy: {quantity: KL, paper: "0.1", comment: "model {model}"}
 spectrum.shape: {quantity: shape, paper: not given}
 spectrum.rank: {quantity: rank, paper: low, one_of_many: true}
 fig-fall: {x: depth, y: loss, by: model, limits: [0, 1], see: "It ends at {end:.2f}"}
-table-heads: {caption: "Heads, d = {d}", columns: [head, "loss at {d}"], digits: 3}
 answer: {words: "It *falls* by {fall.value}."}
 """
 
@@ -168,10 +167,15 @@ def test_the_end_shows_where_the_numbers_come_from(shown):
     assert "How this page was made" in html
 
 
-def test_a_table_takes_its_words_from_the_file(run, shown):
-    chapter.table([("head", 0.5)], **run.words("table-heads", d=16))
+def test_a_table_takes_its_words_from_the_file_and_the_notebooks_names(tmp_path, shown):
+    path = tmp_path / "texts.yaml"
+    path.write_text('table-heads: {caption: "Heads, {loss}", columns: [head, "loss at {d}"]}')
+    notebook = {"seed": 0, "preset": "smoke", "d": 8}
+    run = chapter.begin(notebook, path)
+    notebook |= {"d": 16, "loss": Estimate(0.25, 0.2, 0.3, 40)}  # after it has begun
+    chapter.table([("head", 0.5)], **run.words("table-heads"))
     html, _ = shown[0]
-    assert "Heads, d = 16" in html
+    assert "Heads, 0.250 [0.200, 0.300] (n = 40)" in html
     assert ">loss at 16<" in html
 
 

@@ -10,11 +10,13 @@ import random
 import resource
 import sys
 import time
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from operator import methodcaller
 from pathlib import Path
+from string import Formatter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -33,11 +35,21 @@ __all__ = ["VERDICTS", "Finding", "Run", "answer", "begin", "draw", "end", "find
 __all__ += ["explore", "figure", "markdown", "number", "plot", "say", "show", "table", "tidy"]
 
 
+class _Filling(Formatter):
+    def format_field(self, value: Any, how: str) -> str:
+        plain = isinstance(value, Estimate) and not how
+        return number(value) if plain else super().format_field(value, how)
+
+
+_FILLING = _Filling()
+
+
 class Run(NamedTuple):
     """One execution of a notebook.
 
     - `preset`, `seed`, `packages` (their versions), `started` (seconds).
     - `texts`: the chapter's file, its words by key.
+    - `namespace`: the notebook's names.
     """
 
     preset: str
@@ -45,19 +57,22 @@ class Run(NamedTuple):
     packages: dict[str, str]
     started: float
     texts: dict[str, dict[str, Any]]
+    namespace: Mapping[str, Any]
 
     def words(self, key: str, **fields: Any) -> dict[str, Any]:
-        """What the chapter's file has under a key, with the fields in braces filled.
+        """What the chapter's file has under a key, the braces in it filled.
 
-        A verb takes them by name: `table(rows, **run.words("table-heads", d=d))`.
+        They name `fields`, or what the notebook calls so. An estimate without a format is written
+        as `number` does. A verb takes the words by name: `table(rows, **run.words("table-heads"))`.
 
-        **Raises:** `ValueError` for a key that is not there, or a field that is not given.
+        **Raises:** `ValueError` for a key that is not there, or a name that is not given.
         """
+        names = ChainMap(fields, self.namespace)
 
         def filled(part: Any) -> Any:
             if isinstance(part, list):
                 return [filled(piece) for piece in part]
-            return part.format_map(fields) if isinstance(part, str) else part
+            return _FILLING.vformat(part, (), names) if isinstance(part, str) else part
 
         if key not in self.texts:
             raise ValueError(f"{key}: the chapter's file of findings does not have this key")
@@ -120,7 +135,8 @@ def begin(namespace: Mapping[str, Any], texts: Path | None = None) -> Run:
         sys.modules["torch"].manual_seed(seed)
     figures.use_style()
     told = yaml.safe_load(texts.read_text("utf-8")) if texts else {}
-    return Run(namespace["preset"], seed, _packages(namespace), time.time(), told)
+    packages = _packages(namespace)
+    return Run(namespace["preset"], seed, packages, time.time(), told, namespace)
 
 
 def _packages(namespace: Mapping[str, Any]) -> dict[str, str]:
@@ -185,10 +201,10 @@ def figure(run: Run, frame: pd.DataFrame | Mapping[Any, Any], name: str, **given
 
     The file has by the figure's name `x`, `y`, `see` or `at`, and what `figures.Look` has.
 
-    **Arguments:** `given`: what of a look is computed, as `along`, `cited` or `marks`, and the
-    fields that the words have in braces.
+    **Arguments:** `given`: what of a look is computed, as `along`, `cited` or `marks`, and fields
+    of `Run.words`.
 
-    **Raises:** `ValueError` for a name without words, or a field that is not given.
+    **Raises:** `ValueError` as `Run.words` does.
     """
     computed = {part: given.pop(part) for part in figures.PARTS & given.keys()}
     plot(frame, name, **run.words(name, **given), **computed)

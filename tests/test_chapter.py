@@ -69,6 +69,8 @@ anisotropy.last: {quantity: "A, {blocks} blocks", paper: high}
 spectrum.entropy: {quantity: KL, paper: "0.1", comment: "model {model}"}
 spectrum.shape: {quantity: shape, paper: not given}
 spectrum.rank: {quantity: rank, paper: low, one_of_many: true}
+fig-fall: {x: depth, y: loss, by: model, limits: [0, 1], see: "It ends at {end:.2f}"}
+answer: {words: "It *falls* by {fall.value}."}
 """
 
 
@@ -124,7 +126,7 @@ def test_an_unknown_interval_is_kept_as_strict_json(run, shown):
     ("key", "message"),
     [
         ("spectrum.shap", "spectrum.shap: the chapter's file of findings does not have this key"),
-        ("anisotropy.last", "anisotropy.last: its text asks for 'blocks'; give it to `findings`"),
+        ("anisotropy.last", "anisotropy.last: its text asks for 'blocks'; give it"),
     ],
 )
 def test_a_finding_without_its_text_is_refused(key, message, run, shown):
@@ -165,6 +167,18 @@ def test_the_end_shows_where_the_numbers_come_from(shown):
     assert "How this page was made" in html
 
 
+def test_a_table_takes_its_words_from_the_file_and_the_notebooks_names(tmp_path, shown):
+    path = tmp_path / "texts.yaml"
+    path.write_text('table-heads: {caption: "Heads, {loss}", columns: [head, "loss at {d}"]}')
+    notebook = {"seed": 0, "preset": "smoke", "d": 8}
+    run = chapter.begin(notebook, path)
+    notebook |= {"d": 16, "loss": Estimate(0.25, 0.2, 0.3, 40)}  # after it has begun
+    chapter.table([("head", 0.5)], **run.words("table-heads"))
+    html, _ = shown[0]
+    assert "Heads, 0.250 [0.200, 0.300] (n = 40)" in html
+    assert ">loss at 16<" in html
+
+
 @pytest.mark.parametrize(
     ("agrees", "key", "verdict"),
     [
@@ -181,13 +195,24 @@ def test_one_model_that_meets_a_claim_about_all_is_consistent(agrees, key, verdi
     assert verdict in chapter.VERDICTS
 
 
-def test_an_answer_is_shown_and_kept(monkeypatch):
+def test_an_answer_is_shown_and_kept(run, monkeypatch):
     seen = []
     monkeypatch.setattr(chapter, "display", lambda part, metadata: seen.append((part, metadata)))
-    chapter.answer("It *falls*.")
+    chapter.answer(**run.words("answer", fall=Estimate(0.25, 0.2, 0.3, 40)))
     ((part, metadata),) = seen
-    assert part.data == "It *falls*."
-    assert metadata == {"companion": {"answer": "It *falls*."}}
+    assert part.data == "It *falls* by 0.25."
+    assert metadata == {"companion": {"answer": "It *falls* by 0.25."}}
+
+
+def test_the_words_of_a_figure_stand_in_the_chapters_file(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(chapter.figures, "show", lambda fig, *texts: seen.append((fig, *texts)))
+    chapter.figure(run, {"ours": [0.1, 0.5]}, "fig-fall", along=[0, 1], end=0.5)
+    ((fig, name, caption, _),) = seen
+    assert (name, fig.axes[0].get_ylim()) == ("fig-fall", (0, 1))
+    assert caption == "Loss against depth, a line for each model. It ends at 0.50."
+    with pytest.raises(ValueError, match="fig-fall: its text asks for 'end'; give it"):
+        chapter.figure(run, {"ours": [0.1, 0.5]}, "fig-fall", along=[0, 1])
 
 
 @pytest.mark.parametrize(

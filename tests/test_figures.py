@@ -114,6 +114,22 @@ def test_what_is_cited_is_grey_and_said_so(shown):
     assert lines["theirs (cited)"] == figures.CITED
 
 
+def test_a_sequence_a_curve_is_drawn_along_its_places_above_what_is_cited(shown):
+    read_off = pd.DataFrame({"curve": "theirs", "x": [0, 1], "y": [0.2, 0.4]})
+    look = {"by": "model", "cited": read_off, "see": "Alike"}
+    cut = SimpleNamespace(value=0.5, low=0.4, high=0.6, n=9)
+    figures.plot({"ours": [0.1, cut]}, "fig-x", "layer", "cosine", along=[0, 1], **look)
+    figures.plot({}, "fig-y", "layer", "cosine", **look)
+    (both, told), (alone, _) = shown
+    drawn = [list(line.get_ydata()) for line in both.axes[0].lines if len(line.get_ydata())]
+    assert drawn == [[0.1, 0.5], [0.2, 0.4]]
+    assert [text.get_text() for text in both.legends[0].get_texts()] == ["ours", "theirs (cited)"]
+    assert "bands are 95 % intervals; grey is cited" in told["caption"]
+    assert [line.get_label() for line in alone.axes[0].lines] == ["theirs (cited)"]
+    with pytest.raises(ValueError, match="zip"):
+        figures.plot({"ours": [0.1]}, "fig-z", "layer", "cosine", along=[0, 1], **look)
+
+
 def test_names_from_elsewhere_are_shown_as_they_are(shown):
     told = pd.concat([frame(model=name) for name in FOREIGN[:6]])
     figures.plot(told, "fig-x", "layer", "mean cosine", by="model", see="It rises")

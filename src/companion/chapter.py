@@ -10,11 +10,13 @@ import random
 import resource
 import sys
 import time
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from operator import methodcaller
 from pathlib import Path
+from string import Formatter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -30,14 +32,24 @@ from companion.figures import draw, plot, show, tidy
 from companion.words import VERDICTS, Estimate, markdown, number, visible
 
 __all__ = ["VERDICTS", "Finding", "Run", "answer", "begin", "draw", "end", "findings"]
-__all__ += ["explore", "markdown", "number", "plot", "say", "show", "table", "tidy"]
+__all__ += ["explore", "figure", "markdown", "number", "plot", "say", "show", "table", "tidy"]
+
+
+class _Filling(Formatter):
+    def format_field(self, value: Any, how: str) -> str:
+        plain = isinstance(value, Estimate) and not how
+        return number(value) if plain else super().format_field(value, how)
+
+
+_FILLING = _Filling()
 
 
 class Run(NamedTuple):
     """One execution of a notebook.
 
     - `preset`, `seed`, `packages` (their versions), `started` (seconds).
-    - `texts`: of its findings, by key: `quantity`, `paper`, and maybe `comment`, `one_of_many`.
+    - `texts`: the chapter's file, its words by key.
+    - `namespace`: the notebook's names.
     """
 
     preset: str
@@ -45,6 +57,29 @@ class Run(NamedTuple):
     packages: dict[str, str]
     started: float
     texts: dict[str, dict[str, Any]]
+    namespace: Mapping[str, Any]
+
+    def words(self, key: str, **fields: Any) -> dict[str, Any]:
+        """What the chapter's file has under a key, the braces in it filled.
+
+        They name `fields`, or what the notebook calls so. An estimate without a format is written
+        as `number` does. A verb takes the words by name: `table(rows, **run.words("table-heads"))`.
+
+        **Raises:** `ValueError` for a key that is not there, or a name that is not given.
+        """
+        names = ChainMap(fields, self.namespace)
+
+        def filled(part: Any) -> Any:
+            if isinstance(part, list):
+                return [filled(piece) for piece in part]
+            return _FILLING.vformat(part, (), names) if isinstance(part, str) else part
+
+        if key not in self.texts:
+            raise ValueError(f"{key}: the chapter's file of findings does not have this key")
+        try:
+            return {name: filled(part) for name, part in self.texts[key].items()}
+        except KeyError as error:
+            raise ValueError(f"{key}: its text asks for {error}; give it") from None
 
 
 class Finding(NamedTuple):
@@ -100,7 +135,8 @@ def begin(namespace: Mapping[str, Any], texts: Path | None = None) -> Run:
         sys.modules["torch"].manual_seed(seed)
     figures.use_style()
     told = yaml.safe_load(texts.read_text("utf-8")) if texts else {}
-    return Run(namespace["preset"], seed, _packages(namespace), time.time(), told)
+    packages = _packages(namespace)
+    return Run(namespace["preset"], seed, packages, time.time(), told, namespace)
 
 
 def _packages(namespace: Mapping[str, Any]) -> dict[str, str]:
@@ -160,6 +196,20 @@ def explore(page: Path, data: Mapping[str, Any]) -> None:
     display(HTML(template.render(data=told)))
 
 
+def figure(run: Run, frame: pd.DataFrame | Mapping[Any, Any], name: str, **given: Any) -> None:
+    """Draw and show a figure as `figures.plot` does, with the words that the chapter's file has.
+
+    The file has by the figure's name `x`, `y`, `see` or `at`, and what `figures.Look` has.
+
+    **Arguments:** `given`: what of a look is computed, as `along`, `cited` or `marks`, and fields
+    of `Run.words`.
+
+    **Raises:** `ValueError` as `Run.words` does.
+    """
+    computed = {part: given.pop(part) for part in figures.PARTS & given.keys()}
+    plot(frame, name, **run.words(name, **given), **computed)
+
+
 def findings(run: Run, told: Mapping[str, Sequence[Any]] = (), **fields: Any) -> None:
     """Show a chapter's numbers beside the paper's; the pages that collect them have them too.
 
@@ -179,9 +229,9 @@ def findings(run: Run, told: Mapping[str, Sequence[Any]] = (), **fields: Any) ->
     kept = []
     numbers = []
     for key, (measured, agrees, *comments) in told.items():
-        texts = _filled(run.texts, key, fields)
+        texts = run.words(key, **fields)
         comment = "; ".join(filter(None, [texts.get("comment"), *comments]))
-        about = {"key": key, "quantity": texts["quantity"], "paper": texts["paper"]}
+        about = {"key": key, "quantity": texts["quantity"], "paper": str(texts["paper"])}
         verdict = _verdict(agrees, run.texts[key].get("one_of_many", False))
         kept.append(about | {"comment": comment, "measured": _plain(measured), "verdict": verdict})
         numbers.append(number(measured))
@@ -189,16 +239,6 @@ def findings(run: Run, told: Mapping[str, Sequence[Any]] = (), **fields: Any) ->
     columns |= {"verdict": "verdict", "comment": "comment"}
     frame = pd.DataFrame(kept).assign(measured=numbers)[[*columns]].rename(columns=columns)
     _show(frame, "This chapter's findings", {"findings": kept})
-
-
-def _filled(texts: Mapping[str, Any], key: str, fields: Mapping[str, Any]) -> dict[str, str]:
-    """The texts of a finding, with their fields filled."""
-    if key not in texts:
-        raise ValueError(f"{key}: the chapter's file of findings does not have this key")
-    try:
-        return {name: str(text).format_map(fields) for name, text in texts[key].items()}
-    except KeyError as error:
-        raise ValueError(f"{key}: its text asks for {error}; give it to `findings`") from None
 
 
 def _verdict(agrees: bool | None, one_of_many: bool) -> str:

@@ -38,6 +38,9 @@ class Look(TypedDict, total=False):
     - `marks`: lines across the figure, label to value on the y axis (on the x axis for `dot`).
     - `upright`: the same on the x axis.
     - `limits`: of the y axis.
+    - `along`: the places along x where each curve of a mapping has its sequence of numbers.
+    - `cited`: curves of another, drawn in grey behind ours. Its columns may be called `curve`, `x`
+      and `y`, as those of a figure that was read off.
     """
 
     by: str | None
@@ -47,6 +50,11 @@ class Look(TypedDict, total=False):
     marks: Mapping[str, float]
     upright: Mapping[str, float]
     limits: tuple[float | None, float | None]
+    along: Sequence[float]
+    cited: pd.DataFrame
+
+
+PARTS = {"see", "at", *Look.__annotations__}  # what `plot` takes beside columns and a name
 
 
 def use_style() -> None:
@@ -103,7 +111,8 @@ def plot(
 
     - `frame`: a row a point. The columns `low` and `high`, where they are, are the interval of `y`.
       Rows whose column `cited` is true are drawn in grey: they are another's, not computed here.
-      Or what `tidy` makes one of: numbers or estimates by panel, curve and place along x.
+      Or what `tidy` makes one of: numbers or estimates by panel, curve and place along x. Or, with
+      `along`, a sequence of them for each curve.
     - `name`: the label for cross-references, `fig-…`.
     - `x`, `y`: the columns that are drawn.
     - `see`: the one thing to see, as a sentence without its full stop; it may be computed.
@@ -112,9 +121,7 @@ def plot(
 
     **Raises:** `ValueError` for a column that is not there, more than six curves, or no row.
     """
-    if isinstance(frame, Mapping):
-        parts = [look[part] for part in ("panels", "by") if part in look]
-        frame = tidy(frame, *parts, *((y, x) if look.get("kind") == "dot" else (x, y)))
+    frame = _whole(frame, x, y, look)
     fig = draw(frame, x, y, **look)
     see = see or _values(frame, x, y, look["by"], at)
     what = y
@@ -123,6 +130,22 @@ def plot(
     caption = _caption(frame, x, what, look)
     alt = _alt(frame, x, what, look)
     show(fig, name, f"{caption} {see}.", f"{alt} {see}.")
+
+
+def _whole(frame: pd.DataFrame | Mapping[Any, Any], x: str, y: str, look: Look) -> pd.DataFrame:
+    """The frame to draw: our own points, then what is cited beside them."""
+    if "along" in look:
+        curves = {curve: zip(look["along"], row, strict=True) for curve, row in frame.items()}
+        frame = {(curve, place): value for curve in curves for place, value in curves[curve]}
+    if isinstance(frame, Mapping):
+        parts = [look[part] for part in ("panels", "by") if part in look]
+        frame = tidy(frame, *parts, *((y, x) if look.get("kind") == "dot" else (x, y)))
+    if "cited" not in look:
+        return frame
+    names = {"curve": look.get("by"), "x": x, "y": y}
+    missing = {old: new for old, new in names.items() if new and new not in look["cited"]}
+    cited = look["cited"].rename(columns=missing).assign(cited=True)
+    return pd.concat([frame, cited]) if len(frame) else cited
 
 
 def draw(frame: pd.DataFrame, x: str, y: str, **look: Unpack[Look]) -> Figure:

@@ -161,6 +161,8 @@ def test_a_table_chooses_columns_of_a_frame_and_renames_them(shown):
     html, _ = shown[0]
     assert html.index(">steps<") < html.index(">d<")
     assert "loss" not in html
+    with pytest.raises(KeyError, match="width"):
+        chapter.table(frame, "Runs", ["step", "width"])
 
 
 def test_the_end_shows_where_the_numbers_come_from(shown):

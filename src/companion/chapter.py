@@ -152,6 +152,8 @@ def table(rows: Any, caption: str, columns: Collection[str] = (), digits: int = 
             return f"{cell:,.0f}"  # no power of ten
         return f"{cell:.{digits}g}"
 
+    if isinstance(rows, pd.DataFrame) and columns:
+        rows = rows[[*columns]]
     frame = pd.DataFrame(rows, columns=[*columns] or None)
     if isinstance(columns, Mapping):
         frame = frame.rename(columns=columns)

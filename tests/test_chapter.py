@@ -155,6 +155,14 @@ def test_a_table_of_rows_shows_estimates_and_answers_in_words(shown):
         assert text in html
 
 
+def test_a_table_chooses_columns_of_a_frame_and_renames_them(shown):
+    frame = pd.DataFrame({"hidden_size": [8], "loss": [0.5], "step": [99]})
+    chapter.table(frame, "Runs", {"step": "steps", "hidden_size": "d"})
+    html, _ = shown[0]
+    assert html.index(">steps<") < html.index(">d<")
+    assert "loss" not in html
+
+
 def test_the_end_shows_where_the_numbers_come_from(shown):
     run = chapter.begin({"seed": 0, "preset": "smoke", "np": np})
     chapter.end(run, {"tokens": 12_345, "texts": "all"})

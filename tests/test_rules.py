@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from headbound import pythia
@@ -127,12 +128,21 @@ def test_nothing_to_judge_is_no_verdict():
     assert rules.bends_at([0.7, 0.9], [2, 3]).agrees is None
 
 
+def runs(*lengths):
+    """Two checkpoints of each run, whose lengths are given for each width."""
+    rows = []
+    for width, of_width in enumerate(lengths):
+        for seed, length in enumerate(of_width):
+            rows += [(width, seed, 0), (width, seed, length)]
+    return pd.DataFrame(rows, columns=["hidden_size", "seed", "step"])
+
+
 def test_a_missing_sign_refutes_only_after_enough_seeds_and_steps():
     refuted = rules.Ruling(False, "never above 0.5")
-    assert refuted.after([[35_438], [67_000] * 3]) == refuted
-    assert refuted.after([[67_000] * 2, [67_000]]).agrees is None
-    assert refuted.after([[67_000, 67_000, 35_438]]).agrees is None
-    assert rules.Ruling(True, "seen").after([[10]]).agrees is True
+    assert refuted.after(runs([35_438], [67_000] * 3)) == refuted
+    assert refuted.after(runs([67_000] * 2, [67_000])).agrees is None
+    assert refuted.after(runs([67_000, 67_000, 35_438])).agrees is None
+    assert rules.Ruling(True, "seen").after(runs([10])).agrees is True
 
 
 def test_thresholds_say_how_far_they_could_move():

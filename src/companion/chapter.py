@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from operator import methodcaller
@@ -31,7 +31,7 @@ from companion import figures
 from companion.figures import draw, plot, show, tidy
 from companion.words import VERDICTS, Estimate, markdown, number, visible
 
-__all__ = ["VERDICTS", "Finding", "Run", "answer", "begin", "draw", "end", "findings"]
+__all__ = ["VERDICTS", "Run", "answer", "begin", "draw", "end", "findings"]
 __all__ += ["explore", "figure", "markdown", "number", "plot", "say", "show", "table", "tidy"]
 
 
@@ -80,35 +80,6 @@ class Run(NamedTuple):
             return {name: filled(part) for name, part in self.texts[key].items()}
         except KeyError as error:
             raise ValueError(f"{key}: its text asks for {error}; give it") from None
-
-
-class Finding(NamedTuple):
-    """One number of a chapter beside the paper's.
-
-    - `key` names it across the book (`chapter.quantity`).
-    - `paper` is what the paper says, in words, or `not given`.
-    - `agrees` is what a tested rule says; None where this scale can't tell.
-    - `comment` says how the rule decides, and how far its threshold could move.
-    - `one_of_many`: the paper's claim is about many models and this is one. It can at best be
-      consistent.
-    """
-
-    key: str
-    quantity: str
-    paper: str
-    measured: Estimate | float | str
-    agrees: bool | None
-    comment: str = ""
-    one_of_many: bool = False
-
-    @property
-    def verdict(self) -> str:
-        """One of `VERDICTS`."""
-        if self.agrees is None:
-            return "not testable here"
-        if not self.agrees:
-            return "not reproduced"
-        return "consistent" if self.one_of_many else "reproduced"
 
 
 def begin(namespace: Mapping[str, Any], texts: Path | None = None) -> Run:
@@ -161,12 +132,13 @@ def answer(words: str) -> None:
     display(Markdown(words), metadata={"companion": {"answer": words}})
 
 
-def table(rows: Any, caption: str, columns: Sequence[str] = (), digits: int = 4) -> None:
+def table(rows: Any, caption: str, columns: Collection[str] = (), digits: int = 4) -> None:
     """Show a captioned table, floats to `digits` significant digits, estimates as `number` does.
 
     The text of a cell is shown as it is, whatever it holds.
 
-    **Arguments:** `rows`: a frame, or rows whose `columns` are given.
+    **Arguments:** `rows`: a frame, or rows whose `columns` are given. Of a frame, `columns` chooses
+    some, and a mapping tells how they are called.
     """
 
     def words(cell: Any) -> str:
@@ -180,7 +152,9 @@ def table(rows: Any, caption: str, columns: Sequence[str] = (), digits: int = 4)
             return f"{cell:,.0f}"  # no power of ten
         return f"{cell:.{digits}g}"
 
-    frame = pd.DataFrame(rows, columns=columns or None)
+    frame = pd.DataFrame(rows, columns=[*columns] or None)
+    if isinstance(columns, Mapping):
+        frame = frame.rename(columns=columns)
     display(_styled(frame, caption).format(words, escape="html"))
 
 
@@ -210,7 +184,7 @@ def figure(run: Run, frame: pd.DataFrame | Mapping[Any, Any], name: str, **given
     plot(frame, name, **run.words(name, **given), **computed)
 
 
-def findings(run: Run, told: Mapping[str, Sequence[Any]] = (), **fields: Any) -> None:
+def findings(run: Run, told: Mapping[str, Sequence[Any]], **fields: Any) -> None:
     """Show a chapter's numbers beside the paper's; the pages that collect them have them too.
 
     What is measured and what the paper says of it stand in the file that `begin` was given.
@@ -224,8 +198,6 @@ def findings(run: Run, told: Mapping[str, Sequence[Any]] = (), **fields: Any) ->
 
     **Raises:** `ValueError` for a key without texts, or a text with a field that is not given.
     """
-    if not isinstance(run, Run):  # until every chapter has its file
-        return _findings_of_rows(run, **fields)
     kept = []
     numbers = []
     for key, (measured, agrees, *comments) in told.items():
@@ -248,32 +220,6 @@ def _verdict(agrees: bool | None, one_of_many: bool) -> str:
     if not agrees:
         return "not reproduced"
     return "consistent" if one_of_many else "reproduced"
-
-
-def _findings_of_rows(rows: Sequence[Any], of: str = "", one_of_many: bool = False) -> None:
-    """Show a chapter's numbers beside the paper's; the pages that collect them have them too.
-
-    **Arguments:** `rows`: findings, or their values in order. The keys of the latter begin with
-    `of`, and they are all `one_of_many` or not.
-    """
-    whole = []
-    for row in rows:
-        if not isinstance(row, Finding):
-            row = Finding(f"{of}.{row[0]}", *row[1:])._replace(one_of_many=one_of_many)
-        whole.append(row)
-    rows = whole
-    shown = {
-        "quantity": [row.quantity for row in rows],
-        "the paper (cited)": [row.paper for row in rows],
-        "measured here": [number(row.measured) for row in rows],
-        "verdict": [row.verdict for row in rows],
-        "comment": [row.comment for row in rows],
-    }
-    kept = []
-    for row in rows:
-        about = {name: getattr(row, name) for name in ("key", "quantity", "paper", "comment")}
-        kept.append({**about, "measured": _plain(row.measured), "verdict": row.verdict})
-    _show(pd.DataFrame(shown), "This chapter's findings", {"findings": kept})
 
 
 def end(run: Run, samples: Mapping[str, int | str]) -> None:

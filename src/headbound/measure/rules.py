@@ -4,10 +4,11 @@ Tests run them on the paper's own curves and on counter-examples. Each rule says
 threshold could move before its word changes.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 
 from headbound.measure.saturation import SEEN, LateRise, late_rise
@@ -30,14 +31,15 @@ class Ruling(NamedTuple):
     agrees: bool | None
     comment: str
 
-    def after(self, steps: Iterable[Sequence[int]]) -> "Ruling":
-        """The ruling after runs of so many `steps`, given for each width.
+    def after(self, runs: pd.DataFrame) -> "Ruling":
+        """The ruling after runs, given as rows of hidden_size, seed and step.
 
         A sign that is missing refutes the paper only after runs enough and long enough: some width
         needs three runs that each took as many steps as Pythia's turn.
         """
-        long_runs = [sum(run >= TURN for run in of_width) for of_width in steps]
-        most = max(long_runs)
+        steps = runs.groupby(["hidden_size", "seed"])["step"].max()
+        long_runs = (steps >= TURN).groupby("hidden_size").sum()
+        most = long_runs.max()
         if self.agrees is not False or most >= SEEDS:
             return self
         told = f"open: {most} of {SEEDS} runs of one width took {TURN:,} steps"

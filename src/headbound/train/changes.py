@@ -276,7 +276,7 @@ def outcome(effect: pd.Series) -> str:
 
 
 def told(
-    effects: pd.DataFrame, arm: str, quantity: str, expected: Sequence[str]
+    effects: pd.DataFrame, arm: str, quantity: str, expected: Sequence[str] = ("more", "less")
 ) -> tuple[stats.Estimate | None, Ruling]:
     """What an arm does to a quantity, and whether that is one of the `expected` outcomes.
 

@@ -240,6 +240,15 @@ def test_where_a_share_of_the_width_decides_it_says_so(width):
     assert rules.positive(own.rank_or_share(pd.concat(frames))).agrees is False
 
 
+def test_without_a_rank_on_the_other_curves_there_is_nothing_to_compare():
+    theirs = pd.DataFrame({"curve": "wide", "x": [256, 1024, 4096], "y": [3.0, 1.0, 0.0]})
+    ours = pd.DataFrame({"curve": "narrow", "x": [2, 4, 8], "y": [2.0, 1.0, 0.0]})
+    found = curve(ours).rank_or_share(theirs)
+    assert np.isnan(found.value)
+    told = (None, "nothing in common to compare, so there is no such number")
+    assert rules.positive(found) == told
+
+
 @pytest.mark.parametrize(("width", "knee", "agrees"), [(576, 570, None), (4096, 3000, False)])
 def test_a_knee_elsewhere_or_out_of_reach_is_not_the_papers(width, knee, agrees):
     ruling = lowrank.knee_at_claim(Estimate(knee, knee - 9, knee + 9, 30), width)

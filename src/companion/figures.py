@@ -123,10 +123,12 @@ def plot(
     """
     frame = _whole(frame, x, y, look)
     fig = draw(frame, x, y, **look)
-    see = see or _values(frame, x, y, look["by"], at)
+    if not see:
+        see = _values(frame, x, y, look["by"], at)
     what = y
     if "panels" in look and y == "value":
-        what = ", ".join(map(str, frame[look["panels"]].unique()))
+        panels = frame[look["panels"]].unique()
+        what = ", ".join(map(str, panels))
     caption = _caption(frame, x, what, look)
     alt = _alt(frame, x, what, look)
     show(fig, name, f"{caption} {see}.", f"{alt} {see}.")
@@ -135,16 +137,21 @@ def plot(
 def _whole(frame: pd.DataFrame | Mapping[Any, Any], x: str, y: str, look: Look) -> pd.DataFrame:
     """The frame to draw: our own points, then what is cited beside them."""
     if "along" in look:
-        curves = {curve: zip(look["along"], row, strict=True) for curve, row in frame.items()}
-        frame = {(curve, place): value for curve in curves for place, value in curves[curve]}
+        points = {}
+        for curve, row in frame.items():
+            for place, value in zip(look["along"], row, strict=True):
+                points[curve, place] = value
+        frame = points
     if isinstance(frame, Mapping):
-        parts = [look[part] for part in ("panels", "by") if part in look]
-        frame = tidy(frame, *parts, *((y, x) if look.get("kind") == "dot" else (x, y)))
+        names = [look[part] for part in ("panels", "by") if part in look]
+        names += [y, x] if look.get("kind") == "dot" else [x, y]
+        frame = tidy(frame, *names)
     if "cited" not in look:
         return frame
-    names = {"curve": look.get("by"), "x": x, "y": y}
-    missing = {old: new for old, new in names.items() if new and new not in look["cited"]}
-    cited = look["cited"].rename(columns=missing).assign(cited=True)
+    cited = look["cited"].assign(cited=True)
+    named = {"x": x, "y": y, "curve": look.get("by", "curve")}
+    missing = {old: new for old, new in named.items() if new not in cited}
+    cited = cited.rename(columns=missing)
     return pd.concat([frame, cited]) if len(frame) else cited
 
 
@@ -353,9 +360,11 @@ def _values(frame: pd.DataFrame, x: str, y: str, by: str, at: float | None) -> s
     own = frame[~_cited(frame)].reset_index(drop=True)
     told = []
     for curve, part in own.groupby(by, sort=False):
-        nearest = part.loc[(part[x] - at).abs().idxmin()]
+        distance = (part[x] - at).abs()
+        nearest = part.loc[distance.idxmin()]
         told.append(f"{nearest[y]:.2g} {curve}")
-    return f"At {x} = {nearest[x]:,.4g}: {'; '.join(told)}"
+    place = f"{nearest[x]:,.4g}"
+    return f"At {x} = {place}: {'; '.join(told)}"
 
 
 def _caption(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:

@@ -358,6 +358,7 @@ class ByRank(NamedTuple):
         The distance to other models' curves at equal r/d, less that at equal r: root mean squares
         over the ranks below d, of the loss above the full head, in nats. Above 0 the rank itself
         decides (section 5.1: "regardless of the model size"). Too short a training favours that.
+        NaN where no rank lies on another's curve, both ways.
 
         **Arguments:** `others`: columns `curve`, `x` (ranks, the largest is that model's d) and `y`
         (nats).
@@ -377,6 +378,8 @@ class ByRank(NamedTuple):
                     theirs.append(np.interp(asked, known, above - above[-1]))
 
         def nearer(excess: Float[np.ndarray, " ranks"]) -> float:
+            if not places:
+                return math.nan
             differences = excess[places, None] - theirs
             at_rank, at_share = np.sqrt(np.square(differences).mean(0))
             return at_share - at_rank

@@ -171,6 +171,8 @@ def holds(measured: Estimate, claim: float) -> Ruling:
 
 def positive(measured: Estimate) -> Ruling:
     """The interval lies above zero; left open where it holds zero or is unknown."""
+    if np.isnan(measured.value):
+        return Ruling(None, "nothing in common to compare, so there is no such number")
     agrees = measured.above(0.0)
     if agrees is None:
         return Ruling(None, "the interval holds zero, or there is none")

@@ -2,9 +2,12 @@
 
 import ast
 import json
+import re
 from pathlib import Path
+from string import Formatter
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 # Ratchets: what stands today, in lines; each number may only fall. The aim is 3,100, 1,300 and 550.
@@ -13,7 +16,7 @@ DENSITY = 15  # syntax nodes a code line, in functions of MINIMUM lines or more
 MINIMUM = 4
 WIDTH = 100
 NOTEBOOK_WIDTH = 84  # what a page shows
-NOTEBOOK_LINES = 2288  # code lines of all notebooks: a ratchet too, the aim is 1,900
+NOTEBOOK_LINES = 1793  # code lines of all notebooks: a ratchet too; the issue asks for 1,900
 NAMES = 149  # public ones of headbound: a ratchet too, the aim is 95
 
 
@@ -100,6 +103,32 @@ def test_no_notebook_line_is_cut_off_and_together_they_are_short():
     assert not any(wide.values()), wide
     count = {name: sum(bool(line.strip()) for line in lines) for name, lines in code.items()}
     assert sum(count.values()) <= NOTEBOOK_LINES, count
+
+
+def texts(part: object) -> list[str]:
+    """All texts in a part of a chapter's file."""
+    if isinstance(part, str):
+        return [part]
+    inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
+    return [text for piece in inner for text in texts(piece)]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "book/findings").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_a_chapters_words_are_used_and_their_braces_name_what_it_has(path):
+    code = ast.parse("\n".join(notebook_code()[f"{path.stem}.ipynb"]))
+    nodes = list(ast.walk(code))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {node.arg for node in nodes if isinstance(node, ast.keyword)}
+    said = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    words = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert {key for key in words if "." not in key} <= said
+    computed = {key.partition(".")[2] for key in words}  # a finding's own, made in a loop
+    for text in texts(words):
+        for _, field, _, _ in Formatter().parse(text):
+            name = re.match(r"\w*", field or "")[0]
+            assert not name or name in names | said | computed, text
 
 
 def public(path: Path) -> list[str]:

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from string import Formatter
 
 import jsonschema
 import nbformat
@@ -297,20 +296,3 @@ def test_every_number_of_our_reading_of_the_paper_has_its_row():
         n for n in numbers.split() if not re.search(rf"(?<![\d.,]){re.escape(n)}(?![\d])", told)
     ]
     assert not missing
-
-
-@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "book/findings").glob("*.yaml")))
-def test_the_words_of_a_chapter_are_each_used_and_can_be_filled(name):
-    text = (ROOT / "book" / "findings" / f"{name}.yaml").read_text("utf-8")
-    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
-    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-    keys = re.findall(r"^([^\s#][^:]*):", text, re.MULTILINE)
-    assert len(set(keys)) == len(keys), "a key twice: YAML keeps the last one"
-    assert [key for key in keys if "." not in key and f'"{key}"' not in code] == []
-    for key, entry in yaml.safe_load(text).items():
-        parts = [part if isinstance(part, list) else [part] for part in entry.values()]
-        told = [word for words in parts for word in words if isinstance(word, str)]
-        fields = [field for word in told for _, field, _, _ in Formatter().parse(word) if field]
-        names = {re.match(r"\w+", field)[0] for field in fields}
-        own = key.partition(".")[2]  # a field that has the finding's own name is computed with it
-        assert [n for n in names - {own} if not re.search(rf"\b{n}\b", code)] == [], key

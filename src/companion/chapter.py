@@ -28,29 +28,23 @@ from jinja2 import Environment, FileSystemLoader
 from pandas.io.formats.style import Styler
 
 from companion import figures
-from companion.figures import draw, plot, show, tidy
+from companion.figures import plot, show
 from companion.words import VERDICTS, Estimate, markdown, number, visible
 
-__all__ = ["VERDICTS", "Run", "answer", "begin", "draw", "end", "findings"]
-__all__ += ["explore", "figure", "markdown", "number", "plot", "say", "show", "table", "tidy"]
+__all__ = ["VERDICTS", "Run", "answer", "begin", "end", "explore", "figure", "findings"]
+__all__ += ["markdown", "number", "plot", "say", "show", "table"]
 
 
 class _Filling(Formatter):
+    """Writes an estimate without a format as the whole book does."""
+
     def format_field(self, value: Any, how: str) -> str:
         plain = isinstance(value, Estimate) and not how
         return number(value) if plain else super().format_field(value, how)
 
 
-_FILLING = _Filling()
-
-
 class Run(NamedTuple):
-    """One execution of a notebook.
-
-    - `preset`, `seed`, `packages` (their versions), `started` (seconds).
-    - `texts`: the chapter's file, its words by key.
-    - `namespace`: the notebook's names.
-    """
+    """One execution of a notebook: versions of packages, start in seconds, its file's words."""
 
     preset: str
     seed: int
@@ -72,7 +66,7 @@ class Run(NamedTuple):
         def filled(part: Any) -> Any:
             if isinstance(part, list):
                 return [filled(piece) for piece in part]
-            return _FILLING.vformat(part, (), names) if isinstance(part, str) else part
+            return _Filling().vformat(part, (), names) if isinstance(part, str) else part
 
         if key not in self.texts:
             raise ValueError(f"{key}: the chapter's file of findings does not have this key")
@@ -85,11 +79,9 @@ class Run(NamedTuple):
 def begin(namespace: Mapping[str, Any], texts: Path | None = None) -> Run:
     """Start a chapter: seed every generator and set the style of figures.
 
-    **Arguments:**
-
-    - `namespace`: the notebook's `globals()`, right after its parameters cell and its imports. It
-      must hold `seed` and `preset`.
-    - `texts`: the file, `book/findings/NN_name.yaml`, with the words of the chapter's `findings`.
+    **Arguments:** `namespace`: the notebook's `globals()`, right after its parameters cell and its
+    imports; it must hold `seed` and `preset`. `texts`: the file of the chapter's words, as
+    `book/findings/NN_name.yaml`.
 
     **Raises:** `ValueError` if `seed` or `preset` is missing or of the wrong type.
     """
@@ -173,14 +165,10 @@ def explore(page: Path, data: Mapping[str, Any]) -> None:
 
 
 def figure(run: Run, frame: pd.DataFrame | Mapping[Any, Any], name: str, **given: Any) -> None:
-    """Draw and show a figure as `figures.plot` does, with the words that the chapter's file has.
+    """Show a figure as `figures.plot` does, with what the chapter's file has under its name.
 
-    The file has by the figure's name `x`, `y`, `see` or `at`, and what `figures.Look` has.
-
-    **Arguments:** `given`: what of a look is computed, as `along`, `cited` or `marks`, and fields
-    of `Run.words`.
-
-    **Raises:** `ValueError` as `Run.words` does.
+    **Arguments:** `given`: what of a `figures.Look` is computed, as `along`, `cited` or `marks`,
+    and fields of `Run.words`.
     """
     computed = {part: given.pop(part) for part in figures.PARTS & given.keys()}
     plot(frame, name, **run.words(name, **given), **computed)
@@ -189,16 +177,12 @@ def figure(run: Run, frame: pd.DataFrame | Mapping[Any, Any], name: str, **given
 def findings(run: Run, told: Mapping[str, Sequence[Any]], **fields: Any) -> None:
     """Show a chapter's numbers beside the paper's; the pages that collect them have them too.
 
-    What is measured and what the paper says of it stand in the file that `begin` was given.
-    A comment there goes before the one here.
+    The chapter's file has by key what is measured (`quantity`) and what the paper says of it. A
+    `comment` there goes before the one here.
 
-    **Arguments:**
-
-    - `told`: by key (`chapter.quantity`): the number, estimate or words measured; what a tested
-      rule says, None where this scale can't tell; and maybe how it came to that.
-    - `fields`: what the texts have in braces, such as `{width}`.
-
-    **Raises:** `ValueError` for a key without texts, or a text with a field that is not given.
+    **Arguments:** `told`: by key (`chapter.quantity`), the number, estimate or words measured; what
+    a tested rule says, None where this scale can't tell; and maybe how it came to that. `fields`:
+    as of `Run.words`.
     """
     kept = []
     numbers = []
@@ -219,9 +203,8 @@ def _verdict(agrees: bool | None, one_of_many: bool) -> str:
     """One of `VERDICTS`; one model of many can at best be consistent with a claim about all."""
     if agrees is None:
         return "not testable here"
-    if not agrees:
-        return "not reproduced"
-    return "consistent" if one_of_many else "reproduced"
+    good = "consistent" if one_of_many else "reproduced"
+    return good if agrees else "not reproduced"
 
 
 def end(run: Run, samples: Mapping[str, int | str]) -> None:

@@ -82,15 +82,14 @@ def tidy(values: Mapping[Any, Any], *names: str) -> pd.DataFrame:
     estimates, the columns `low` and `high` are their intervals.
     """
     rows = []
-    intervals = []
     for key, value in values.items():
-        number = value.value if isinstance(value, Estimate) else value
-        rows.append((*(key if isinstance(key, tuple) else (key,)), number))
-        intervals.append((getattr(value, "low", number), getattr(value, "high", number)))
-    frame = pd.DataFrame(rows, columns=[*names])
-    if any(isinstance(value, Estimate) for value in values.values()):
-        frame[["low", "high"]] = intervals
-    return frame
+        parts = key if isinstance(key, tuple) else (key,)
+        number = getattr(value, "value", value)
+        interval = (getattr(value, "low", number), getattr(value, "high", number))
+        rows.append((*parts, number, *interval))
+    frame = pd.DataFrame(rows, columns=[*names, "low", "high"])
+    known = any(isinstance(value, Estimate) for value in values.values())
+    return frame if known else frame.drop(columns=["low", "high"])
 
 
 def plot(
@@ -156,7 +155,7 @@ def _whole(frame: pd.DataFrame | Mapping[Any, Any], x: str, y: str, look: Look) 
 
 
 def draw(frame: pd.DataFrame, x: str, y: str, **look: Unpack[Look]) -> Figure:
-    """The figure that `plot` shows, for a chapter that adds something before it calls `show`."""
+    """The figure that `plot` shows."""
     by = look.get("by")
     panels = look.get("panels")
     columns = [column for column in (x, y, by, panels) if column]
@@ -176,18 +175,11 @@ def draw(frame: pd.DataFrame, x: str, y: str, **look: Unpack[Look]) -> Figure:
 
 
 def show(fig: Figure, name: str, caption: str, alt: str) -> None:
-    """Display a figure with what a reader needs beside it, then close it.
+    """Display a figure under its label with a caption and an alt text, then close it.
 
-    Texts are plain: what would be Markdown is shown as it is.
-    What would keep a reader from seeing the figure is kept with it: the weakest contrast of its
-    lines, and how many panels stand side by side.
-
-    **Arguments:**
-
-    - `fig`: the figure; one a cell.
-    - `name`: its label in the book (`fig-…`), for cross-references.
-    - `caption`: what is drawn and what to see in it, in one or two sentences.
-    - `alt`: the shape and the one thing to see, for those who can't see it.
+    Texts are plain: what would be Markdown is shown as it is. What would keep a reader from seeing
+    the figure is kept with it: the weakest contrast of its lines, and how many panels stand side by
+    side.
 
     **Raises:** `ValueError` if a text is missing, or the name is none.
     """

@@ -122,7 +122,9 @@ def test_a_chapters_words_are_used_and_their_braces_name_what_it_has(path):
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
     names |= {node.arg for node in nodes if isinstance(node, ast.keyword)}
     said = {node.value for node in nodes if isinstance(node, ast.Constant)}
-    words = yaml.safe_load(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    words = yaml.safe_load(text)
+    assert len(re.findall(r"^[^\s#]", text, re.MULTILINE)) == len(words), "a key twice"
     assert {key for key in words if "." not in key} <= said
     computed = {key.partition(".")[2] for key in words}  # a finding's own, made in a loop
     for text in texts(words):

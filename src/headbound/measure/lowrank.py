@@ -48,11 +48,9 @@ class Head(NamedTuple):
 
     def extends(self, other: "Head") -> bool:
         """Whether `other` is a cut of this head, known by their common memory."""
-        pairs = ((self.A, other.A), (self.B, other.B))
-        same = all(
-            own.data_ptr() == its.data_ptr() and own.stride() == its.stride() for own, its in pairs
-        )
-        return same and len(other.B) <= len(self.B)
+        same_A = self.A.data_ptr() == other.A.data_ptr()
+        same_B = self.B.data_ptr() == other.B.data_ptr()
+        return same_A and same_B and len(other.B) <= len(self.B)
 
     def logits(self, states: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens vocab"]:
         """The logits of hidden states, through the rank: A·B is never built."""
@@ -122,8 +120,8 @@ def token_losses(data: Examples, heads: Sequence[Head], block: int = 128) -> Los
     parts = device.feed(data[:2], places, heads[0].A.device)
     losses = []
     for states, targets in progress.bar(parts, "measuring heads", len(places)):
-        following = targets.long()
-        here = [cross_entropy(z, following, reduction="none") for z in _logits(states, heads)]
+        each = _logits(states, heads)
+        here = [cross_entropy(logits, targets.long(), reduction="none") for logits in each]
         losses.append(torch.stack(here))
     return torch.cat(losses, 1).double().cpu().numpy()
 
@@ -193,6 +191,24 @@ def low_rank(
     A = precise @ (root @ kept)
     B = kept.T @ inverse
     return Head(A.to(weight), B.to(weight))
+
+
+def _roots(
+    covariance: Float[Tensor, "d1 d2"], d: int
+) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
+    if covariance.shape != (d, d):
+        raise ValueError(
+            f"covariance of shape {tuple(covariance.shape)}: the head is {d} wide; "
+            "take hidden states and head from the same model"
+        )
+    values, vectors = torch.linalg.eigh(covariance)
+    rank = int((values > d * torch.finfo(values.dtype).eps * values[-1]).sum())
+    if rank < d:
+        raise ValueError(
+            f"covariance of rank {rank}: singular, for the head is {d} wide; use more hidden states"
+        )
+    roots = values.sqrt()
+    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
 def train(
@@ -362,23 +378,20 @@ class ByRank(NamedTuple):
         **Arguments:** `others`: columns `curve`, `x` (ranks, the largest is that model's d) and `y`
         (nats).
         """
-        places = []
-        theirs = []
-        ascending = others.sort_values("x")
-        for _, other in ascending.groupby("curve"):
+        own = np.log(self.ranks[:-1])
+        found = []
+        for _, other in others.sort_values("x").groupby("curve"):
             known = np.log(other["x"].to_numpy())
-            above = other["y"].to_numpy()
-            for place, rank in enumerate(self.ranks[:-1]):
-                at_rank = math.log(rank)
-                at_share = at_rank - math.log(self.ranks[-1]) + known[-1]
-                asked = np.array([at_rank, at_share])
-                if known[0] <= asked.min() and asked.max() <= known[-1]:
-                    places.append(place)
-                    theirs.append(np.interp(asked, known, above - above[-1]))
+            above = other["y"].to_numpy() - other["y"].iloc[-1]
+            wider = known[-1] - math.log(self.ranks[-1])
+            asked = [own, own + wider]
+            found.append(np.interp(asked, known, above, left=math.nan, right=math.nan))
+        theirs = np.array(found)  # curves, rank or share, ranks
+        both_known = np.isfinite(theirs).all(1, keepdims=True)
 
         def nearer(excess: Float[np.ndarray, " ranks"]) -> float:
-            differences = excess[places, None] - theirs
-            at_rank, at_share = np.sqrt(np.square(differences).mean(0))
+            squares = np.square(excess[:-1] - theirs)
+            at_rank, at_share = np.sqrt(squares.mean((0, 2), where=both_known))
             return at_share - at_rank
 
         return self._of_excess(nearer)
@@ -393,8 +406,7 @@ class ByRank(NamedTuple):
             tokens = weights @ counts
             curves = weights @ sums
             curves /= tokens[:, None]
-            numbers = [number(curve) for curve in curves]
-            return np.array(numbers)
+            return np.array([number(curve) for curve in curves])
 
         return stats.bootstrap(statistic, len(counts))
 
@@ -405,24 +417,6 @@ def knee_at_claim(knee: stats.Estimate, width: int) -> Ruling:
         return Ruling(None, f"d = {width}: a knee at 1,000 is out of reach")
     factor = max(knee.value / CLAIMED, CLAIMED / knee.value)
     return Ruling(factor <= 2, f"a factor of {factor:.2f} from 1,000; up to 2 is called the same")
-
-
-def _roots(
-    covariance: Float[Tensor, "d1 d2"], d: int
-) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
-    if covariance.shape != (d, d):
-        raise ValueError(
-            f"covariance of shape {tuple(covariance.shape)}: the head is {d} wide; "
-            "take hidden states and head from the same model"
-        )
-    values, vectors = torch.linalg.eigh(covariance)
-    rank = int((values > d * torch.finfo(values.dtype).eps * values[-1]).sum())
-    if rank < d:
-        raise ValueError(
-            f"covariance of rank {rank}: singular, for the head is {d} wide; use more hidden states"
-        )
-    roots = values.sqrt()
-    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
 def _batches(states: int, batch: int, epochs: int, seed: int) -> Iterator[np.ndarray]:

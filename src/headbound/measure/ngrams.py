@@ -15,7 +15,7 @@ import psutil
 import torch
 from jaxtyping import Float64, Integer
 from scipy.sparse import csr_array, diags_array, vstack
-from scipy.sparse.linalg import aslinearoperator, eigsh
+from scipy.sparse.linalg import svds
 from scipy.special import expit, logit
 from statsmodels.api import OLS, add_constant
 from torch.nn.functional import pad
@@ -68,13 +68,13 @@ def count(
     targets = tokens[order - 1 :] if targets is None else targets
     if len(targets) != ngrams:
         raise ValueError(f"{len(targets)} targets: {ngrams} contexts need one each")
-    _check_ids(tokens, vocab_size)
-    _check_ids(targets, vocab_size)
+    for extreme in (tokens.min(), tokens.max(), targets.min(), targets.max()):
+        if not 0 <= extreme < vocab_size:
+            raise ValueError(f"token id {extreme}: outside the vocabulary of {vocab_size}")
     columns = [tokens[place : place + ngrams] for place in range(order - 1)]
     columns.append(targets)
     partitions = partitions or -(-ngrams // PARTITION)
-    wanted = range(partitions) if only is None else only
-    for part in wanted:
+    for part in range(partitions) if only is None else only:
         if not 0 <= part < partitions:
             raise ValueError(f"partition = {part}: must be from 0 to {partitions - 1}")
         first = part * SLOTS // partitions
@@ -145,15 +145,13 @@ def _leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " valu
     most = min(matrix.shape) - 1
     if not 1 <= ranks <= most:
         raise ValueError(f"ranks = {ranks}: must be between 1 and {most}")
-    operator = aslinearoperator(matrix)
-    start = np.random.default_rng(0).random(matrix.shape[1])
-    found = eigsh(operator.T @ operator, ranks, v0=start, return_eigenvectors=False)
+    start = np.random.default_rng(0).random(min(matrix.shape))
+    found = svds(matrix, ranks, v0=start, return_singular_vectors=False)
     values = found[::-1]
     others = most + 1 - ranks
-    norm = np.sum(matrix.data**2)
-    left = norm - values.sum()
-    rest = np.full(others, max(0.0, left) / others)
-    return np.sqrt(np.append(values, rest))
+    left = np.sum(matrix.data**2) - np.sum(values**2)
+    rest = np.sqrt(max(0.0, left) / others)
+    return np.append(values, np.full(others, rest))
 
 
 def errors(tokens: Tokens, order: int, vocab_size: int, leading: int = 0, **rows: Any) -> Curve:
@@ -227,12 +225,10 @@ def carried(vocab_sizes: Sequence[int], ranks: Sequence[float | int], vocab_size
     shares = np.array(ranks) / sizes
     inputs = add_constant(np.log(sizes))
     fit = OLS(logit(shares), inputs).fit()
-    asked = [1.0, np.log(vocab_size)]
-    prediction = fit.get_prediction([asked])
+    prediction = fit.get_prediction([[1.0, np.log(vocab_size)]])
     found = prediction.summary_frame(alpha=0.05).iloc[0]
-    names = ("mean", "obs_ci_lower", "obs_ci_upper")
-    value, low, high = (vocab_size * float(expit(found[name])) for name in names)
-    return Estimate(value, low, high, len(sizes))
+    three = found[["mean", "obs_ci_lower", "obs_ci_upper"]]
+    return Estimate(*(vocab_size * expit(three)).tolist(), len(sizes))
 
 
 def meets(
@@ -245,12 +241,6 @@ def meets(
     if not found.high < factor * found.low or reach > 2:
         return None
     return found.low <= high and found.high >= low
-
-
-def _check_ids(ids: Tokens, vocab_size: int) -> None:
-    for extreme in (ids.min(), ids.max()):
-        if not 0 <= extreme < vocab_size:
-            raise ValueError(f"token id {extreme}: outside the vocabulary of {vocab_size}")
 
 
 def _check_memory(vocab_size: int) -> None:
@@ -293,12 +283,11 @@ def _runs(columns: list[np.ndarray], vocab_size: int) -> csr_array:
         key = (key << bits) | column.astype(np.uint64)
         used += bits
     found, counts = np.unique(key, return_counts=True)
-    last = (1 << bits) - 1
-    followers = (found & last).astype(np.int32)
+    followers = found & ((1 << bits) - 1)
     starts = np.unique(found >> bits, return_index=True)[1]
-    starts = np.append(starts, len(found)).astype(np.int32)
-    shape = (len(starts) - 1, vocab_size)
-    return csr_array((counts.astype(np.float64), followers, starts), shape=shape)
+    pointers = np.append(starts, len(found)).astype(np.int32)
+    parts = (counts.astype(float), followers.astype(np.int32), pointers)
+    return csr_array(parts, shape=(len(starts), vocab_size))
 
 
 def _rows(
@@ -333,9 +322,8 @@ def _judged(fit: torch.Tensor, judge: torch.Tensor) -> torch.Tensor:
     """Held-out error, floor and ceiling for each rank of `fit`, judged by the other half."""
     values, vectors = torch.linalg.eigh(fit)
     found = ((judge @ vectors) * vectors).sum(0)
-    missed = values * (values - 2 * found)
     whole = (judge**2).sum()
-    missed /= whole
+    missed = values * (values - 2 * found) / whole
     steps = torch.stack([missed, -values, -found])
     sums = steps.flip(1).cumsum(1)
     return 1 + pad(sums, (1, 0))

@@ -1,10 +1,10 @@
 """Singular values of a matrix such as the head, and how evenly they use its dimensions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -26,24 +26,12 @@ def singular_values(weight: Float[Tensor, "rows d"]) -> Values:
     """
     if not weight.numel():
         raise ValueError(f"the weight has shape {tuple(weight.shape)}: nothing to decompose")
-    low, high = weight.detach().aminmax()
-    scale = max(float(high), -float(low))
-    if not np.isfinite(scale):
-        raise ValueError("NaN or Inf in the weight; check the checkpoint")
     wide = weight.shape[0] < weight.shape[1]
-    gram = _gram(weight.T if wide else weight, scale or 1.0)
+    gram = _gram(weight.T if wide else weight)
+    if not gram.isfinite().all():
+        raise ValueError("NaN or Inf in the weight; check the checkpoint")
     squares = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
-    return squares.sqrt().cpu().numpy() * scale
-
-
-def _probabilities(singular_values: Values) -> Values:
-    values = singular_values
-    if not len(values) or not np.isfinite(values).all() or values.min() < 0:
-        raise ValueError("singular values must be finite, not negative, and at least one")
-    if values.max() == 0:
-        raise ValueError("all singular values are zero: the matrix has no spectrum")
-    scaled = values / values.max()
-    return scaled / scaled.sum()
+    return squares.sqrt().cpu().numpy()
 
 
 def singular_entropy(singular_values: Values) -> float:
@@ -105,13 +93,12 @@ def frequency_link(
     group = np.random.default_rng(0).integers(groups, size=len(weight))
     first = _first_direction(weight)
     rows = weight.double().cpu()
-    occurs = counts > 0
 
     def link(kept: np.ndarray) -> float:
         direction = _first_direction(weight[torch.from_numpy(kept)])
         direction *= torch.sign(direction @ first)
         loadings = (rows @ direction).numpy()
-        seen = kept & occurs
+        seen = kept & (counts > 0)
         return float(spearmanr(loadings[seen], counts[seen]).statistic)
 
     whole = link(group >= 0)
@@ -131,15 +118,25 @@ def fits_size(parameters: float, entropy: stats.Estimate, cut: float = 1.6) -> b
     return None if high is None or (small and not high) else high == small
 
 
-def _gram(weight: Tensor, scale: float = 1.0) -> Tensor:
+def _probabilities(singular_values: Values) -> Values:
+    values = singular_values
+    if not len(values) or not np.isfinite(values).all() or values.min() < 0:
+        raise ValueError("singular values must be finite, not negative, and at least one")
+    if values.max() == 0:
+        raise ValueError("all singular values are zero: the matrix has no spectrum")
+    scaled = values / values.max()
+    return scaled / scaled.sum()
+
+
+def blocks(weight: Float[Tensor, "rows d"]) -> Iterator[Float64[Tensor, "_ d"]]:
+    """The rows in float64, so many at a time that the extra memory stays small."""
     where = device.precise(weight.device)
-    size = weight.shape[1]
-    total = torch.zeros(size, size, dtype=torch.float64, device=where)
-    for block in weight.detach().split(ROWS):
-        rows = block.to(where, torch.float64, copy=True).div_(scale)
-        total.addmm_(rows.T, rows)
-    return total
+    return (rows.to(where, torch.float64) for rows in weight.detach().split(ROWS))
 
 
-def _first_direction(weight: Tensor) -> Tensor:
+def _gram(weight: Float[Tensor, "rows d"]) -> Float64[Tensor, "d d"]:
+    return sum(rows.T @ rows for rows in blocks(weight))
+
+
+def _first_direction(weight: Float[Tensor, "rows d"]) -> Float64[Tensor, " d"]:
     return torch.linalg.eigh(_gram(weight)).eigenvectors[:, -1].cpu()

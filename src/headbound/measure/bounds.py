@@ -60,7 +60,8 @@ def of_first_order(order: float) -> Ruling:
 def textbook_upper(logits: Logits, ranks: Sequence[int]) -> PerRank:
     """The plain upper bound (1/4N) Σ_{j>d} σ_j² of the row-centred logits, in nats per context."""
     target = _log_softmax(logits, ranks)
-    values = torch.linalg.svdvals(target - target.mean(1, keepdim=True))
+    centred = target - target.mean(1, keepdim=True)
+    values = torch.linalg.svdvals(centred)
     squares = values.numpy() ** 2
     tails = [squares[rank:].sum() for rank in ranks]
     return np.array(tails) / (4 * len(logits))
@@ -69,8 +70,8 @@ def textbook_upper(logits: Logits, ranks: Sequence[int]) -> PerRank:
 def textbook_lower(logits: Logits, ranks: Sequence[int]) -> PerRank:
     """The plain lower bound (p_min c(M)/N) Σ_{j>d} σ_j², c(M) = (e^{−M} − 1 + M)/M².
 
-    M = 1 + N u/p_min with the plain upper bound u: no log-probability of the optimum lies more
-    than M below the target's.
+    No log-probability of the optimum lies more than M below the target's: M = 1 + N u/p_min, with
+    the plain upper bound u.
     """
     u = textbook_upper(logits, ranks)
     target = _log_softmax(logits)
@@ -92,8 +93,7 @@ def reach(
     """Rank-d logits H Wᵀ with a small gap: L-BFGS on both factors from several starts.
 
     Each of the `powers` is a start: Eckart–Young, tokens weighted by mean probability to that
-    power. Each of the `seeds` is a random one, for a solver that looks for the optimum. With 0
-    `steps` a start stays as it is.
+    power. Each of the `seeds` is a random one. With 0 `steps` a start stays as it is.
     """
     target = _log_softmax(logits, [rank])
     starts = [_start(target, rank, power) for power in powers]
@@ -101,7 +101,8 @@ def reach(
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(sum(target.shape), rank, generator=generator)
         small = drawn.double() / 3
-        starts.append(small.split(list(target.shape)))
+        both = small.split(list(target.shape))
+        starts.append(both)
     found = [_descend(target, left, right, steps) for left, right in starts]
     finite = [z for z in found if np.isfinite(z).all()]
     return min(finite, key=lambda z: loss_gap(logits, z))
@@ -154,7 +155,8 @@ def lower(
             found.append(_ascend(target, rank, steps, margin))
     terms = torch.stack(found).numpy()
     totals = [terms[:, rank:].sum(1) for rank in ranks]
-    return np.max(totals, 1) / len(target)
+    best = np.max(totals, 1)
+    return best / len(target)
 
 
 def _ascend(target: Tensor, rank: int, steps: int, margin: float) -> Tensor:

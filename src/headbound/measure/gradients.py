@@ -5,7 +5,7 @@ the target's unit vector. The hidden state under the head W (V × d) receives W�
 is orthogonal to W's columns is lost on the way.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headbound import device, progress, stats
 from headbound.measure.lowrank import Examples
-from headbound.measure.spectrum import ROWS, blocks
+from headbound.measure.spectrum import ROWS
 
 LARGE = 100_000  # symbols from which the repetition is said to be unlearnable
 NOISE = 1e-12  # a squared singular value below this share of their sum is rounding
@@ -36,9 +36,10 @@ class _Squares(NamedTuple):
         **Raises:** `ValueError` if `where` chooses no token.
         """
         chosen = slice(None) if where is None else where
-        if not len(self.kept[chosen]):
+        kept = self.kept[chosen]
+        if not len(kept):
             raise ValueError("where chooses no token; widen it or give more text")
-        return stats.mean(self.kept[chosen], self.texts[chosen], self.gradient[chosen])
+        return stats.mean(kept, self.texts[chosen], self.gradient[chosen])
 
 
 @torch.inference_mode()
@@ -46,8 +47,8 @@ def share_kept(data: Examples, weight: Weight, block: int = 128, logits: Logits 
     """How much of each token's logit gradient passes through the head W, exactly, in float64.
 
     It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's. W is best without its
-    mean row, which the softmax ignores. `logits` makes logits of states, as `models.Readout.logits`
-    does; without it W alone does. Beside the arguments nothing is larger than `block` × V.
+    mean row, which the softmax ignores. `logits` makes logits of states, such as a readout's;
+    without it W alone does. Beside the arguments nothing is larger than `block` × V.
 
     **Raises:** `ValueError` for no token, sizes that do not fit, NaN or Inf.
 
@@ -58,9 +59,10 @@ def share_kept(data: Examples, weight: Weight, block: int = 128, logits: Logits 
     squares = []
     for here in progress.bar(data.blocks(block), "gradients"):
         g = _gradient(data, here, weight, logits)
-        parts = zip(g.split(ROWS, 1), blocks(weight), strict=True)
+        parts = zip(g.split(ROWS, 1), _rows(weight), strict=True)
         received = sum(part @ rows for part, rows in parts)
-        both = [x.square().sum(1) for x in (g, received @ basis)]
+        projected = received @ basis
+        both = [x.square().sum(1) for x in (g, projected)]
         squares.append(torch.stack(both).cpu())
     gradient, kept = torch.cat(squares, 1).numpy()
     return _Squares(gradient, kept, data.texts)
@@ -74,11 +76,12 @@ def _orthonormal(weight: Weight) -> Float64[Tensor, "d rank"]:
 
     **Source:** Stathopoulos & Wu 2002 (SVQB), twice.
     """
-    squares = sum(rows.square().sum(0) for rows in blocks(weight))
+    parts = (rows.square().sum(0) for rows in _rows(weight))
+    squares = sum(parts)
     # Columns of one length first: a short one would look like rounding.
     basis = torch.where(squares > 0, squares, 1).rsqrt().diag()
     for _round in range(2):
-        parts = (rows @ basis for rows in blocks(weight))
+        parts = (rows @ basis for rows in _rows(weight))
         gram = sum(part.T @ part for part in parts)
         values, vectors = torch.linalg.eigh(gram)
         there = values > NOISE * values.sum()
@@ -131,10 +134,7 @@ def as_claimed(loss: stats.Estimate, low: float = 0.945, high: float = 0.995) ->
 
 
 def unlearnable(same_head: Mapping[str, stats.Estimate], vocab: int) -> bool | None:
-    """Does no way of training a head surely get 99 % of the repetition right?
-
-    None at a vocabulary too small to say.
-    """
+    """Does no way surely get 99 % of the repetition right? None for a vocabulary below `LARGE`."""
     learned = any(share.low > 0.99 for share in same_head.values())
     return not learned if vocab >= LARGE else None
 
@@ -142,14 +142,20 @@ def unlearnable(same_head: Mapping[str, stats.Estimate], vocab: int) -> bool | N
 def _gradient(data: Examples, here: slice, weight: Tensor, logits: Logits) -> Tensor:
     where = device.precise(weight.device)
     states = torch.tensor(data.hidden_states[here]).to(where, torch.float64)
-    targets = torch.tensor(data.targets[here, None]).to(where, torch.int64)
+    targets = torch.tensor(data.targets[here]).to(where, torch.int64)
+    targets = targets[:, None]
     if logits is None:
-        scores = torch.cat([states @ rows.T for rows in blocks(weight)], 1)
+        scores = torch.cat([states @ rows.T for rows in _rows(weight)], 1)
     else:
         scores = logits(states)
     others = torch.softmax(scores, 1).scatter(1, targets, 0)
     # Minus the sum of the others, not p − 1: that cancels where the model is sure.
     return others.scatter(1, targets, -others.sum(1, keepdim=True))
+
+
+def _rows(weight: Weight) -> Iterator[Float64[Tensor, "_ d"]]:
+    where = device.precise(weight.device)
+    return (rows.to(where, torch.float64) for rows in weight.split(ROWS))
 
 
 def _check(data: Examples, weight: Tensor) -> None:

@@ -111,8 +111,7 @@ def examples(
 def token_losses(data: Examples, heads: Sequence[Head], block: int = 128) -> Losses:
     """Nats a token of each head over its whole vocabulary, `block` tokens at a time.
 
-    A head that extends the one before it, as cuts of one head in ascending order do, is only
-    charged for the directions that it adds.
+    Of ascending cuts of one head each only costs the work of the directions that it adds.
     """
     for head in heads:
         data.check(len(head.A), head.B.shape[1])
@@ -143,8 +142,7 @@ def covariance(
 ) -> Float[Tensor, "d d"]:
     """The second moment C = E[h hᵀ], mean included, in float64.
 
-    `ridge` times the mean diagonal entry is added to the diagonal: a LayerNorm leaves a direction
-    out.
+    To the diagonal `ridge` times its mean is added, as a LayerNorm leaves a direction out.
     """
     count, d = hidden_states.shape
     total = torch.zeros(d, d, dtype=torch.float64)
@@ -243,9 +241,8 @@ def train(
     rows = _Rows(data.targets, len(heads[0].A), sampled, seed)
     pupils = [_Pupil(head, rows, learning_rate) for head in heads]
     dense = [group for pupil in pupils for group in pupil.dense]
-    optimizers = [torch.optim.Adam(dense, fused=True)]
-    if len(rows.rest):
-        optimizers.append(torch.optim.SparseAdam([pupil.sparse for pupil in pupils]))
+    sparse = [pupil.sparse for pupil in pupils]
+    optimizers = [torch.optim.Adam(dense, fused=True), torch.optim.SparseAdam(sparse)]
     decays = [LinearLR(optimizer, 1, 1 / steps, steps) for optimizer in optimizers]
     following = np.searchsorted(rows.seen, data.targets)
     places = _batches(len(following), batch, epochs, seed)
@@ -336,11 +333,7 @@ class ByRank(NamedTuple):
     texts: Texts
 
     def above_full(self) -> pd.DataFrame:
-        """A curve to draw: what each rank loses against the full one, in nats a token.
-
-        **Returns:** columns `rank r`, `share r/d`, `loss above the full head (nats)`, `low`,
-        `high`.
-        """
+        """A curve to draw: what a token loses at each rank against the full one, with its ends."""
         rows = []
         d = self.ranks[-1]
         full = self.losses[-1]
@@ -351,10 +344,7 @@ class ByRank(NamedTuple):
         return pd.DataFrame(rows, columns=names)
 
     def knee(self, tolerance: float = 0.05) -> stats.Estimate:
-        """The rank above which perplexity stays within `tolerance` (0.05: 5 %) of the full one's.
-
-        It is interpolated in the log of the rank.
-        """
+        """The rank, on a log scale, from which perplexity is within `tolerance` of the full one."""
         allowed = math.log1p(tolerance)
 
         def crossing(excess: Float[np.ndarray, " ranks"]) -> float:
@@ -374,24 +364,25 @@ class ByRank(NamedTuple):
         The distance to other models' curves at equal r/d, less that at equal r: root mean squares
         over the ranks below d, of the loss above the full head, in nats. Above 0 the rank itself
         decides (section 5.1: "regardless of the model size"). Too short a training favours that.
-
-        **Arguments:** `others`: columns `curve`, `x` (ranks, the largest is that model's d) and `y`
-        (nats).
+        `others` has columns `curve`, `x` (ranks up to that model's d) and `y` (nats).
         """
         own = np.log(self.ranks[:-1])
         found = []
         for _, other in others.sort_values("x").groupby("curve"):
             known = np.log(other["x"].to_numpy())
-            above = other["y"].to_numpy() - other["y"].iloc[-1]
+            losses = other["y"].to_numpy()
+            above = losses - losses[-1]
             wider = known[-1] - math.log(self.ranks[-1])
             asked = [own, own + wider]
-            found.append(np.interp(asked, known, above, left=math.nan, right=math.nan))
+            at = np.interp(asked, known, above, left=math.nan, right=math.nan)
+            found.append(at)
         theirs = np.array(found)  # curves, rank or share, ranks
         both_known = np.isfinite(theirs).all(1, keepdims=True)
 
         def nearer(excess: Float[np.ndarray, " ranks"]) -> float:
             squares = np.square(excess[:-1] - theirs)
-            at_rank, at_share = np.sqrt(squares.mean((0, 2), where=both_known))
+            means = squares.mean((0, 2), where=both_known)
+            at_rank, at_share = np.sqrt(means)
             return at_share - at_rank
 
         return self._of_excess(nearer)
@@ -406,7 +397,8 @@ class ByRank(NamedTuple):
             tokens = weights @ counts
             curves = weights @ sums
             curves /= tokens[:, None]
-            return np.array([number(curve) for curve in curves])
+            numbers = [number(curve) for curve in curves]
+            return np.array(numbers)
 
         return stats.bootstrap(statistic, len(counts))
 

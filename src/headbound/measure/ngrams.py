@@ -56,9 +56,8 @@ def count(
 ) -> Iterator[csr_array]:
     """Counts (contexts × vocabulary), one partition of the contexts after the other.
 
-    An n-gram has `order` tokens, its context one less. `targets` say what follows each context
-    where that is not what does in `tokens`. By default all partitions are counted, enough of them
-    for `PARTITION` n-grams in each; jobs may count `only` some each and add up.
+    An n-gram has `order` tokens, its context one less. `targets` may say what follows each context.
+    All partitions are counted, by default of `PARTITION` n-grams each, or `only` some.
 
     **Raises:** `ValueError` for an order, ids, targets or partitions that don't fit.
     """
@@ -74,7 +73,8 @@ def count(
     columns = [tokens[place : place + ngrams] for place in range(order - 1)]
     columns.append(targets)
     partitions = partitions or -(-ngrams // PARTITION)
-    for part in range(partitions) if only is None else only:
+    wanted = range(partitions) if only is None else only
+    for part in wanted:
         if not 0 <= part < partitions:
             raise ValueError(f"partition = {part}: must be from 0 to {partitions - 1}")
         first = part * SLOTS // partitions
@@ -104,7 +104,7 @@ def gram(
     The `weighting` is `contexts`, w = 1 (the paper's), or `tokens`, w = n (what the loss sees).
     With `unbiased`, Σ w (k kᵀ − diag k) / (n (n − 1)), over pairs of *different* occurrences. Its
     mean is WᵀW of the true probabilities, which the plain one exceeds by sampling noise. Contexts
-    seen once are then left out. `counting` is as of `count`.
+    seen once are then left out. `counting` is what `count` takes.
 
     **Raises:** `ValueError` for bad arguments, or a V × V matrix beyond the free memory.
     """
@@ -149,7 +149,8 @@ def _leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " valu
     found = svds(matrix, ranks, v0=start, return_singular_vectors=False)
     values = found[::-1]
     others = most + 1 - ranks
-    left = np.sum(matrix.data**2) - np.sum(values**2)
+    norm = np.sum(matrix.data**2)
+    left = norm - np.sum(values**2)
     rest = np.sqrt(max(0.0, left) / others)
     return np.append(values, np.full(others, rest))
 
@@ -198,9 +199,9 @@ def split_half(pieces: Pieces, order: int, vocab_size: int) -> _SplitHalf:
 def study(
     pieces: Pieces, order: int, vocab_size: int, seed: int = 0
 ) -> tuple[Curve, Curve, _SplitHalf]:
-    """A list of texts as counted, with what follows each context shuffled, and split in halves.
+    """W-errors, weighted by tokens, of texts and of the same with what follows shuffled; halves.
 
-    The first two are W-errors, weighted by tokens. The shuffled matrix has true rank one.
+    The shuffled matrix has true rank one.
     """
     tokens = np.concatenate(pieces)
     following = tokens[order - 1 :]
@@ -227,8 +228,9 @@ def carried(vocab_sizes: Sequence[int], ranks: Sequence[float | int], vocab_size
     fit = OLS(logit(shares), inputs).fit()
     prediction = fit.get_prediction([[1.0, np.log(vocab_size)]])
     found = prediction.summary_frame(alpha=0.05).iloc[0]
-    three = found[["mean", "obs_ci_lower", "obs_ci_upper"]]
-    return Estimate(*(vocab_size * expit(three)).tolist(), len(sizes))
+    shares = expit(found[["mean", "obs_ci_lower", "obs_ci_upper"]])
+    value, low, high = (vocab_size * shares).tolist()
+    return Estimate(value, low, high, len(sizes))
 
 
 def meets(
@@ -322,8 +324,8 @@ def _judged(fit: torch.Tensor, judge: torch.Tensor) -> torch.Tensor:
     """Held-out error, floor and ceiling for each rank of `fit`, judged by the other half."""
     values, vectors = torch.linalg.eigh(fit)
     found = ((judge @ vectors) * vectors).sum(0)
-    whole = (judge**2).sum()
-    missed = values * (values - 2 * found) / whole
+    missed = values * (values - 2 * found)
+    missed /= (judge**2).sum()
     steps = torch.stack([missed, -values, -found])
     sums = steps.flip(1).cumsum(1)
     return 1 + pad(sums, (1, 0))

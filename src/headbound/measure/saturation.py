@@ -47,10 +47,9 @@ class LateRise(NamedTuple):
 
 
 def late_rise(steps: ArrayLike, values: ArrayLike) -> LateRise:
-    """The late rise of a curve: the book's one definition, for losses, perplexities and entropies.
+    """The late rise of a curve in which less is better; the book's one definition.
 
     The first tenth of the training is left out, by steps: a curve climbs to its first peak there.
-    The steps come in any order; less is better.
 
     **Raises:** `ValueError` for fewer than three checkpoints past the first tenth, a repeated step,
     a value that is not finite.
@@ -88,9 +87,8 @@ def together(first: ArrayLike, second: ArrayLike, window: int = 1) -> tuple[floa
 def late_change(*curves: tuple[ArrayLike, ArrayLike]) -> Estimate:
     """Mean value over the last third of training minus that over its middle third.
 
-    Whole thirds are compared, since one last checkpoint is noisy. The interval is Welch's, over
-    checkpoints. A curve is a pair of tokens (or steps) and values. Of two curves it gives the first
-    one's change minus the second one's.
+    The interval is Welch's, over checkpoints. A curve is a pair of tokens (or steps) and values. Of
+    two curves it gives the first one's change minus the second one's.
     """
     thirds = []
     for tokens, values in curves:
@@ -99,8 +97,9 @@ def late_change(*curves: tuple[ArrayLike, ArrayLike]) -> Estimate:
         last = share > 2 / 3
         middle = (share > 1 / 3) & ~last
         thirds += [value[last], value[middle]]
-    signs = np.array([1, -1, -1, 1])[: len(thirds)]
-    change = float(signs @ [third.mean() for third in thirds])
+    means = [third.mean() for third in thirds]
+    signs = [1, -1, -1, 1]
+    change = float(np.dot(signs[: len(means)], means))
     sizes = np.array([len(third) for third in thirds])
     errors = np.array([sem(third) for third in thirds])
     total = errors @ errors
@@ -183,13 +182,16 @@ def _checked(
     steps: ArrayLike, values: ArrayLike, stderr: ArrayLike | None = None
 ) -> tuple[np.ndarray, Curve, Curve]:
     """A curve by step, with its standard errors: zeros raised to the least positive, or ones."""
-    step, value = np.asarray(steps), np.asarray(values, float)
+    step = np.asarray(steps)
+    value = np.asarray(values, float)
     if len(step) < 3 or value.shape != step.shape:
         given = f"{len(step)} steps, {len(value)} values"
         raise ValueError(f"{given}: give one value a step, three or more")
     error = np.ones(len(step)) if stderr is None else np.asarray(stderr, float)
     order = np.argsort(step, kind="stable")
-    step, value, error = step[order], value[order], error[order]
+    step = step[order]
+    value = value[order]
+    error = error[order]
     again = step[1:][np.diff(step) == 0]
     if len(again):
         raise ValueError(f"step {again[0]} occurs twice: keep one value a step")
@@ -229,9 +231,11 @@ def _scatter(y: Curve, error: Curve) -> float:
     squares = error**2
     around = squares[:-2] + squares[2:]
     variance = squares[1:-1] + around / 4
-    z = np.abs(off) / np.sqrt(variance)
+    deviation = np.sqrt(variance)
+    z = np.abs(off) / deviation
     robust = float(np.median(z)) / 0.6745
-    whole = float(np.sqrt((z**2).mean()))
+    squares = z**2
+    whole = float(np.sqrt(squares.mean()))
     return min(robust or whole, whole)
 
 
@@ -245,7 +249,8 @@ def _level_fit(y: Curve, error: Curve, noise: float) -> Curve:
         if start:
             fit[:start] = isotonic_regression(y[:start], weights=weight[:start]).x
         monotone = np.diff(fit).min() >= 0
-        if monotone and weight @ (y - fit) ** 2 <= allowed:
+        cost = weight @ (y - fit) ** 2
+        if monotone and cost <= allowed:
             return fit
     return free
 
@@ -254,7 +259,8 @@ def _compare(curves: Curves, error: Curve) -> tuple[Each, Each]:
     """R₀ − R₁ and R₁ of each curve; a peak may lie anywhere."""
     rising = _rising_costs(curves, error)
     backwards = _rising_costs(np.flip(curves, 1), np.flip(error))
-    peaked = (rising + np.flip(backwards, 0)).min(0)
+    falling = np.flip(backwards, 0)
+    peaked = (rising + falling).min(0)
     gained = rising[-1] - peaked
     gained[gained <= RISING * rising[-1]] = 0.0
     return gained, peaked
@@ -281,7 +287,8 @@ def _rising_costs(curves: Curves, error: Curve) -> Float[np.ndarray, "n+1 curves
         while len(violating):
             cost[place + 1, violating] += _merge(mean, weight, top, violating)
             upper = top[violating]
-            violating = violating[mean[upper - 1, violating] > mean[upper, violating]]
+            still = mean[upper - 1, violating] > mean[upper, violating]
+            violating = violating[still]
     return cost
 
 

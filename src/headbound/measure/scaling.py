@@ -92,9 +92,11 @@ def fit(
     place = _minimum(BEGIN, *data)
     left_out = [_minimum(place, *np.delete(data, model, axis=1)) for model in range(models)]
     readings = REREADINGS if error else 0
-    noise = error * np.random.default_rng(seed).standard_normal((readings, models))
+    random = np.random.default_rng(seed)
+    noise = error * random.standard_normal((readings, models))
     reread = [_minimum(place, sizes, texts, observed + off) for off in noise]
-    residual = np.log(_loss(place, sizes, texts) / observed)
+    predicted = _loss(place, sizes, texts)
+    residual = np.log(predicted / observed)
     misfit = math.sqrt(np.mean(residual**2))
     return _Law(place, left_out, reread, misfit)
 
@@ -110,8 +112,9 @@ def _minimum(begin: Place, sizes: np.ndarray, texts: np.ndarray, losses: np.ndar
 
 def _loss(place: Place, parameters: Numbers, tokens: Numbers) -> Float[np.ndarray, " models"]:
     log_A, alpha = place
+    B, beta, E = HOFFMANN.values()
     sizes = np.array(parameters, float, ndmin=1)
     texts = np.array(tokens, float, ndmin=1)
     of_size = np.exp(log_A - alpha * np.log(sizes))
-    of_text = HOFFMANN["B"] / texts ** HOFFMANN["beta"]
-    return of_size + of_text + HOFFMANN["E"]
+    of_text = B / texts**beta
+    return of_size + of_text + E

@@ -1,6 +1,6 @@
 """Singular values of a matrix such as the head, and how evenly they use its dimensions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ Values = Float[np.ndarray, " values"]
 def singular_values(weight: Float[Tensor, "rows d"]) -> Values:
     """All singular values, the largest first, to about 1e-8 of the largest.
 
-    They are the roots of the eigenvalues of the smaller Gram matrix, added up in float64.
+    They are the roots of the eigenvalues of the smaller Gram matrix, in float64.
 
     **Raises:** `ValueError` for NaN, Inf or an empty matrix.
 
@@ -93,12 +93,13 @@ def frequency_link(
     group = np.random.default_rng(0).integers(groups, size=len(weight))
     first = _first_direction(weight)
     rows = weight.double().cpu()
+    occurs = counts > 0
 
     def link(kept: np.ndarray) -> float:
         direction = _first_direction(weight[torch.from_numpy(kept)])
         direction *= torch.sign(direction @ first)
         loadings = (rows @ direction).numpy()
-        seen = kept & (counts > 0)
+        seen = kept & occurs
         return float(spearmanr(loadings[seen], counts[seen]).statistic)
 
     whole = link(group >= 0)
@@ -110,8 +111,8 @@ def frequency_link(
 def fits_size(parameters: float, entropy: stats.Estimate, cut: float = 1.6) -> bool | None:
     """Whether a trained head's singular entropy is above `cut` below 410M parameters only.
 
-    So Pythia's heads end in the paper's figure 5, with any cut from 0.57 to 4.67 nats. A small
-    head that is flat leaves it open: the paper says that not every small model need saturate.
+    So Pythia's heads end in Figure 5, with any cut from 0.57 to 4.67 nats. A small head that is
+    flat leaves it open: by the paper not every small model need saturate.
     """
     small = parameters < 410e6
     high = entropy.above(cut)
@@ -128,14 +129,13 @@ def _probabilities(singular_values: Values) -> Values:
     return scaled / scaled.sum()
 
 
-def blocks(weight: Float[Tensor, "rows d"]) -> Iterator[Float64[Tensor, "_ d"]]:
-    """The rows in float64, so many at a time that the extra memory stays small."""
-    where = device.precise(weight.device)
-    return (rows.to(where, torch.float64) for rows in weight.detach().split(ROWS))
-
-
 def _gram(weight: Float[Tensor, "rows d"]) -> Float64[Tensor, "d d"]:
-    return sum(rows.T @ rows for rows in blocks(weight))
+    where = device.precise(weight.device)
+    total = 0
+    for block in weight.detach().split(ROWS):
+        rows = block.to(where, torch.float64)
+        total += rows.T @ rows
+    return total
 
 
 def _first_direction(weight: Float[Tensor, "rows d"]) -> Float64[Tensor, " d"]:

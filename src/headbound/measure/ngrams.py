@@ -15,7 +15,7 @@ import psutil
 import torch
 from jaxtyping import Float64, Integer
 from scipy.sparse import csr_array, diags_array, vstack
-from scipy.sparse.linalg import svds
+from scipy.sparse.linalg import aslinearoperator, eigsh
 from scipy.special import expit, logit
 from statsmodels.api import OLS, add_constant
 from torch.nn.functional import pad
@@ -145,14 +145,14 @@ def _leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " valu
     most = min(matrix.shape) - 1
     if not 1 <= ranks <= most:
         raise ValueError(f"ranks = {ranks}: must be between 1 and {most}")
-    start = np.random.default_rng(0).random(min(matrix.shape))
-    found = svds(matrix, ranks, v0=start, return_singular_vectors=False)
+    operator = aslinearoperator(matrix)
+    start = np.random.default_rng(0).random(matrix.shape[1])
+    found = eigsh(operator.T @ operator, ranks, v0=start, return_eigenvectors=False)
     values = found[::-1]
     others = most + 1 - ranks
-    norm = np.sum(matrix.data**2)
-    left = norm - np.sum(values**2)
-    rest = np.sqrt(max(0.0, left) / others)
-    return np.append(values, np.full(others, rest))
+    left = np.sum(matrix.data**2) - values.sum()
+    rest = np.full(others, max(0.0, left) / others)
+    return np.sqrt(np.append(values, rest))
 
 
 def errors(tokens: Tokens, order: int, vocab_size: int, leading: int = 0, **rows: Any) -> Curve:

@@ -21,7 +21,7 @@ HOFFMANN = {"B": 410.7, "beta": 0.28, "E": 1.69}
 # Huber's loss turns from square to linear where a law is off by this much of ln L. Hoffmann et al.
 # take 1e-3; with a handful of models that is a median, whose jackknife can't be trusted.
 DELTA = 1e-2
-BEGIN = (5.0, 0.25)  # ln A and alpha where the search begins
+BEGIN = np.array([5.0, 0.25])  # ln A and alpha where the search begins
 REREADINGS = 100  # of losses with a reading error
 
 

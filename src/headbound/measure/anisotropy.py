@@ -1,6 +1,7 @@
 """Anisotropy: the mean cosine between hidden states, exact and in one pass."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -18,9 +19,7 @@ MOST = 1e12  # and up to here none that overflow
 
 
 def mean_cosine(
-    hidden_states: States | Iterable[Float[Tensor, "_ d"]],
-    resamples: int = 1000,
-    seed: int = 0,
+    hidden_states: States | Iterable[Float[Tensor, "_ d"]], resamples: int = 1000, seed: int = 0
 ) -> Estimate:
     """The mean of cos(hᵢ, hⱼ) over all pairs i ≠ j, exactly, from the sum of the unit vectors uᵢ.
 
@@ -53,20 +52,20 @@ def by_layer(
 
     **Raises:** `ValueError` as `mean_cosine` does, or if the stream is empty.
     """
-    parts: dict[tuple[int, int], list[tuple[np.ndarray, int]]] = {}
+    parts = defaultdict(list)
     for batch in states:
         for layer, texts in enumerate(batch):
             for text in texts:
                 some = text[text.ne(0).any(1)]
-                for place, ratio in enumerate(sink_ratios):
+                for ratio in sink_ratios:
                     kept = some if ratio is None else some[~sinks(some, ratio)]
-                    parts.setdefault((place, layer), []).append(_part(kept))
+                    parts[ratio, layer].append(_part(kept))
     if not parts:
         raise ValueError("no hidden states: the stream is empty; give it at least one text")
-    layers = range(1 + max(layer for _, layer in parts))
+    layers = sorted({layer for _, layer in parts})
     return [
-        [_over_texts(parts[place, layer], resamples, seed) for layer in layers]
-        for place in range(len(sink_ratios))
+        [_over_texts(parts[ratio, layer], resamples, seed) for layer in layers]
+        for ratio in sink_ratios
     ]
 
 
@@ -126,7 +125,7 @@ def most_layers(layers: Sequence[Estimate], cut: float = 0.1) -> bool | None:
 def fits_size(parameters: float, last: Estimate) -> bool | None:
     """Whether a last layer is highly anisotropic for up to 160M parameters only, as Pythia's are.
 
-    High is above 0.56, low is up to 0.20: in the paper's figure 2 none lies between. None there.
+    High is above 0.56, low is up to 0.20; between, where no model of Figure 2 lies, None.
     """
     if last.above(0.56):
         return parameters <= 160e6

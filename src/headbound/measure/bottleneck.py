@@ -52,8 +52,8 @@ def working_rank(head: Head, data: Examples, groups: int = 5, tolerance: float =
     """The least rank at which a cut of `head` (of `lowrank.low_rank`) predicts as the whole does.
 
     That is ½ E[Δ²] ≤ `tolerance` nats, Δ the change of a token's loss: to second order the
-    divergence. The interval leaves out one of `groups` groups of texts at a time. A numerical rank
-    would take the rounding of stored weights for dimensions.
+    divergence. The interval leaves out one group of texts at a time. A numerical rank would take
+    the rounding of stored weights for dimensions.
     """
     (whole,) = lowrank.token_losses(data, [head])
 
@@ -96,7 +96,11 @@ def lift(
     if not all(1 <= low <= r and low <= high <= 2 * r for low, high in pairs):
         raise ValueError(f"pairs = {list(pairs)}: need 1 ≤ lower ≤ {r}, lower ≤ higher ≤ {2 * r}")
     random = np.random.default_rng(seed)
-    kept = _vocabulary(train, test, len(head.A), others, random)
+    occurring = np.union1d(train.targets, test.targets)
+    rest = np.setdiff1d(np.arange(len(head.A)), occurring)
+    count = min(others, len(rest))
+    chosen = random.choice(rest, count, replace=False)
+    kept = np.union1d(occurring, chosen)
     drawn = random.standard_normal((r, r))
     mixing = torch.from_numpy(drawn).float()
     mixing *= 2 / math.sqrt(r)
@@ -104,20 +108,11 @@ def lift(
     judge = _features(test, head, mixing, kept)
     starts = []
     for low, high in pairs:
-        starts.append(_start(head, kept, low, low))
-        starts.append(_start(head, kept, low, high))
+        starts += [_start(head, kept, low, rank) for rank in (low, high)]
     training.setdefault("learning_rate", 0.008)
     trained = lowrank.train(learn, starts, 1, seed=seed, **training)
     losses = lowrank.token_losses(judge, trained)
     return losses[::2] - losses[1::2]
-
-
-def _vocabulary(train: Examples, test: Examples, vocab: int, others: int, random) -> np.ndarray:
-    occurring = np.union1d(train.targets, test.targets)
-    rest = np.setdiff1d(np.arange(vocab), occurring)
-    count = min(others, len(rest))
-    drawn = random.choice(rest, count, replace=False)
-    return np.union1d(occurring, drawn)
 
 
 def _features(data: Examples, head: Head, mixing: Tensor, kept: np.ndarray) -> Examples:
@@ -217,10 +212,7 @@ def target_rank(
 
 
 def _references(fingerprint: str, perplexity: float) -> pd.DataFrame:
-    """What this report found for known models, and the paper's figures say of its own: a row each.
-
-    A model of the same text (its fingerprint) and perplexity is the one in hand, and left out.
-    """
+    """A row a number of a known model that is not of the same text and perplexity."""
     known = pd.read_csv(pythia.DATA / "references.csv")
     mine = np.isclose(known["value"], perplexity, 1e-3)
     mine &= known["quantity"] == "perplexity"
@@ -232,8 +224,8 @@ def _references(fingerprint: str, perplexity: float) -> pd.DataFrame:
 def places(mine: Mapping[str, Estimate | float], fingerprint: str) -> pd.DataFrame:
     """Where numbers lie among known models', in words: how many have less, and the nearest.
 
-    They are what this report found, and what the paper's figures say of its own. One of the same
-    text (its fingerprint) and perplexity is the model in hand, and left out.
+    Those are this report's and, apart from them, the paper's. One of the same text (its
+    fingerprint) and perplexity is the model in hand, and left out.
     """
     known = _references(fingerprint, mine["perplexity"].value)
     cited = known["verdict"] == "cited"

@@ -47,9 +47,8 @@ def second_order(logits: Logits, change: Logits) -> float:
     """The local expansion of the gap at logits Z* + δ: (1/2N) Σ_i Var_{p_i}(δ_i), in nats."""
     p = _log_softmax(logits).exp()
     delta = torch.as_tensor(change, dtype=torch.float64)
-    means = (p * delta).sum(1, keepdim=True)
-    squares = (delta - means) ** 2
-    variances = (p * squares).sum(1)
+    delta = delta - (p * delta).sum(1, keepdim=True)
+    variances = (p * delta**2).sum(1)
     return float(variances.mean() / 2)
 
 
@@ -60,9 +59,9 @@ def of_first_order(order: float) -> Ruling:
 
 def textbook_upper(logits: Logits, ranks: Sequence[int]) -> PerRank:
     """The plain upper bound (1/4N) Σ_{j>d} σ_j² of the row-centred logits, in nats per context."""
-    _check(ranks, logits)
-    target = _log_softmax(logits)
-    values = torch.linalg.svdvals(_centred(target, torch.ones_like(target[0])))
+    target = _log_softmax(logits, ranks)
+    centred = target - target.mean(1, keepdim=True)
+    values = torch.linalg.svdvals(centred)
     squares = values.numpy() ** 2
     tails = [squares[rank:].sum() for rank in ranks]
     return np.array(tails) / (4 * len(logits))
@@ -71,8 +70,8 @@ def textbook_upper(logits: Logits, ranks: Sequence[int]) -> PerRank:
 def textbook_lower(logits: Logits, ranks: Sequence[int]) -> PerRank:
     """The plain lower bound (p_min c(M)/N) Σ_{j>d} σ_j², c(M) = (e^{−M} − 1 + M)/M².
 
-    M = 1 + N u/p_min with the plain upper bound u: no log-probability of the optimum lies more
-    than M below the target's.
+    No log-probability of the optimum lies more than M below the target's: M = 1 + N u/p_min, with
+    the plain upper bound u.
     """
     u = textbook_upper(logits, ranks)
     target = _log_softmax(logits)
@@ -94,11 +93,9 @@ def reach(
     """Rank-d logits H Wᵀ with a small gap: L-BFGS on both factors from several starts.
 
     Each of the `powers` is a start: Eckart–Young, tokens weighted by mean probability to that
-    power. Each of the `seeds` is a random one, for a solver that looks for the optimum. With 0
-    `steps` a start stays as it is.
+    power. Each of the `seeds` is a random one. With 0 `steps` a start stays as it is.
     """
-    _check([rank], logits)
-    target = _log_softmax(logits)
+    target = _log_softmax(logits, [rank])
     starts = [_start(target, rank, power) for power in powers]
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -122,7 +119,7 @@ def upper(logits: Logits, ranks: Sequence[int], steps: int = 200) -> PerRank:
     **Returns:** nats per context. **Raises:** `ValueError` for ranks not in 1 to min(N, V), or
     logits that are not finite.
     """
-    _check(ranks, logits)
+    _log_softmax(logits, ranks)  # raises before the work
     ascending = np.unique(ranks)
     gaps = [loss_gap(logits, reach(logits, int(rank), steps)) for rank in ascending]
     least = np.minimum.accumulate(gaps)
@@ -144,8 +141,7 @@ def lower(
 
     **Returns:** nats per context. **Raises:** as `upper`.
     """
-    _check(ranks, logits)
-    target = _log_softmax(logits)
+    target = _log_softmax(logits, ranks)
     margin = EPS * float(target.abs().max())
     chosen = np.unique(ranks)
     kept = max(tokens, 2 * chosen[-1])
@@ -157,10 +153,10 @@ def lower(
     for rank in np.unique(chosen[places]).tolist():
         if rank < min(target.shape):
             found.append(_ascend(target, rank, steps, margin))
-    terms = torch.stack(found)
+    terms = torch.stack(found).numpy()
     totals = [terms[:, rank:].sum(1) for rank in ranks]
-    best = [float(total.max()) for total in totals]
-    return np.array(best) / len(target)
+    best = np.max(totals, 1)
+    return best / len(target)
 
 
 def _ascend(target: Tensor, rank: int, steps: int, margin: float) -> Tensor:
@@ -220,8 +216,7 @@ def _phi(sigma: Tensor) -> Tensor:
 
 def _start(target: Tensor, rank: int, power: float) -> tuple[Tensor, Tensor]:
     """Factors of the rank-d truncation with tokens weighted by mean probability ** power."""
-    mean = target.exp().mean(0) + TINY
-    root = mean ** (power / 2)
+    root = (target.exp().mean(0) + TINY) ** (power / 2)
     a = _centred(target, root)
     vectors = torch.linalg.eigh(_smaller_gram(a)).eigenvectors
     left = right = vectors.flip(1)[:, :rank]
@@ -235,7 +230,7 @@ def _start(target: Tensor, rank: int, power: float) -> tuple[Tensor, Tensor]:
 def _descend(target: Tensor, left: Tensor, right: Tensor, steps: int) -> Logits:
     """Logits after L-BFGS on both factors, which are brought to one scale first."""
     precision = torch.float32 if target.numel() > LARGE else torch.float64
-    scale = (right.norm() + TINY).sqrt() / (left.norm() + TINY).sqrt()
+    scale = ((right.norm() + TINY) / (left.norm() + TINY)).sqrt()
     h = (left * scale).to(precision)
     w = (right / scale).to(precision)
     p = target.exp().to(precision)
@@ -278,7 +273,10 @@ def _smaller_gram(a: Tensor) -> Tensor:
     return a @ a.T if len(a) <= a.shape[1] else a.T @ a
 
 
-def _log_softmax(logits: Logits) -> Tensor:
+def _log_softmax(logits: Logits, ranks: Sequence[int] = ()) -> Float64[Tensor, "contexts vocab"]:
+    for rank in ranks:
+        if not 1 <= rank <= min(logits.shape):
+            raise ValueError(f"rank = {rank}: must be between 1 and {min(logits.shape)}")
     if not np.isfinite(logits).all():
         i, v = np.argwhere(~np.isfinite(logits))[0]
         raise ValueError(
@@ -286,9 +284,3 @@ def _log_softmax(logits: Logits) -> Tensor:
             "drop that token or smooth the target"
         )
     return torch.log_softmax(torch.as_tensor(logits, dtype=torch.float64), 1)
-
-
-def _check(ranks: Sequence[int], logits: Logits) -> None:
-    for rank in ranks:
-        if not 1 <= rank <= min(logits.shape):
-            raise ValueError(f"rank = {rank}: must be between 1 and {min(logits.shape)}")

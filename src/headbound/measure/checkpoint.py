@@ -26,11 +26,9 @@ def measure(
 ) -> dict[str, float]:
     """Loss, anisotropy around the final norm, output rank, and what `head` says.
 
-    Loss (nats a token) and anisotropy come with 95 % intervals over texts. The output rank is the
-    effective rank of the log-probabilities at 16 places of each of 16 texts, modulo a constant a
-    context. It is defined for any head; a linear one has at most as many dimensions as the state.
-    The entropy is NaN for a head that is not one matrix. With the tokenizer, rows that pad the head
-    are left out of it.
+    Loss (nats a token) and anisotropy come with 95 % intervals over texts. The output rank is of 16
+    places of each of 16 texts; of a linear head it is at most as large as the state. The entropy is
+    NaN for a head that is not one matrix. With the tokenizer, rows that pad the head are left out.
     """
     losses: list[Tensor] = []
     shown: list[Tensor] = []
@@ -104,13 +102,9 @@ def outputs(model: PreTrainedModel, rows: Int[Tensor, "texts length"]) -> dict[s
     """
     (states,), logits = hidden.with_logits(model, rows[:, :-1], [-1])
     logits = logits.float()
-    texts, length, _ = logits.shape
-    inputs = states.float().flatten(0, 1)
-    examples = Examples(
-        hidden_states=inputs.cpu().numpy(),
-        targets=rows[:, 1:].flatten().cpu().numpy(),
-        texts=np.repeat(np.arange(texts), length),
-    )
+    inputs = states.float().flatten(0, 1).cpu().numpy()
+    targets = rows[:, 1:].flatten().cpu().numpy()
+    examples = Examples(inputs, targets, texts=np.zeros_like(targets))
     readout = models.readout(model, None, rows)
     kept = gradients.share_kept(examples, readout.weight.float(), logits=readout.logits)
     squares = logits.square().sum(-1)

@@ -47,8 +47,8 @@ def share_kept(data: Examples, weight: Weight, block: int = 128, logits: Logits 
     """How much of each token's logit gradient passes through the head W, exactly, in float64.
 
     It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's. W is best without its
-    mean row, which the softmax ignores. `logits` makes logits of states, as `models.Readout.logits`
-    does; without it W alone does. Beside the arguments nothing is larger than `block` × V.
+    mean row, which the softmax ignores. `logits` makes logits of states, such as a readout's;
+    without it W alone does. Beside the arguments nothing is larger than `block` × V.
 
     **Raises:** `ValueError` for no token, sizes that do not fit, NaN or Inf.
 
@@ -76,11 +76,14 @@ def _orthonormal(weight: Weight) -> Float64[Tensor, "d rank"]:
 
     **Source:** Stathopoulos & Wu 2002 (SVQB), twice.
     """
-    squares = _gram(weight).diagonal()
+    parts = (rows.square().sum(0) for rows in _rows(weight))
+    squares = sum(parts)
     # Columns of one length first: a short one would look like rounding.
     basis = torch.where(squares > 0, squares, 1).rsqrt().diag()
     for _round in range(2):
-        values, vectors = torch.linalg.eigh(_gram(weight, basis))
+        parts = (rows @ basis for rows in _rows(weight))
+        gram = sum(part.T @ part for part in parts)
+        values, vectors = torch.linalg.eigh(gram)
         there = values > NOISE * values.sum()
         scaled = vectors[:, there] / values[there].sqrt()
         basis = basis @ scaled
@@ -131,10 +134,7 @@ def as_claimed(loss: stats.Estimate, low: float = 0.945, high: float = 0.995) ->
 
 
 def unlearnable(same_head: Mapping[str, stats.Estimate], vocab: int) -> bool | None:
-    """Does no way of training a head surely get 99 % of the repetition right?
-
-    None at a vocabulary too small to say.
-    """
+    """Does no way surely get 99 % of the repetition right? None for a vocabulary below `LARGE`."""
     learned = any(share.low > 0.99 for share in same_head.values())
     return not learned if vocab >= LARGE else None
 
@@ -153,14 +153,9 @@ def _gradient(data: Examples, here: slice, weight: Tensor, logits: Logits) -> Te
     return others.scatter(1, targets, -others.sum(1, keepdim=True))
 
 
-def _rows(weight: Tensor) -> Iterator[Tensor]:
+def _rows(weight: Weight) -> Iterator[Float64[Tensor, "_ d"]]:
     where = device.precise(weight.device)
     return (rows.to(where, torch.float64) for rows in weight.split(ROWS))
-
-
-def _gram(weight: Tensor, basis: Tensor | None = None) -> Tensor:
-    parts = (rows if basis is None else rows @ basis for rows in _rows(weight))
-    return sum(part.T @ part for part in parts)
 
 
 def _check(data: Examples, weight: Tensor) -> None:

@@ -48,11 +48,9 @@ class Head(NamedTuple):
 
     def extends(self, other: "Head") -> bool:
         """Whether `other` is a cut of this head, known by their common memory."""
-        pairs = ((self.A, other.A), (self.B, other.B))
-        same = all(
-            own.data_ptr() == its.data_ptr() and own.stride() == its.stride() for own, its in pairs
-        )
-        return same and len(other.B) <= len(self.B)
+        same_A = self.A.data_ptr() == other.A.data_ptr()
+        same_B = self.B.data_ptr() == other.B.data_ptr()
+        return same_A and same_B and len(other.B) <= len(self.B)
 
     def logits(self, states: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens vocab"]:
         """The logits of hidden states, through the rank: A·B is never built."""
@@ -113,8 +111,7 @@ def examples(
 def token_losses(data: Examples, heads: Sequence[Head], block: int = 128) -> Losses:
     """Nats a token of each head over its whole vocabulary, `block` tokens at a time.
 
-    A head that extends the one before it, as cuts of one head in ascending order do, is only
-    charged for the directions that it adds.
+    Of ascending cuts of one head each only costs the work of the directions that it adds.
     """
     for head in heads:
         data.check(len(head.A), head.B.shape[1])
@@ -122,8 +119,8 @@ def token_losses(data: Examples, heads: Sequence[Head], block: int = 128) -> Los
     parts = device.feed(data[:2], places, heads[0].A.device)
     losses = []
     for states, targets in progress.bar(parts, "measuring heads", len(places)):
-        following = targets.long()
-        here = [cross_entropy(z, following, reduction="none") for z in _logits(states, heads)]
+        each = _logits(states, heads)
+        here = [cross_entropy(logits, targets.long(), reduction="none") for logits in each]
         losses.append(torch.stack(here))
     return torch.cat(losses, 1).double().cpu().numpy()
 
@@ -145,8 +142,7 @@ def covariance(
 ) -> Float[Tensor, "d d"]:
     """The second moment C = E[h hᵀ], mean included, in float64.
 
-    `ridge` times the mean diagonal entry is added to the diagonal: a LayerNorm leaves a direction
-    out.
+    To the diagonal `ridge` times its mean is added, as a LayerNorm leaves a direction out.
     """
     count, d = hidden_states.shape
     total = torch.zeros(d, d, dtype=torch.float64)
@@ -195,6 +191,24 @@ def low_rank(
     return Head(A.to(weight), B.to(weight))
 
 
+def _roots(
+    covariance: Float[Tensor, "d1 d2"], d: int
+) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
+    if covariance.shape != (d, d):
+        raise ValueError(
+            f"covariance of shape {tuple(covariance.shape)}: the head is {d} wide; "
+            "take hidden states and head from the same model"
+        )
+    values, vectors = torch.linalg.eigh(covariance)
+    rank = int((values > d * torch.finfo(values.dtype).eps * values[-1]).sum())
+    if rank < d:
+        raise ValueError(
+            f"covariance of rank {rank}: singular, for the head is {d} wide; use more hidden states"
+        )
+    roots = values.sqrt()
+    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+
 def train(
     data: Examples,
     heads: Sequence[Head],
@@ -227,9 +241,8 @@ def train(
     rows = _Rows(data.targets, len(heads[0].A), sampled, seed)
     pupils = [_Pupil(head, rows, learning_rate) for head in heads]
     dense = [group for pupil in pupils for group in pupil.dense]
-    optimizers = [torch.optim.Adam(dense, fused=True)]
-    if len(rows.rest):
-        optimizers.append(torch.optim.SparseAdam([pupil.sparse for pupil in pupils]))
+    sparse = [pupil.sparse for pupil in pupils]
+    optimizers = [torch.optim.Adam(dense, fused=True), torch.optim.SparseAdam(sparse)]
     decays = [LinearLR(optimizer, 1, 1 / steps, steps) for optimizer in optimizers]
     following = np.searchsorted(rows.seen, data.targets)
     places = _batches(len(following), batch, epochs, seed)
@@ -320,11 +333,7 @@ class ByRank(NamedTuple):
     texts: Texts
 
     def above_full(self) -> pd.DataFrame:
-        """A curve to draw: what each rank loses against the full one, in nats a token.
-
-        **Returns:** columns `rank r`, `share r/d`, `loss above the full head (nats)`, `low`,
-        `high`.
-        """
+        """A curve to draw: what a token loses at each rank against the full one, with its ends."""
         rows = []
         d = self.ranks[-1]
         full = self.losses[-1]
@@ -335,10 +344,7 @@ class ByRank(NamedTuple):
         return pd.DataFrame(rows, columns=names)
 
     def knee(self, tolerance: float = 0.05) -> stats.Estimate:
-        """The rank above which perplexity stays within `tolerance` (0.05: 5 %) of the full one's.
-
-        It is interpolated in the log of the rank.
-        """
+        """The rank, on a log scale, from which perplexity is within `tolerance` of the full one."""
         allowed = math.log1p(tolerance)
 
         def crossing(excess: Float[np.ndarray, " ranks"]) -> float:
@@ -360,28 +366,27 @@ class ByRank(NamedTuple):
         decides (section 5.1: "regardless of the model size"). Too short a training favours that.
         NaN where no rank lies on another's curve, both ways.
 
-        **Arguments:** `others`: columns `curve`, `x` (ranks, the largest is that model's d) and `y`
-        (nats).
+        `others` has columns `curve`, `x` (ranks up to that model's d) and `y` (nats).
         """
-        places = []
-        theirs = []
-        ascending = others.sort_values("x")
-        for _, other in ascending.groupby("curve"):
+        own = np.log(self.ranks[:-1])
+        found = []
+        for _, other in others.sort_values("x").groupby("curve"):
             known = np.log(other["x"].to_numpy())
-            above = other["y"].to_numpy()
-            for place, rank in enumerate(self.ranks[:-1]):
-                at_rank = math.log(rank)
-                at_share = at_rank - math.log(self.ranks[-1]) + known[-1]
-                asked = np.array([at_rank, at_share])
-                if known[0] <= asked.min() and asked.max() <= known[-1]:
-                    places.append(place)
-                    theirs.append(np.interp(asked, known, above - above[-1]))
+            losses = other["y"].to_numpy()
+            above = losses - losses[-1]
+            wider = known[-1] - math.log(self.ranks[-1])
+            asked = [own, own + wider]
+            at = np.interp(asked, known, above, left=math.nan, right=math.nan)
+            found.append(at)
+        theirs = np.array(found)  # curves, rank or share, ranks
+        both_known = np.isfinite(theirs).all(1, keepdims=True)
 
         def nearer(excess: Float[np.ndarray, " ranks"]) -> float:
-            if not places:
+            if not both_known.any():
                 return math.nan
-            differences = excess[places, None] - theirs
-            at_rank, at_share = np.sqrt(np.square(differences).mean(0))
+            squares = np.square(excess[:-1] - theirs)
+            means = squares.mean((0, 2), where=both_known)
+            at_rank, at_share = np.sqrt(means)
             return at_share - at_rank
 
         return self._of_excess(nearer)
@@ -408,24 +413,6 @@ def knee_at_claim(knee: stats.Estimate, width: int) -> Ruling:
         return Ruling(None, f"d = {width}: a knee at 1,000 is out of reach")
     factor = max(knee.value / CLAIMED, CLAIMED / knee.value)
     return Ruling(factor <= 2, f"a factor of {factor:.2f} from 1,000; up to 2 is called the same")
-
-
-def _roots(
-    covariance: Float[Tensor, "d1 d2"], d: int
-) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
-    if covariance.shape != (d, d):
-        raise ValueError(
-            f"covariance of shape {tuple(covariance.shape)}: the head is {d} wide; "
-            "take hidden states and head from the same model"
-        )
-    values, vectors = torch.linalg.eigh(covariance)
-    rank = int((values > d * torch.finfo(values.dtype).eps * values[-1]).sum())
-    if rank < d:
-        raise ValueError(
-            f"covariance of rank {rank}: singular, for the head is {d} wide; use more hidden states"
-        )
-    roots = values.sqrt()
-    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
 def _batches(states: int, batch: int, epochs: int, seed: int) -> Iterator[np.ndarray]:

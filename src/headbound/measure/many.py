@@ -50,9 +50,8 @@ def run(
 ) -> pd.DataFrame:
     """A row a checkpoint, with the columns and units of `measurements.json`; a line said of each.
 
-    The names are folders, `.gguf` files, and Hub ids, these at each of the `revisions`. `source` is
-    that of the held-out passages, see `corpus.load`; None reads heads alone, a Hub id's by
-    `head_on_hub` from its name and revision.
+    The names are folders, `.gguf` files, and Hub ids, these at each of the `revisions`. `source`
+    gives the held-out passages; None reads heads alone, a Hub id's by `head_on_hub`.
 
     **Raises:** `ValueError` as `corpus.load`, or for revisions without a Hub id; or, after the last
     checkpoint, naming those that could not be measured and why.
@@ -126,5 +125,5 @@ def _line(row: Row) -> str:
     if "loss" in row:
         cosine = f"last-layer cosine {row['anisotropy_after_norm']:.3f}"
         told = f"loss {row['loss']:.4f} nats a token, {cosine}, {told}"
-    name = " ".join(f"{row['model']} {row['revision']}".split())
+    name = f"{row['model']} {row['revision']}".strip()
     return f"{name}: {told}"

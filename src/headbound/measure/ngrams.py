@@ -56,9 +56,8 @@ def count(
 ) -> Iterator[csr_array]:
     """Counts (contexts × vocabulary), one partition of the contexts after the other.
 
-    An n-gram has `order` tokens, its context one less. `targets` say what follows each context
-    where that is not what does in `tokens`. By default all partitions are counted, enough of them
-    for `PARTITION` n-grams in each; jobs may count `only` some each and add up.
+    An n-gram has `order` tokens, its context one less. `targets` may say what follows each context.
+    All partitions are counted, by default of `PARTITION` n-grams each, or `only` some.
 
     **Raises:** `ValueError` for an order, ids, targets or partitions that don't fit.
     """
@@ -68,8 +67,9 @@ def count(
     targets = tokens[order - 1 :] if targets is None else targets
     if len(targets) != ngrams:
         raise ValueError(f"{len(targets)} targets: {ngrams} contexts need one each")
-    _check_ids(tokens, vocab_size)
-    _check_ids(targets, vocab_size)
+    for extreme in (tokens.min(), tokens.max(), targets.min(), targets.max()):
+        if not 0 <= extreme < vocab_size:
+            raise ValueError(f"token id {extreme}: outside the vocabulary of {vocab_size}")
     columns = [tokens[place : place + ngrams] for place in range(order - 1)]
     columns.append(targets)
     partitions = partitions or -(-ngrams // PARTITION)
@@ -104,7 +104,7 @@ def gram(
     The `weighting` is `contexts`, w = 1 (the paper's), or `tokens`, w = n (what the loss sees).
     With `unbiased`, Σ w (k kᵀ − diag k) / (n (n − 1)), over pairs of *different* occurrences. Its
     mean is WᵀW of the true probabilities, which the plain one exceeds by sampling noise. Contexts
-    seen once are then left out. `counting` is as of `count`.
+    seen once are then left out. `counting` is what `count` takes.
 
     **Raises:** `ValueError` for bad arguments, or a V × V matrix beyond the free memory.
     """
@@ -150,8 +150,7 @@ def _leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " valu
     found = eigsh(operator.T @ operator, ranks, v0=start, return_eigenvectors=False)
     values = found[::-1]
     others = most + 1 - ranks
-    norm = np.sum(matrix.data**2)
-    left = norm - values.sum()
+    left = np.sum(matrix.data**2) - values.sum()
     rest = np.full(others, max(0.0, left) / others)
     return np.sqrt(np.append(values, rest))
 
@@ -200,9 +199,9 @@ def split_half(pieces: Pieces, order: int, vocab_size: int) -> _SplitHalf:
 def study(
     pieces: Pieces, order: int, vocab_size: int, seed: int = 0
 ) -> tuple[Curve, Curve, _SplitHalf]:
-    """A list of texts as counted, with what follows each context shuffled, and split in halves.
+    """W-errors, weighted by tokens, of texts and of the same with what follows shuffled; halves.
 
-    The first two are W-errors, weighted by tokens. The shuffled matrix has true rank one.
+    The shuffled matrix has true rank one.
     """
     tokens = np.concatenate(pieces)
     following = tokens[order - 1 :]
@@ -227,11 +226,10 @@ def carried(vocab_sizes: Sequence[int], ranks: Sequence[float | int], vocab_size
     shares = np.array(ranks) / sizes
     inputs = add_constant(np.log(sizes))
     fit = OLS(logit(shares), inputs).fit()
-    asked = [1.0, np.log(vocab_size)]
-    prediction = fit.get_prediction([asked])
+    prediction = fit.get_prediction([[1.0, np.log(vocab_size)]])
     found = prediction.summary_frame(alpha=0.05).iloc[0]
-    names = ("mean", "obs_ci_lower", "obs_ci_upper")
-    value, low, high = (vocab_size * float(expit(found[name])) for name in names)
+    shares = expit(found[["mean", "obs_ci_lower", "obs_ci_upper"]])
+    value, low, high = (vocab_size * shares).tolist()
     return Estimate(value, low, high, len(sizes))
 
 
@@ -245,12 +243,6 @@ def meets(
     if not found.high < factor * found.low or reach > 2:
         return None
     return found.low <= high and found.high >= low
-
-
-def _check_ids(ids: Tokens, vocab_size: int) -> None:
-    for extreme in (ids.min(), ids.max()):
-        if not 0 <= extreme < vocab_size:
-            raise ValueError(f"token id {extreme}: outside the vocabulary of {vocab_size}")
 
 
 def _check_memory(vocab_size: int) -> None:
@@ -293,12 +285,11 @@ def _runs(columns: list[np.ndarray], vocab_size: int) -> csr_array:
         key = (key << bits) | column.astype(np.uint64)
         used += bits
     found, counts = np.unique(key, return_counts=True)
-    last = (1 << bits) - 1
-    followers = (found & last).astype(np.int32)
+    followers = found & ((1 << bits) - 1)
     starts = np.unique(found >> bits, return_index=True)[1]
-    starts = np.append(starts, len(found)).astype(np.int32)
-    shape = (len(starts) - 1, vocab_size)
-    return csr_array((counts.astype(np.float64), followers, starts), shape=shape)
+    pointers = np.append(starts, len(found)).astype(np.int32)
+    parts = (counts.astype(float), followers.astype(np.int32), pointers)
+    return csr_array(parts, shape=(len(starts), vocab_size))
 
 
 def _rows(
@@ -334,8 +325,7 @@ def _judged(fit: torch.Tensor, judge: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(fit)
     found = ((judge @ vectors) * vectors).sum(0)
     missed = values * (values - 2 * found)
-    whole = (judge**2).sum()
-    missed /= whole
+    missed /= (judge**2).sum()
     steps = torch.stack([missed, -values, -found])
     sums = steps.flip(1).cumsum(1)
     return 1 + pad(sums, (1, 0))

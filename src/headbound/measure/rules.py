@@ -54,10 +54,7 @@ class Ruling(NamedTuple):
 
 
 def loss_rises(rises: Mapping[str, LateRise], small: Collection[str]) -> Ruling:
-    """Section 3: the small models' loss rises late in training.
-
-    Each small model's late rise must be seen, and no larger one's.
-    """
+    """Section 3: the small models' loss is seen to rise late in training, and no larger one's."""
     strengths = {name: rise.strength for name, rise in rises.items()}
     return _just_the_small(strengths, SEEN, small, "worst late rise over noise")
 
@@ -70,18 +67,13 @@ def spectrum_saturates(
     From its least value past the first tenth of training to its end it must grow by the `factor`,
     and no larger model's may. A head of few dimensions needs a lower factor: ln d is the most.
     """
-    grown = {}
-    for name, (steps, values) in entropies.items():
-        rise = late_rise(steps, values)
-        grown[name] = rise.final / rise.least
+    rises = {name: late_rise(*curve) for name, curve in entropies.items()}
+    grown = {name: rise.final / rise.least for name, rise in rises.items()}
     return _just_the_small(grown, factor, small, "end over least")
 
 
 def last_layers_part(cosines: Mapping[str, float], small: Collection[str]) -> Ruling:
-    """Section 4.1: a suite's small models have highly anisotropic last layers, larger ones do not.
-
-    High is a mean cosine above 0.5.
-    """
+    """Section 4.1: just the small models' last layers have a high mean cosine, one above 0.5."""
     return _just_the_small(cosines, APART, small, "mean cosine")
 
 
@@ -125,8 +117,7 @@ def bends_at(errors: ArrayLike, losses: ArrayLike, bend: float = 0.6) -> Ruling:
         steeper = beyond / before
     slopes = f"slope beyond {bend} over slope before: {steeper:.1f}; asked: {STEEPER:.0f}"
     growth = f"loss grown up to there: {grown:.2f} nats; slow up to {SLOW} (the paper: 0.09)"
-    bends = beyond > 0 and steeper >= STEEPER
-    agrees = bends and grown <= SLOW
+    agrees = beyond > 0 and steeper >= STEEPER and grown <= SLOW
     return Ruling(bool(agrees), f"{slopes}; {growth}")
 
 
@@ -190,18 +181,15 @@ def within(values: ArrayLike, low: float, high: float, unit: float) -> Ruling:
     least = float(np.min(values))
     most = float(np.max(values))
     slack = unit / 2
-    starts = least >= low - slack
-    ends = most <= high + slack
+    agrees = low - slack <= least and most <= high + slack
     comment = f"{least:,.0f} to {most:,.0f}; the text rounds to {unit:,.0f}"
-    return Ruling(starts and ends, comment)
+    return Ruling(agrees, comment)
 
 
 def reached(dimensions: ArrayLike, errors: ArrayLike, level: float = 0.5) -> float:
     """The number of dimensions at which a falling W-error is `level`; NaN if it ends above."""
-    error = np.asarray(errors, float)
-    if error.min() > level:
-        return float("nan")
-    return float(np.interp(-level, -error, np.asarray(dimensions, float)))
+    falling = np.negative(errors)
+    return float(np.interp(-level, falling, np.asarray(dimensions, float), right=np.nan))
 
 
 def _just_the_small(
@@ -211,13 +199,12 @@ def _just_the_small(
     asked = set(small) & set(values)
     if not asked:
         return Ruling(None, "none of the claim's models was measured")
-    reached = {name for name, value in values.items() if value >= threshold}
-    below = [value for name, value in values.items() if name not in reached]
+    reached = {name: value for name, value in values.items() if value >= threshold}
+    below = [value for value in values.values() if value < threshold]
     listed = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
     room = f"the threshold {threshold:g} could lie anywhere"
     if below:
         room += f" from {max(below):.3g}"
     if reached:
-        least = min(values[name] for name in reached)
-        room += f" to {least:.3g}"
-    return Ruling(reached == asked, f"{what}: {listed}; {room}")
+        room += f" to {min(reached.values()):.3g}"
+    return Ruling(set(reached) == asked, f"{what}: {listed}; {room}")

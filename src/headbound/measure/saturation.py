@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 from scipy.optimize import isotonic_regression
-from scipy.stats import spearmanr
+from scipy.stats import sem, spearmanr
 from scipy.stats import t as student
 
 from headbound.stats import Estimate
@@ -47,15 +47,14 @@ class LateRise(NamedTuple):
 
 
 def late_rise(steps: ArrayLike, values: ArrayLike) -> LateRise:
-    """The late rise of a curve: the book's one definition, for losses, perplexities and entropies.
+    """The late rise of a curve in which less is better; the book's one definition.
 
     The first tenth of the training is left out, by steps: a curve climbs to its first peak there.
-    The steps come in any order; less is better.
 
     **Raises:** `ValueError` for fewer than three checkpoints past the first tenth, a repeated step,
     a value that is not finite.
     """
-    step, value, _ = _in_order(steps, values)
+    step, value, _ = _checked(steps, values)
     past = step >= EARLY * step[-1]
     step, value = step[past], value[past]
     if len(step) < 3:
@@ -88,9 +87,8 @@ def together(first: ArrayLike, second: ArrayLike, window: int = 1) -> tuple[floa
 def late_change(*curves: tuple[ArrayLike, ArrayLike]) -> Estimate:
     """Mean value over the last third of training minus that over its middle third.
 
-    Whole thirds are compared, since one last checkpoint is noisy. The interval is Welch's, over
-    checkpoints. A curve is a pair of tokens (or steps) and values. Of two curves it gives the first
-    one's change minus the second one's.
+    The interval is Welch's, over checkpoints. A curve is a pair of tokens (or steps) and values. Of
+    two curves it gives the first one's change minus the second one's.
     """
     thirds = []
     for tokens, values in curves:
@@ -99,14 +97,13 @@ def late_change(*curves: tuple[ArrayLike, ArrayLike]) -> Estimate:
         last = share > 2 / 3
         middle = (share > 1 / 3) & ~last
         thirds += [value[last], value[middle]]
-    signs = [1, -1, -1, 1]
     means = [third.mean() for third in thirds]
-    change = float(sum(sign * mean for sign, mean in zip(signs, means, strict=False)))
+    signs = [1, -1, -1, 1]
+    change = float(np.dot(signs[: len(means)], means))
     sizes = np.array([len(third) for third in thirds])
-    variances = np.array([third.var(ddof=1) for third in thirds])
-    errors = variances / sizes  # squared
-    total = errors.sum()
-    shares = errors**2 / (sizes - 1)
+    errors = np.array([sem(third) for third in thirds])
+    total = errors @ errors
+    shares = errors**4 / (sizes - 1)
     freedom = total**2 / shares.sum()
     half = float(student.ppf(0.975, freedom) * np.sqrt(total))
     return Estimate(change, change - half, change + half, int(sizes.sum()))
@@ -153,8 +150,7 @@ def detect(
 
     **Source:** Robertson, Wright & Dykstra 1988, chapter 2 (tests under order restrictions).
     """
-    step, value, order = _in_order(steps, values)
-    error = _errors(stderr, step, order)
+    step, value, error = _checked(steps, values, stderr)
     gain = value if higher_is_better else -value
     floor = 0.0 if stderr is None else 1.0
     null, late, noise = _null_model(gain, error, floor)
@@ -182,33 +178,31 @@ def detect(
     )
 
 
-def _in_order(steps: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, Curve, np.ndarray]:
-    """A curve sorted by step, checked, and the order that sorted it."""
-    step, value = np.asarray(steps), np.asarray(values, float)
+def _checked(
+    steps: ArrayLike, values: ArrayLike, stderr: ArrayLike | None = None
+) -> tuple[np.ndarray, Curve, Curve]:
+    """A curve by step, with its standard errors: zeros raised to the least positive, or ones."""
+    step = np.asarray(steps)
+    value = np.asarray(values, float)
     if len(step) < 3 or value.shape != step.shape:
         given = f"{len(step)} steps, {len(value)} values"
         raise ValueError(f"{given}: give one value a step, three or more")
+    error = np.ones(len(step)) if stderr is None else np.asarray(stderr, float)
     order = np.argsort(step, kind="stable")
-    step, value = step[order], value[order]
+    step = step[order]
+    value = value[order]
+    error = error[order]
     again = step[1:][np.diff(step) == 0]
     if len(again):
         raise ValueError(f"step {again[0]} occurs twice: keep one value a step")
     finite = np.isfinite(value)
     if not finite.all():
         raise ValueError(f"the value at step {step[~finite][0]} is not finite: leave that step out")
-    return step, value, order
-
-
-def _errors(stderr: ArrayLike | None, step: np.ndarray, order: np.ndarray) -> Curve:
-    """Standard errors in the curve's order, zeros raised to the least positive one."""
-    if stderr is None:
-        return np.ones(len(step))
-    error = np.asarray(stderr, float)[order]
     known = np.isfinite(error) & (error >= 0)
     if not known.all() or not error.any():
         where = step[~(known & (error > 0))][0]
         raise ValueError(f"no stderr at step {where}: pass stderr=None to use the scatter")
-    return np.maximum(error, error[error > 0].min())
+    return step, value, np.maximum(error, error[error > 0].min())
 
 
 def _null_model(
@@ -237,12 +231,12 @@ def _scatter(y: Curve, error: Curve) -> float:
     squares = error**2
     around = squares[:-2] + squares[2:]
     variance = squares[1:-1] + around / 4
-    z = np.abs(off) / np.sqrt(variance)
+    deviation = np.sqrt(variance)
+    z = np.abs(off) / deviation
     robust = float(np.median(z)) / 0.6745
-    whole = float(np.sqrt((z**2).mean()))
-    if robust == 0:
-        return whole
-    return min(robust, whole)
+    squares = z**2
+    whole = float(np.sqrt(squares.mean()))
+    return min(robust or whole, whole)
 
 
 def _level_fit(y: Curve, error: Curve, noise: float) -> Curve:
@@ -251,11 +245,10 @@ def _level_fit(y: Curve, error: Curve, noise: float) -> Curve:
     free = isotonic_regression(y, weights=weight).x
     allowed = weight @ (y - free) ** 2 + PLATEAU * noise**2
     for start in range(len(y)):
-        level = np.average(y[start:], weights=weight[start:])
-        fit = np.full(len(y), level)
+        fit = np.full(len(y), np.average(y[start:], weights=weight[start:]))
         if start:
             fit[:start] = isotonic_regression(y[:start], weights=weight[:start]).x
-        monotone = start == 0 or fit[start - 1] <= fit[start]
+        monotone = np.diff(fit).min() >= 0
         cost = weight @ (y - fit) ** 2
         if monotone and cost <= allowed:
             return fit
@@ -269,8 +262,7 @@ def _compare(curves: Curves, error: Curve) -> tuple[Each, Each]:
     falling = np.flip(backwards, 0)
     peaked = (rising + falling).min(0)
     gained = rising[-1] - peaked
-    rounding = gained <= RISING * rising[-1]
-    gained[rounding] = 0.0
+    gained[gained <= RISING * rising[-1]] = 0.0
     return gained, peaked
 
 
@@ -282,27 +274,22 @@ def _rising_costs(curves: Curves, error: Curve) -> Float[np.ndarray, "n+1 curves
     """
     count, length = curves.shape
     every = np.arange(count)
-    mean = np.empty((length, count))
-    weight = np.empty((length, count))
-    top = np.full(count, -1)  # place of each stack's uppermost pool
+    mean = np.full((length + 1, count), -np.inf)  # at the bottom what nothing lies below
+    weight = np.empty((length + 1, count))
+    top = np.zeros(count, int)  # place of each stack's uppermost pool
     cost = np.zeros((length + 1, count))
     for place in range(length):
         top += 1
         mean[top, every] = curves[:, place]
         weight[top, every] = error[place] ** -2.0
         cost[place + 1] = cost[place]
-        violating = _violating(mean, top, every)
+        violating = every[mean[top - 1, every] > mean[top, every]]
         while len(violating):
             cost[place + 1, violating] += _merge(mean, weight, top, violating)
-            violating = _violating(mean, top, violating)
+            upper = top[violating]
+            still = mean[upper - 1, violating] > mean[upper, violating]
+            violating = violating[still]
     return cost
-
-
-def _violating(mean: np.ndarray, top: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """The curves whose uppermost pool lies below the one under it."""
-    stacked = among[top[among] > 0]
-    upper = top[stacked]
-    return stacked[mean[upper - 1, stacked] > mean[upper, stacked]]
 
 
 def _merge(mean: np.ndarray, weight: np.ndarray, top: np.ndarray, curves: np.ndarray) -> Each:

@@ -1,7 +1,8 @@
 """A scaling law: how far do small models fall short of what larger ones promise?"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ HOFFMANN = {"B": 410.7, "beta": 0.28, "E": 1.69}
 # Huber's loss turns from square to linear where a law is off by this much of ln L. Hoffmann et al.
 # take 1e-3; with a handful of models that is a median, whose jackknife can't be trusted.
 DELTA = 1e-2
+BEGIN = np.array([5.0, 0.25])  # ln A and alpha where the search begins
 REREADINGS = 100  # of losses with a reading error
 
 
@@ -27,37 +29,39 @@ class _Law(NamedTuple):
     """A fitted law: ln A and alpha, the fits behind their intervals, and how well it fits."""
 
     place: Place
-    left_out: Float[np.ndarray, "models 2"]  # the same without each model in turn
-    reread: Float[np.ndarray, "readings 2"]  # and with noise of the reading error on the losses
+    left_out: list[Place]  # the same without each model in turn
+    reread: list[Place]  # and with noise of the reading error on the losses
     misfit: float  # root mean square of ln(predicted/observed); 0.02 means off by 2 %
 
     @property
     def constants(self) -> dict[str, Estimate]:
         """A and alpha, with intervals."""
-        found = []
-        for i in (0, 1):
-            left_out = self.left_out[:, i].tolist()
-            found.append(_interval(float(self.place[i]), left_out, self.reread[:, i].tolist()))
-        log_A, alpha = found
+        log_A, alpha = (self._estimate(itemgetter(i)) for i in (0, 1))
         return {"A": log_A.map(math.exp), "alpha": alpha}
 
     def promise(self, parameters: Numbers, tokens: Numbers) -> Float[np.ndarray, " models"]:
         """The losses (nats) that the law has for these numbers of parameters and tokens."""
-        return _loss(self.place, np.atleast_1d(parameters), np.atleast_1d(tokens))
+        return _loss(self.place, parameters, tokens)
 
     def shortfall(self, loss: Numbers, parameters: Numbers, tokens: Numbers) -> Estimate:
         """By what fraction losses (nats) exceed the law's, on average (0.08: 8 % above it)."""
-        observed = np.atleast_1d(loss)
-        sizes = np.atleast_1d(parameters)
-        texts = np.atleast_1d(tokens)
 
         def above(place: Place) -> float:
-            ratios = observed / _loss(place, sizes, texts)
+            ratios = np.divide(loss, _loss(place, parameters, tokens))
             return float(np.mean(ratios)) - 1
 
-        left_out = [above(place) for place in self.left_out]
-        reread = [above(place) for place in self.reread]
-        return _interval(above(self.place), left_out, reread)
+        return self._estimate(above)
+
+    def _estimate(self, number: Callable[[Place], float]) -> Estimate:
+        """A jackknife's 95 % interval over models, widened by the error of reading."""
+        value = float(number(self.place))
+        left_out = [float(number(place)) for place in self.left_out]
+        jackknifed = stats.jackknife(left_out, value)
+        half = jackknifed.high - value
+        if self.reread:
+            reread = [number(place) for place in self.reread]
+            half = math.hypot(half, 1.96 * np.std(reread))
+        return Estimate(value, value - half, value + half, jackknifed.n)
 
 
 def fit(
@@ -85,47 +89,32 @@ def fit(
     if models < 3:
         raise ValueError(f"{models} models: a scaling law needs three or more; give more sizes")
     sizes, texts, observed = data
-    place = _minimum(sizes, texts, observed)
-    left_out = [_minimum(*np.delete(data, model, axis=1)) for model in range(models)]
-    reread = []
-    if error:
-        random = np.random.default_rng(seed)
-        noise = error * random.standard_normal((REREADINGS, models))
-        reread = [_minimum(sizes, texts, observed + off) for off in noise]
+    place = _minimum(BEGIN, *data)
+    left_out = [_minimum(place, *np.delete(data, model, axis=1)) for model in range(models)]
+    readings = REREADINGS if error else 0
+    random = np.random.default_rng(seed)
+    noise = error * random.standard_normal((readings, models))
+    reread = [_minimum(place, sizes, texts, observed + off) for off in noise]
     predicted = _loss(place, sizes, texts)
     residual = np.log(predicted / observed)
     misfit = math.sqrt(np.mean(residual**2))
-    return _Law(place, np.array(left_out), np.array(reread).reshape(-1, 2), misfit)
+    return _Law(place, left_out, reread, misfit)
 
 
-def _minimum(n: np.ndarray, t: np.ndarray, losses: np.ndarray) -> Place:
+def _minimum(begin: Place, sizes: np.ndarray, texts: np.ndarray, losses: np.ndarray) -> Place:
     def misfit(place: Place) -> np.ndarray:
-        return np.log(_loss(place, n, t) / losses)
+        return np.log(_loss(place, sizes, texts) / losses)
 
-    # ln(L - B/T^beta - E) is a line in ln N: the search begins at its least squares.
-    of_size = np.maximum(losses - _rest(t), 1e-3)
-    slope, height = np.polyfit(np.log(n), np.log(of_size), 1)
-    begin = np.array([height, -slope])
     options = {"loss": "huber", "f_scale": DELTA, "x_scale": "jac"}
     narrow = dict.fromkeys(("ftol", "xtol", "gtol"), 1e-14)
-    found = least_squares(misfit, begin, **options, **narrow)
-    return found.x
+    return least_squares(misfit, begin, **options, **narrow).x
 
 
-def _interval(value: float, left_out: Sequence[float], reread: Sequence[float]) -> Estimate:
-    """A jackknife's 95 % interval over models, widened by the error of reading."""
-    jackknifed = stats.jackknife(left_out, value)
-    reading = 0.0
-    if reread:
-        reading = 1.96 * float(np.std(reread))
-    half = math.hypot(jackknifed.high - value, reading)
-    return Estimate(value, value - half, value + half, jackknifed.n)
-
-
-def _loss(place: Place, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    of_size = np.exp(place[0] - place[1] * np.log(parameters))
-    return of_size + _rest(tokens)
-
-
-def _rest(tokens: np.ndarray) -> np.ndarray:
-    return HOFFMANN["B"] / tokens ** HOFFMANN["beta"] + HOFFMANN["E"]
+def _loss(place: Place, parameters: Numbers, tokens: Numbers) -> Float[np.ndarray, " models"]:
+    log_A, alpha = place
+    B, beta, E = HOFFMANN.values()
+    sizes = np.array(parameters, float, ndmin=1)
+    texts = np.array(tokens, float, ndmin=1)
+    of_size = np.exp(log_A - alpha * np.log(sizes))
+    of_text = B / texts**beta
+    return of_size + of_text + E

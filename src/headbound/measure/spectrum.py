@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -17,7 +17,7 @@ Values = Float[np.ndarray, " values"]
 def singular_values(weight: Float[Tensor, "rows d"]) -> Values:
     """All singular values, the largest first, to about 1e-8 of the largest.
 
-    They are the roots of the eigenvalues of the smaller Gram matrix, added up in float64.
+    They are the roots of the eigenvalues of the smaller Gram matrix, in float64.
 
     **Raises:** `ValueError` for NaN, Inf or an empty matrix.
 
@@ -26,24 +26,12 @@ def singular_values(weight: Float[Tensor, "rows d"]) -> Values:
     """
     if not weight.numel():
         raise ValueError(f"the weight has shape {tuple(weight.shape)}: nothing to decompose")
-    low, high = weight.detach().aminmax()
-    scale = max(float(high), -float(low))
-    if not np.isfinite(scale):
-        raise ValueError("NaN or Inf in the weight; check the checkpoint")
     wide = weight.shape[0] < weight.shape[1]
-    gram = _gram(weight.T if wide else weight, scale or 1.0)
+    gram = _gram(weight.T if wide else weight)
+    if not gram.isfinite().all():
+        raise ValueError("NaN or Inf in the weight; check the checkpoint")
     squares = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
-    return squares.sqrt().cpu().numpy() * scale
-
-
-def _probabilities(singular_values: Values) -> Values:
-    values = singular_values
-    if not len(values) or not np.isfinite(values).all() or values.min() < 0:
-        raise ValueError("singular values must be finite, not negative, and at least one")
-    if values.max() == 0:
-        raise ValueError("all singular values are zero: the matrix has no spectrum")
-    scaled = values / values.max()
-    return scaled / scaled.sum()
+    return squares.sqrt().cpu().numpy()
 
 
 def singular_entropy(singular_values: Values) -> float:
@@ -123,23 +111,32 @@ def frequency_link(
 def fits_size(parameters: float, entropy: stats.Estimate, cut: float = 1.6) -> bool | None:
     """Whether a trained head's singular entropy is above `cut` below 410M parameters only.
 
-    So Pythia's heads end in the paper's figure 5, with any cut from 0.57 to 4.67 nats. A small
-    head that is flat leaves it open: the paper says that not every small model need saturate.
+    So Pythia's heads end in Figure 5, with any cut from 0.57 to 4.67 nats. A small head that is
+    flat leaves it open: by the paper not every small model need saturate.
     """
     small = parameters < 410e6
     high = entropy.above(cut)
     return None if high is None or (small and not high) else high == small
 
 
-def _gram(weight: Tensor, scale: float = 1.0) -> Tensor:
+def _probabilities(singular_values: Values) -> Values:
+    values = singular_values
+    if not len(values) or not np.isfinite(values).all() or values.min() < 0:
+        raise ValueError("singular values must be finite, not negative, and at least one")
+    if values.max() == 0:
+        raise ValueError("all singular values are zero: the matrix has no spectrum")
+    scaled = values / values.max()
+    return scaled / scaled.sum()
+
+
+def _gram(weight: Float[Tensor, "rows d"]) -> Float64[Tensor, "d d"]:
     where = device.precise(weight.device)
-    size = weight.shape[1]
-    total = torch.zeros(size, size, dtype=torch.float64, device=where)
+    total = 0
     for block in weight.detach().split(ROWS):
-        rows = block.to(where, torch.float64, copy=True).div_(scale)
-        total.addmm_(rows.T, rows)
+        rows = block.to(where, torch.float64)
+        total += rows.T @ rows
     return total
 
 
-def _first_direction(weight: Tensor) -> Tensor:
+def _first_direction(weight: Float[Tensor, "rows d"]) -> Float64[Tensor, " d"]:
     return torch.linalg.eigh(_gram(weight)).eigenvectors[:, -1].cpu()

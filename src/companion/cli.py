@@ -1,6 +1,5 @@
 """The command of a book of notebooks: build it, run a chapter, sign and check its verdicts."""
 
-import json
 import locale
 import os
 import signal
@@ -8,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -59,13 +58,12 @@ def chapter(
     output: Annotated[Path, typer.Argument(help="The executed notebook to write.")],
     preset: Preset = "laptop",
     values: Set = None,
-    parameters: Annotated[str, typer.Option(help="Parameters as a JSON object.")] = "{}",
 ) -> None:
     """Execute one chapter; what you set goes before the preset. Its first code cell lists all."""
     from companion import execute
 
     def work() -> None:
-        chosen = execute.of_preset(notebook, preset) | given(parameters, values)
+        chosen = execute.of_preset(notebook, preset) | assigned(values)
         execute.execute(notebook, output, preset, chosen)
 
     if not notebook.exists() and notebook.suffix != ".ipynb":
@@ -110,7 +108,7 @@ def links(preset: Preset = "laptop") -> None:
     done(partial(site.publish, preset, "linkcheck"))
 
 
-def assigned(values: list[str] | None) -> dict[str, Any]:
+def assigned(values: list[str] | None) -> dict[str, str]:
     """Parameters from `NAME=VALUE`, the values as text.
 
     **Raises:** `ValueError` for one without a name.
@@ -122,20 +120,6 @@ def assigned(values: list[str] | None) -> dict[str, Any]:
             raise ValueError(f"--set {given}: must be NAME=VALUE, such as seed=1")
         found[name] = value
     return found
-
-
-def given(parameters: str, values: list[str] | None) -> dict[str, Any]:
-    """Parameters from a JSON object, and over them those of `--set`.
-
-    **Raises:** `ValueError` for what is no JSON object; as `assigned`.
-    """
-    try:
-        found = json.loads(parameters)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"--parameters {parameters}: must be a JSON object, such as {{}}")
-    return found | assigned(values)
 
 
 def done(work: Callable[[], int | None], name: str = "book") -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from companion.cli import Set, app, assigned, done, given, main
+from companion.cli import Preset, Set, app, assigned, done, main
 
 ROOT = Path(__file__).resolve().parents[2]
 DIAGNOSIS = ROOT / "notebooks" / "09_diagnose.ipynb"
@@ -82,19 +82,16 @@ def _head_on_hub(model: str, revision: str):
 
 
 @app.command()
-def suite(
-    values: Set = None,
-    parameters: Annotated[str, typer.Option(help="Parameters as a JSON object.")] = "{}",
-) -> None:
+def suite(preset: Preset = "laptop", values: Set = None) -> None:
     """Train what is missing of the wind tunnel's small models, with its chapter's parameters."""
 
     def work() -> None:
-        from companion.execute import check_parameters, defaults
+        from companion import execute
         from headbound.train import tunnel
 
         notebook = ROOT / "notebooks" / "01_wind_tunnel.ipynb"
-        fitting = check_parameters(notebook, given(parameters, values))
-        chosen = defaults(notebook) | fitting
+        asked = execute.of_preset(notebook, preset) | assigned(values)
+        chosen = execute.defaults(notebook) | execute.check_parameters(notebook, asked)
         names = ("vocab_size", "checkpoints", "held_out_texts", "seed")
         options = {name: chosen[name] for name in names}
         tunnel.train(chosen["hidden_sizes"], chosen["steps"], source=chosen["text"], **options)
@@ -167,11 +164,10 @@ def plan(
     """What a sweep costs before it starts: jobs, bytes, GPU hours, disk."""
 
     def work() -> None:
-        from sweep import hub, plan, read
+        from sweep import plan, read
 
         rates = plan.Rates(tflops, tflops64, megabytes, jobs)
-        with hub.impatient():
-            print(plan.words(*read(file), rates))
+        print(plan.words(*read(file), rates))
 
     done(work)
 

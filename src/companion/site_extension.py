@@ -39,9 +39,12 @@ def set_up_site(app: Sphinx, config: Any) -> None:
 def trim_page(app: Sphinx, page: str, template: str, context: dict, doctree: Any) -> None:
     """What the theme puts on a page, corrected."""
     # No page runs code on another host; the theme adds thebe's scripts twice, which is an error.
-    scripts = context.get("script_files", [])
-    loaded = [(script, getattr(script, "attributes", "")) for script in scripts]
-    context["script_files"] = [s for s, more in loaded if "thebe" not in f"{s} {more}".lower()]
+    kept = []
+    for script in context.get("script_files", []):
+        told = f"{script} {getattr(script, 'attributes', '')}"
+        if "thebe" not in told.lower():
+            kept.append(script)
+    context["script_files"] = kept
     # docutils calls the bibliography a list, yet not its entries items: screen readers stumble.
     context["body"] = context.get("body", "").replace(CITATIONS, 'class="citation-list"')
     if app.config.html_baseurl == LOCAL:

@@ -147,19 +147,22 @@ def _out_of_place(rows: pd.DataFrame) -> list[int]:
 def _head(model: str, revision: str, settings: Settings, keep: bool):
     head = hub.head(model, revision, keep)
     rows = hub.tokenizer(head.listed).get_vocab_size()
-    head = head._replace(weight=head.weight[:rows])
-    return head, checkpoint.head(head.weight.to(device.pick()))
+    weight = head.weight[:rows]
+    numbers = checkpoint.head(weight.to(device.pick()))
+    return head._replace(weight=weight), numbers
 
 
 def _whole(model: str, revision: str, settings: Settings, keep: bool):
-    held_out = corpus.split(corpus.load(settings.source))[1]
+    texts = corpus.load(settings.source)
+    held_out = corpus.split(texts)[1]
     with hub.local(model, revision, keep) as (path, listed):
         dtype = getattr(torch, settings.dtype)
         network, tokenizer = models.load(str(path), dtype=dtype)
         rows = hidden.sequences(tokenizer, held_out, settings.texts, settings.length)
         numbers = checkpoint.measure(network, rows, tokenizer)
         weight = models.head_weight(network, tokenizer)
-    return hub.Head(weight, "of the model", "whole files", listed), numbers
+    head = hub.Head(weight, "of the model", "whole files", listed)
+    return head, numbers
 
 
 def _write(path: Path, value: object) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Ratchets: what stands today, in lines; each number may only fall. The aim is 3,100, 1,300 and 550.
-PACKAGES = {"src/headbound": 6259, "src/companion": 2235, "workflow": 1071}
+PACKAGES = {"src/headbound": 6259, "src/companion": 2230, "workflow": 1071}
 DENSITY = 15  # syntax nodes a code line, in functions of MINIMUM lines or more
 MINIMUM = 4
 WIDTH = 100

@@ -26,7 +26,7 @@ def shape(model: str, revision: str) -> dict[str, int | str]:
     configuration that transformers can't read.
     """
     try:
-        listed = hub.listing(model, revision)
+        listed = hub.listing(model, revision, tries=2)  # a silent hub is not waited for
     except ConnectionError:
         size = model.split("pythia-")[-1].removesuffix("-deduped")
         if size not in pythia.PYTHIA:
@@ -77,7 +77,8 @@ def words(work: dict[str, list[str]], settings: Settings, rates: Rates) -> str:
     """The plan as text."""
     frame = table(work, settings, rates)
     jobs = frame["jobs"].sum()
-    done = jobs - len(measure.left(work, settings))
+    left = measure.left(work, settings)
+    done = jobs - len(left)
     fetched = frame["fetched"].sum()
     hours = frame["GPU hours"].sum()
     wait = fetched / (1e6 * rates.megabytes) / 3600

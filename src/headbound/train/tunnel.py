@@ -172,7 +172,7 @@ def fit(
     name = state.parent.name
     last = max(wanted)
     for step in progress.bar(range(first, last + 1), name, last + 1 - first):
-        torch.manual_seed(recipe.seed * 1_000_003 + step)  # for a build with dropout
+        torch.manual_seed(recipe.seed * 1_000_003 + step)  # for a head with dropout
         rows = batch(text.stream, step, recipe).to(trainer.model.device)
         loss = trainer.loss(rows)
         if not math.isfinite(loss.item()):

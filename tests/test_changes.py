@@ -142,6 +142,17 @@ def test_an_arm_of_three_pairs_has_its_own_noise():
     assert both.loc["a", "adjusted"] > alone.loc["a", "adjusted"]
 
 
+def test_cures_are_compared_with_the_arm_that_they_are_tried_on():
+    runs = planted(2.0)
+    renamed = runs.replace({"arm": {"baseline": changes.RISING}})
+    found = changes.effects(renamed, ["loss"], changes.RISING)
+    assert found.equals(changes.effects(runs, ["loss"]))
+    for cure in changes.CURES:
+        sick, well = (changes.recipe(arm, 8, 0) for arm in (changes.RISING, cure))
+        assert sick.cut == well.cut == "backward"
+        assert sick != well
+
+
 def run_of(**columns):
     steps = np.arange(21)
     usual = dict.fromkeys((*changes.COURSES, "mean_share"), 0.1)

@@ -1,8 +1,10 @@
 import io
+import os
 import subprocess
 import sys
 
 import nbformat
+from joblib import delayed
 
 from headbound import progress
 
@@ -50,3 +52,11 @@ def test_a_bar_is_rare_in_a_log(monkeypatch):
     for _ in progress.bar(range(10_000), "many"):
         pass
     assert log.getvalue().count("\r") <= 3
+
+
+def test_no_more_workers_than_the_environment_allows(monkeypatch):
+    jobs = [delayed(os.getpid)() for _ in range(8)]
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    (worker,) = set(progress.parallel(jobs))
+    assert worker != os.getpid()
+    assert set(progress.parallel(jobs, 1)) == {os.getpid()}

@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
-from joblib import wrap_non_picklable_objects
+from joblib import cpu_count, wrap_non_picklable_objects
 from tqdm import tqdm
 
 T = TypeVar("T")
@@ -69,14 +69,15 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 def parallel(jobs: Iterable[Any], workers: int | None = None, description: str = "") -> list[Any]:
     """The results of `joblib.delayed` calls, in order, each in one of `workers` processes.
 
-    `workers` None is one a core; with 1 of them, or 1 job, the calls run here. With a
-    `description`, a bar counts the results. The processes end here.
+    `workers` None is one a core, of which `LOKY_MAX_CPU_COUNT` may allow fewer. With `workers` 1,
+    or 1 job, the calls run here. With a `description`, a bar counts the results. The processes end
+    here.
     """
     jobs = list(jobs)
-    workers = min(len(jobs), workers or os.cpu_count() or 1)
-    if workers < 2:
+    if workers == 1 or len(jobs) < 2:
         return [function(*arguments, **options) for function, arguments, options in jobs]
     _begin()
+    workers = min(len(jobs), workers or cpu_count())
     # Fresh processes: a copy of this one would share its threads' locks.
     with environment(WORKER), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         waiting = []

@@ -214,8 +214,10 @@ def share(found: Sequence[bool]) -> stats.Estimate:
     return stats.Estimate(test.statistic, interval.low, interval.high, len(found))
 
 
-def effects(signs: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
-    """What each arm changes against the baseline of the same width and seed.
+def effects(
+    signs: pd.DataFrame, quantities: Sequence[str], reference: str = "baseline"
+) -> pd.DataFrame:
+    """What each arm changes against the `reference` arm of the same width and seed.
 
     A quantity is fitted as an arm's effect plus that of its width and seed plus noise. An arm of
     `SEEDS` pairs or more is fitted by itself, which is the paired t test. Two pairs say too little
@@ -230,7 +232,7 @@ def effects(signs: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
     width = signs["hidden_size"].astype(str)
     runs = signs.assign(block=width + "/" + signs["seed"].astype(str))
     blocks = runs.groupby("arm", sort=False)["block"].apply(set)
-    pairs = blocks.map(blocks["baseline"].intersection).map(len).drop("baseline")
+    pairs = blocks.map(blocks[reference].intersection).map(len).drop(reference)
     few = list(pairs.index[pairs < SEEDS])
     fitted = [[arm] for arm in pairs.index.difference(few, sort=False)]
     if few:
@@ -238,9 +240,12 @@ def effects(signs: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
     rows = []
     for quantity in quantities:
         for arms in fitted:
-            some = runs[runs["arm"].isin(["baseline", *arms])]
-            fit = ols(f"{quantity} ~ C(arm, Treatment('baseline')) + block", some).fit()
-            rows += [_effect(fit, arm, quantity, int(pairs[arm])) for arm in arms]
+            some = runs[runs["arm"].isin([reference, *arms])]
+            coded = f"C(arm, Treatment({reference!r}))"
+            fit = ols(f"{quantity} ~ {coded} + block", some).fit()
+            for arm in arms:
+                row = {"arm": arm, "quantity": quantity, "n": int(pairs[arm])}
+                rows.append(row | _effect(fit, f"{coded}[T.{arm}]", row["n"]))
     table = pd.DataFrame(rows).sort_values("arm", kind="stable", ignore_index=True)
     known = table["p"].notna()
     table["adjusted"] = np.nan
@@ -249,13 +254,9 @@ def effects(signs: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
     return table.assign(outcome=[outcome(row) for _, row in table.iterrows()])
 
 
-def _effect(
-    fit: RegressionResultsWrapper, arm: str, quantity: str, pairs: int
-) -> dict[str, float | str]:
-    """One row of `effects`."""
-    term = f"C(arm, Treatment('baseline'))[T.{arm}]"
-    row = {"arm": arm, "quantity": quantity, "value": fit.params[term], "n": pairs}
-    row["freedom"] = fit.df_resid
+def _effect(fit: RegressionResultsWrapper, term: str, pairs: int) -> dict[str, float]:
+    """One term of a fit, without an interval if it rests on one pair."""
+    row = {"value": fit.params[term], "freedom": fit.df_resid}
     if pairs < 2:
         return row | {"low": np.nan, "high": np.nan, "p": np.nan}
     low, high = fit.conf_int().loc[term]

@@ -11,7 +11,6 @@ from huggingface_hub import constants
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
-from companion.cli import given
 from headbound import cli, corpus, hidden, models
 from headbound.measure import checkpoint, many, spectrum
 
@@ -144,10 +143,6 @@ def test_the_gradient_is_that_of_the_models_own_logits(folder):
     basis = torch.linalg.svd(network.lm_head.weight.double(), full_matrices=False).U
     share = (g @ basis).square().sum() / g.square().sum()
     assert row["gradient_kept"] == pytest.approx(share.item(), rel=1e-4)
-
-
-def test_parameters_and_set_together():
-    assert given('{"a": 1, "b": 2}', ["b=3"]) == {"a": 1, "b": "3"}
 
 
 def test_a_model_reads_all_of_a_passage_but_its_last_token(folder):

@@ -474,7 +474,7 @@ def small_book(tmp_path):
 def render(folder: Path, *options: str) -> subprocess.CompletedProcess:
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PATH": programs}
-    command = [sys.executable, "-m", "companion.site", "smoke", *options]
+    command = [sys.executable, "-m", "companion.site", "publish", "smoke", *options]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
 

@@ -3,14 +3,12 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import yaml
@@ -22,77 +20,64 @@ from rich.table import Table
 BUILD, LOG, TIMES = Path("_build"), Path("_build/book.log"), Path("_build/times.json")
 SILENCE = 8  # seconds after which a dot is printed, where no terminal shows a table
 BAR = 20  # characters
-BESIDE = ("glossary", "references", "rest")  # pages that a chapter alone comes with
 CHANGED = "Verdicts that differ"  # how the publishing step begins what a reader must see
-# Not the script of that name: its first line names a Python by a path, and folders move.
-BOOK = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
 
 
-class Step(NamedTuple):
-    """A job: name, result, what is below `_build` while it runs, seconds that it took last."""
+@dataclass
+class Step:
+    """A job of a build.
+
+    It makes `output`; while it runs, `running` matches something below `_build`. Times in seconds:
+    how long it took `before`, when it `started`, how long it `took`. `done` is a share.
+    """
 
     name: str
     output: Path
     running: str
     before: float | None
+    started: float | None = None
+    took: float | None = None
+    done: float = 0.0
 
-    def share(self) -> float | None:
-        """How much of a running step is done; None where it does not run."""
-        found = next(BUILD.glob(self.running), None)
-        if found is None:
-            return None
-        try:
-            cells = json.loads(found.read_text(encoding="utf-8"))["cells"]
-        except (OSError, ValueError):  # no notebook, or one that is being written
-            return 0.0
-        states = [cell["metadata"].get("papermill", {}).get("status") for cell in cells]
-        return states.count("completed") / max(1, len(states))
-
-
-@dataclass
-class Clock:
-    """What is known of a build's steps as it goes on; times in seconds."""
-
-    steps: list[Step]
-    begin: float = field(default_factory=time.time)
-    started: dict[str, float] = field(default_factory=dict)
-    took: dict[str, float] = field(default_factory=dict)
-    shares: dict[str, float] = field(default_factory=dict)
-
-    def look(self) -> list[Step]:
-        """Look at the files; the steps that have ended since the last look."""
+    def look(self, begin: float) -> bool:
+        """Look at the files of a build that began then: has this step ended since the last look?"""
         now = time.time()
-        ended = []
-        for step in self.steps:
-            share = step.share()
-            if share is not None:
-                self.started.setdefault(step.name, now)
-                self.shares[step.name] = share
-            made = step.output.exists() and step.output.stat().st_mtime >= self.begin
-            if made and step.name not in self.took:
-                self.took[step.name] = now - self.started.get(step.name, self.begin)
-                ended.append(step)
-        return ended
+        for found in BUILD.glob(self.running):
+            self.started = self.started or now
+            self.done = _done(found)
+        made = self.output.exists() and self.output.stat().st_mtime >= begin
+        if not made or self.took is not None:
+            return False
+        self.took = now - (self.started or begin)
+        return True
 
-    def left(self) -> str:
-        """The time left, from what the steps took last, two at a time."""
-        now = time.time()
-        seconds = 0.0
-        for step in self.steps:
-            if step.name in self.took:
-                continue
-            if step.before is None:
-                return "time left unknown until it was built once"
-            seconds += max(0.0, step.before - now + self.started.get(step.name, now))
-        return f"about {max(1, round(seconds / 120))} min left"
-
-    def state(self, step: Step) -> str | ProgressBar:
-        """A step's state: in words, or a bar while it runs."""
-        if step.name in self.took:
-            return f"done in {self.took[step.name]:.0f} s"
-        if step.name not in self.started:
+    def state(self) -> str | ProgressBar:
+        """In words, or a bar while it runs."""
+        if self.took is not None:
+            return f"done in {self.took:.0f} s"
+        if self.started is None:
             return "waiting"
-        return ProgressBar(total=1, completed=self.shares[step.name], width=BAR)
+        return ProgressBar(total=1, completed=self.done, width=BAR)
+
+
+def _done(running: Path) -> float:
+    """The share of a running notebook's cells that are completed."""
+    try:
+        cells = json.loads(running.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError):  # no notebook, or one that is being written
+        return 0.0
+    states = [cell["metadata"].get("papermill", {}).get("status") for cell in cells]
+    return states.count("completed") / max(1, len(states))
+
+
+def _left(steps: Sequence[Step]) -> str:
+    """The time left, from what the steps took last, two at a time."""
+    now = time.time()
+    waited_for = [step for step in steps if step.took is None]
+    if any(step.before is None for step in waited_for):
+        return "time left unknown until it was built once"
+    seconds = [max(0.0, step.before - now + (step.started or now)) for step in waited_for]
+    return f"about {max(1, round(sum(seconds) / 120))} min left"
 
 
 def names(preset: str, asked: Sequence[str] = ()) -> list[str]:
@@ -162,12 +147,16 @@ def _run(preset: str, targets: list[str], cores: int) -> int:
         if planned.returncode or "Nothing to be done" in plan:
             return planned.returncode
         work = subprocess.Popen([*command, "--quiet", "rules", "--", *targets], **told)
+        steps = _steps(preset, plan)
         try:
-            _watch(work, Clock(_steps(preset, plan)))
+            show = _show_table if sys.stdout.isatty() else _show_lines
+            show(work, steps)
         finally:  # a signal too ends this process by an exception, see `cli.main`
             if work.poll() is None:
                 work.terminate()
                 work.wait()
+    took = {step.name: step.took for step in steps if step.took is not None}
+    TIMES.write_text(json.dumps(_times() | took, indent=1), encoding="utf-8")
     return work.returncode
 
 
@@ -185,32 +174,28 @@ def _steps(preset: str, plan: str) -> list[Step]:
     return found
 
 
-def _watch(work: subprocess.Popen, clock: Clock) -> None:
-    show = _show_table if sys.stdout.isatty() else _show_lines
-    show(work, clock)
-    TIMES.write_text(json.dumps(_times() | clock.took, indent=1), encoding="utf-8")
-
-
-def _show_table(work: subprocess.Popen, clock: Clock) -> None:
+def _show_table(work: subprocess.Popen, steps: Sequence[Step]) -> None:
+    begin = time.time()
     with Live() as live:
         while work.poll() is None:
-            clock.look()
-            table = Table(caption=clock.left(), show_header=False, box=None)
-            for step in clock.steps:
-                table.add_row(step.name, clock.state(step))
+            table = Table(caption=_left(steps), show_header=False, box=None)
+            for step in steps:
+                step.look(begin)
+                table.add_row(step.name, step.state())
             live.update(table, refresh=True)
             time.sleep(1)
 
 
-def _show_lines(work: subprocess.Popen, clock: Clock) -> None:
-    total = len(clock.steps)
-    print(f"{total} to do: {', '.join(step.name for step in clock.steps)}", end="", flush=True)
-    heard = time.time()
+def _show_lines(work: subprocess.Popen, steps: Sequence[Step]) -> None:
+    begin = heard = time.time()
+    print(f"{len(steps)} to do: {', '.join(step.name for step in steps)}", end="", flush=True)
     while work.poll() is None:
-        for step in clock.look():
-            count = f"{len(clock.took)} of {total}; {clock.left()}"
-            print(f"\n{step.name}: {clock.state(step)} ({count})", end="", flush=True)
-            heard = time.time()
+        for step in steps:
+            if step.look(begin):
+                count = sum(step.took is not None for step in steps)
+                told = f"{count} of {len(steps)}; {_left(steps)}"
+                print(f"\n{step.name}: {step.state()} ({told})", end="", flush=True)
+                heard = time.time()
         if time.time() - heard > SILENCE:
             print(".", end="", flush=True)
             heard = time.time()
@@ -234,32 +219,3 @@ def _said(beginning: str) -> list[str]:
         ours = line.startswith(beginning) or (ours and line.startswith("  "))
         said += [line] if ours else []
     return said
-
-
-def page(executed: Path, output: Path) -> int:
-    """Render one executed chapter by itself, with glossary and references; the exit status.
-
-    Links to what is not there become plain text.
-    """
-    folder = output.parent
-    shutil.rmtree(folder, ignore_errors=True)
-    source = folder / "source"
-    shutil.copytree("book", source, ignore=shutil.ignore_patterns("chapters", "generated"))
-    shutil.copy(executed, source)
-    (source / "rest.md").write_text(
-        "# The rest of the book\n\n`make book` builds it.\n", encoding="utf-8"
-    )
-    beside = sorted(path.stem for path in source.glob("*.md") if path.stem in BESIDE)
-    toc = {"format": "jb-book", "root": executed.stem, "chapters": [{"file": n} for n in beside]}
-    contents = folder / "_toc.yml"
-    contents.write_text(yaml.safe_dump(toc), encoding="utf-8")
-    files = ["--toc", contents.resolve(), "--config", Path("_config.yml").resolve()]
-    command = [*BOOK, "build", source, *files, "--path-output", folder / "built"]
-    built = subprocess.run(command, stdout=subprocess.DEVNULL)
-    if built.returncode == 0:
-        shutil.copytree(folder / "built" / "_build" / "html", folder, dirs_exist_ok=True)
-    return built.returncode
-
-
-if __name__ == "__main__":
-    sys.exit(page(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -1,6 +1,6 @@
 """The command of a book of notebooks: build it, run a chapter, sign and check its verdicts."""
 
-import json
+import functools
 import locale
 import os
 import signal
@@ -35,7 +35,28 @@ def about() -> None:
     """Build this book, or run one part of it. Begin with `book`; --help explains each command."""
 
 
-@app.command()
+def done(work: Callable[[], int | None], name: str = "book") -> None:
+    """Do the work of a command and leave, with its status or one clear line for a failure."""
+    from companion.execute import report_failure
+
+    raise typer.Exit(report_failure(name, work))
+
+
+def command(name: str = "book") -> Callable[[Callable[..., int | None]], Callable]:
+    """Make a function a command, whose status or failure is told as by `done`."""
+
+    def register(work: Callable[..., int | None]) -> Callable:
+        @app.command()
+        @functools.wraps(work)
+        def run(**options: Any) -> None:
+            done(partial(work, **options), name)
+
+        return work
+
+    return register
+
+
+@command()
 def book(
     preset: Preset = "laptop",
     chapter: Annotated[
@@ -45,12 +66,12 @@ def book(
     cores: Annotated[
         int, typer.Option(min=1, help="Chapters executed side by side.")
     ] = os.cpu_count() or 1,
-) -> None:
+) -> int:
     """Execute every chapter that is new or changed, and render the book into _build/html.
 
     It goes on where it was stopped. A verdict that differs from the signed one is marked and told.
     """
-    done(partial(build.build, preset, chapter or [], cores))
+    return build.build(preset, chapter or [], cores)
 
 
 @app.command()
@@ -59,13 +80,12 @@ def chapter(
     output: Annotated[Path, typer.Argument(help="The executed notebook to write.")],
     preset: Preset = "laptop",
     values: Set = None,
-    parameters: Annotated[str, typer.Option(help="Parameters as a JSON object.")] = "{}",
 ) -> None:
     """Execute one chapter; what you set goes before the preset. Its first code cell lists all."""
     from companion import execute
 
     def work() -> None:
-        chosen = execute.of_preset(notebook, preset) | given(parameters, values)
+        chosen = execute.of_preset(notebook, preset) | assigned(values)
         execute.execute(notebook, output, preset, chosen)
 
     if not notebook.exists() and notebook.suffix != ".ipynb":
@@ -73,44 +93,41 @@ def chapter(
     done(work, notebook.stem)
 
 
-@app.command()
+@command()
 def sign(preset: Preset = "laptop") -> None:
     """Accept the verdicts that the chapters now give; git's diff of verdicts.yaml shows them."""
     from companion import site
 
-    done(partial(site.sign, preset))
+    site.sign(preset)
 
 
-@app.command()
-def check(preset: Preset = "laptop") -> None:
+@command()
+def check(preset: Preset = "laptop") -> int:
     """Refuse what is built (exit status 1) where a verdict differs from the signed one."""
     from companion import results, site
 
-    def work() -> int:
-        found = results.faults(preset, site.chapters(preset))
-        print(*found, sep="\n", file=sys.stderr, end="\n" if found else "")
-        return int(bool(found))
-
-    done(work)
+    found = results.faults(preset, site.chapters(preset))
+    print(*found, sep="\n", file=sys.stderr, end="\n" if found else "")
+    return int(bool(found))
 
 
-@app.command()
-def pdf() -> None:
+@command()
+def pdf() -> int:
     """Print the built book as _build/book.pdf; needs a Chromium."""
     from companion import pdf
 
-    done(pdf.print_book)
+    return pdf.print_book()
 
 
-@app.command()
-def links(preset: Preset = "laptop") -> None:
+@command()
+def links(preset: Preset = "laptop") -> int:
     """Ask the other hosts that the book links to whether the links still answer."""
     from companion import site
 
-    done(partial(site.publish, preset, "linkcheck"))
+    return site.publish(preset, "linkcheck")
 
 
-def assigned(values: list[str] | None) -> dict[str, Any]:
+def assigned(values: list[str] | None) -> dict[str, str]:
     """Parameters from `NAME=VALUE`, the values as text.
 
     **Raises:** `ValueError` for one without a name.
@@ -122,27 +139,6 @@ def assigned(values: list[str] | None) -> dict[str, Any]:
             raise ValueError(f"--set {given}: must be NAME=VALUE, such as seed=1")
         found[name] = value
     return found
-
-
-def given(parameters: str, values: list[str] | None) -> dict[str, Any]:
-    """Parameters from a JSON object, and over them those of `--set`.
-
-    **Raises:** `ValueError` for what is no JSON object; as `assigned`.
-    """
-    try:
-        found = json.loads(parameters)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"--parameters {parameters}: must be a JSON object, such as {{}}")
-    return found | assigned(values)
-
-
-def done(work: Callable[[], int | None], name: str = "book") -> None:
-    """Do the work of a command and leave, with its status or one clear line for a failure."""
-    from companion.execute import report_failure
-
-    raise typer.Exit(report_failure(name, work))
 
 
 def _end(number: int, _frame: object) -> None:

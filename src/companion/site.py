@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
+import yaml
 
 from companion import gates, pages, results
-from companion.build import BOOK, names
+from companion.build import names
 from companion.execute import outputs
 from companion.results import Change, Chapter
 from companion.words import markdown
 
 STAGED, GENERATED = Path("book/chapters"), Path("book/generated")
 STAGING, SITE = Path("_build/staging"), Path("_build/html")
+BESIDE = ("glossary", "references")  # pages that a chapter alone comes with
 
 
 def executed(preset: str) -> list[Path]:
@@ -23,14 +25,9 @@ def executed(preset: str) -> list[Path]:
 
     **Raises:** `ValueError` for a preset that is not there.
     """
-    chosen = names(preset)
     contents = Path("_toc.yml").read_text("utf-8")
-    folder = Path("_build/executed") / preset
-
-    def place(name: str) -> int:
-        return contents.find(f"/{name}")
-
-    return [folder / f"{name}.ipynb" for name in sorted(chosen, key=place)]
+    ordered = sorted(names(preset), key=contents.find)
+    return [Path("_build/executed", preset, f"{name}.ipynb") for name in ordered]
 
 
 def publish(preset: str, builder: str = "html") -> int:
@@ -103,24 +100,53 @@ def stage(paths: Sequence[Path], changes: Sequence[Change]) -> None:
         nbformat.write(content, STAGED / path.name)
 
 
+def page(executed: str, output: str) -> int:
+    """Render one executed chapter by itself, with glossary and references; the exit status.
+
+    Links to what is not there become plain text.
+    """
+    folder = Path(output).parent
+    STAGED.mkdir(exist_ok=True)
+    shutil.copy(executed, STAGED)
+    beside = [{"file": name} for name in BESIDE if Path("book", f"{name}.md").exists()]
+    contents = {"format": "jb-book", "root": f"chapters/{Path(executed).stem}", "chapters": beside}
+    if not beside:
+        del contents["chapters"]
+    toc = folder.with_suffix(".yml")
+    toc.parent.mkdir(parents=True, exist_ok=True)
+    toc.write_text(yaml.safe_dump(contents), "utf-8")
+    status = _render(folder, "--toc", toc.resolve())
+    if status == 0:
+        shutil.copytree(folder / "_build" / "html", folder, dirs_exist_ok=True)
+    return status
+
+
 def sphinx(builder: str) -> int:
     """Build the staged book into the staging folder, every warning an error. Returns the status."""
-    shutil.rmtree(STAGING, ignore_errors=True)
-    # Absolute, since sphinx-external-toc takes relative paths as relative to the book's folder.
-    files = ["--config", Path("_config.yml").resolve(), "--toc", Path("_toc.yml").resolve()]
     how = [] if builder == "html" else ["--builder", "custom", "--custom-builder", builder]
-    command = [*BOOK, "build", "book", *files, "-n", "-W", "--keep-going", *how]
-    log = Path("_build/sphinx.log")
-    with log.open("w", encoding="utf-8") as file:
-        command += ["--path-output", STAGING]
-        built = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
-    if built.returncode:
+    toc = ["--toc", Path("_toc.yml").resolve()]
+    status = _render(STAGING, *toc, "-n", "-W", "--keep-going", *how)
+    if status:
         said = ("WARNING", "ERROR", "broken ")
+        log = STAGING.with_suffix(".log")
         lines = log.read_text("utf-8", errors="replace").splitlines()
         told = [line for line in lines if any(word in line for word in said)]
         print(f"headbound: Sphinx refused the book ({log}):", *told, sep="\n  ", file=sys.stderr)
-    return built.returncode
+    return status
+
+
+def _render(folder: Path, *options: str | Path) -> int:
+    """Run jupyter-book into a folder, which is emptied; its talk is in a file beside."""
+    shutil.rmtree(folder, ignore_errors=True)
+    # Not the script of that name: its first line names a Python by a path, and folders move.
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+    # Absolute, since sphinx-external-toc takes relative paths as relative to the book's folder.
+    command += ["build", "book", "--config", Path("_config.yml").resolve(), *options]
+    with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
+        told = {"stdout": log, "stderr": subprocess.STDOUT}
+        return subprocess.run([*command, "--path-output", folder], **told).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(publish(*sys.argv[1:]))
+    task = {"publish": publish, "page": page}[sys.argv[1]]
+    sys.exit(task(*sys.argv[2:]))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from companion.cli import Set, app, assigned, done, given, main
+from companion.cli import Preset, Set, assigned, command, main
 
 ROOT = Path(__file__).resolve().parents[2]
 DIAGNOSIS = ROOT / "notebooks" / "09_diagnose.ipynb"
@@ -19,7 +19,7 @@ Revision = Annotated[str, typer.Option(help="A branch, tag or commit of a Hub id
 File = Annotated[Path, typer.Argument(help="The sweep: models, steps and settings (YAML).")]
 
 
-@app.command()
+@command(DIAGNOSIS.stem)
 def diagnose(
     model: Model,
     text: Text = "docstrings",
@@ -31,15 +31,12 @@ def diagnose(
     """Is the head the bottleneck of this model on this text? A page with measures and verdict."""
     from companion import diagnosis
 
-    def work() -> None:
-        asked = {"model": model, "text": text, "revision": revision, **assigned(values)}
-        diagnosis.report(DIAGNOSIS, output, asked, data)
-        print(f"The report is ready: open {output}")
-
-    done(work, DIAGNOSIS.stem)
+    asked = {"model": model, "text": text, "revision": revision, **assigned(values)}
+    diagnosis.report(DIAGNOSIS, output, asked, data)
+    print(f"The report is ready: open {output}")
 
 
-@app.command()
+@command("measure")
 def measure(
     model: Annotated[list[str], typer.Argument(help="Each: a folder, a .gguf file, a Hub id.")],
     revisions: Annotated[str, typer.Option(help="Of each Hub id, such as step1,step512.")] = "",
@@ -54,23 +51,19 @@ def measure(
 
     What is measured is kept: the same command goes on where it was stopped.
     """
+    from companion import diagnosis, execute
+    from headbound.measure import many
 
-    def work() -> None:
-        from companion import diagnosis, execute
-        from headbound.measure import many
-
-        for place in filter(None, (data, csv)):
-            execute.check_place(place.expanduser())
-        if data and csv and data.expanduser().resolve() == csv.expanduser().resolve():
-            raise ValueError(f"json = {data}, csv = {csv}: one place for both; name another")
-        asked = revisions.replace(",", " ").split()
-        frame = many.run(model, asked, None if head_only else text, texts, length, _head_on_hub)
-        if data:
-            diagnosis.write_whole(data.expanduser(), many.to_json(frame))
-        if csv:
-            diagnosis.write_whole(csv.expanduser(), frame.to_csv(index=False))
-
-    done(work, "measure")
+    for place in filter(None, (data, csv)):
+        execute.check_place(place.expanduser())
+    if data and csv and data.expanduser().resolve() == csv.expanduser().resolve():
+        raise ValueError(f"json = {data}, csv = {csv}: one place for both; name another")
+    asked = revisions.replace(",", " ").split()
+    frame = many.run(model, asked, None if head_only else text, texts, length, _head_on_hub)
+    if data:
+        diagnosis.write_whole(data.expanduser(), many.to_json(frame))
+    if csv:
+        diagnosis.write_whole(csv.expanduser(), frame.to_csv(index=False))
 
 
 def _head_on_hub(model: str, revision: str):
@@ -81,28 +74,21 @@ def _head_on_hub(model: str, revision: str):
     return found.weight[: hub.tokenizer(found.listed).get_vocab_size()]
 
 
-@app.command()
-def suite(
-    values: Set = None,
-    parameters: Annotated[str, typer.Option(help="Parameters as a JSON object.")] = "{}",
-) -> None:
+@command()
+def suite(preset: Preset = "laptop", values: Set = None) -> None:
     """Train what is missing of the wind tunnel's small models, with its chapter's parameters."""
+    from companion import execute
+    from headbound.train import tunnel
 
-    def work() -> None:
-        from companion.execute import check_parameters, defaults
-        from headbound.train import tunnel
-
-        notebook = ROOT / "notebooks" / "01_wind_tunnel.ipynb"
-        fitting = check_parameters(notebook, given(parameters, values))
-        chosen = defaults(notebook) | fitting
-        names = ("vocab_size", "checkpoints", "held_out_texts", "seed")
-        options = {name: chosen[name] for name in names}
-        tunnel.train(chosen["hidden_sizes"], chosen["steps"], source=chosen["text"], **options)
-
-    done(work)
+    notebook = ROOT / "notebooks" / "01_wind_tunnel.ipynb"
+    asked = execute.of_preset(notebook, preset) | assigned(values)
+    chosen = execute.defaults(notebook) | execute.check_parameters(notebook, asked)
+    names = ("vocab_size", "checkpoints", "held_out_texts", "seed")
+    options = {name: chosen[name] for name in names}
+    tunnel.train(chosen["hidden_sizes"], chosen["steps"], source=chosen["text"], **options)
 
 
-@app.command()
+@command("tunnel")
 def tunnel(
     arm: Annotated[str, typer.Argument(help="What is changed, such as 'weight decay 0'.")],
     width: Annotated[int, typer.Argument(min=1, help="The hidden size: 8, 16, 32.")],
@@ -110,19 +96,15 @@ def tunnel(
     folder: Annotated[Path, typer.Option(help="For the table.")] = ROOT / "book" / "archive",
 ) -> None:
     """Make a long run of the archive again, or go on where it was stopped."""
+    from headbound.cache import cache_dir
+    from headbound.train import archive, changes
 
-    def work() -> None:
-        from headbound.cache import cache_dir
-        from headbound.train import archive, changes
-
-        if arm not in changes.ARMS:
-            raise ValueError(f"arm = {arm}: must be one of {'; '.join(changes.ARMS)}")
-        archive.run(arm, width, seed, folder, cache_dir() / "tunnel")
-
-    done(work, "tunnel")
+    if arm not in changes.ARMS:
+        raise ValueError(f"arm = {arm}: must be one of {'; '.join(changes.ARMS)}")
+    archive.run(arm, width, seed, folder, cache_dir() / "tunnel")
 
 
-@app.command()
+@command()
 def sweep(
     file: File,
     task: Annotated[str, typer.Argument(help="left, audit or measure.")] = "left",
@@ -131,30 +113,26 @@ def sweep(
     keep: Annotated[bool, typer.Option(help="Leave the checkpoint in the cache.")] = False,
 ) -> None:
     """What is left of a sweep over checkpoints, or one job of it; Snakemake runs them all."""
+    from sweep import measure, read
 
-    def work() -> None:
-        from sweep import measure, read
-
-        table, settings = read(file)
-        if task == "left":
-            todo = measure.left(table, settings)
-            total = sum(len(revisions) for revisions in table.values())
-            print(f"{total - len(todo)} of {total} checkpoints measured")
-            print(*(f"left: {model} {revision}" for model, revision in todo), sep="\n")
-            return
-        known = model in table and (task == "audit" or revision in table[model])
-        if task not in ("audit", "measure") or not known:
-            raise ValueError(
-                f"{task} {model} {revision}: give left, or audit or measure, and what {file} has"
-            )
-        rows = measure.audited(model, table[model], settings)
-        if task == "measure":
-            measure.measure(model, revision, settings, rows, keep)
-
-    done(work)
+    table, settings = read(file)
+    if task == "left":
+        todo = measure.left(table, settings)
+        total = sum(len(revisions) for revisions in table.values())
+        print(f"{total - len(todo)} of {total} checkpoints measured")
+        print(*(f"left: {model} {revision}" for model, revision in todo), sep="\n")
+        return
+    known = model in table and (task == "audit" or revision in table[model])
+    if task not in ("audit", "measure") or not known:
+        raise ValueError(
+            f"{task} {model} {revision}: give left, or audit or measure, and what {file} has"
+        )
+    rows = measure.audited(model, table[model], settings)
+    if task == "measure":
+        measure.measure(model, revision, settings, rows, keep)
 
 
-@app.command()
+@command()
 def plan(
     file: File = SWEEP,
     tflops: Annotated[float, typer.Option(min=1e-3, help="Sustained, in the sweep's dtype.")] = 20,
@@ -165,15 +143,10 @@ def plan(
     jobs: Annotated[int, typer.Option(min=1, help="At once.")] = 2,
 ) -> None:
     """What a sweep costs before it starts: jobs, bytes, GPU hours, disk."""
+    from sweep import plan, read
 
-    def work() -> None:
-        from sweep import hub, plan, read
-
-        rates = plan.Rates(tflops, tflops64, megabytes, jobs)
-        with hub.impatient():
-            print(plan.words(*read(file), rates))
-
-    done(work)
+    rates = plan.Rates(tflops, tflops64, megabytes, jobs)
+    print(plan.words(*read(file), rates))
 
 
 if __name__ == "__main__":

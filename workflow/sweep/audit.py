@@ -1,15 +1,17 @@
 """Are published checkpoints what their names say? Compares hashes that the Hub lists."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from statistics import median
 
 import pandas as pd
 
-from sweep.hub import Listing, listing
+from sweep.hub import File, Listing, listing
 
 UNUSUAL = 0.01  # a file's size off the usual one, as a share
+Weights = Mapping[str, Mapping[str, File]]  # by format and path
 
 
 def audit(model: str, names: Sequence[str]) -> pd.DataFrame:
@@ -29,35 +31,18 @@ def audit(model: str, names: Sequence[str]) -> pd.DataFrame:
     with ThreadPoolExecutor(8) as pool:
         looked = pool.map(partial(_look, model), names)
         listed |= dict(zip(names, looked, strict=True))
-    weights = {name: _weights(name, found) for name, found in listed.items()}
-    files = pd.concat([weights[name] for name in names])
-    table = pd.DataFrame({"model": model, "revision": names, "status": "ok", "detail": ""})
-    table["commit"] = [listed[name].commit if listed[name] else "" for name in names]
-    table = table.set_index("revision")
-
-    last = names[-1]
-    ends = pd.concat([weights["main"], weights[last]])
-    believed = _sharers(ends, whole=True).index.intersection([last])
-    partly = _sharers(files, whole=False).drop(believed, errors="ignore")
-    same = _sharers(files, whole=True).drop(believed, errors="ignore")
-    gone = table.index.difference(files["revision"])
-    there = table.loc[gone, "commit"].ne("")
-    lacking = there.map({True: "no weights in it", False: "no such revision"})
-    # Each mark is a detail by revision; the later one wins.
-    _mark(table, "suspicious", "unusual size: " + _odd(files))
-    _mark(table, "suspicious", "shares files with " + partly)
-    _mark(table, "identical", same)
-    _mark(table, "missing", lacking)
-    return table.reset_index()[["model", "revision", "status", "detail", "commit"]]
-
-
-def _odd(files: pd.DataFrame) -> pd.Series:
-    """The files of each revision that are not as large as others of their name; names joined."""
-    sizes = files.groupby("path")["size"]
-    usual = sizes.transform("median")
-    off = files["size"] / usual - 1
-    odd = files[off.abs() > UNUSUAL]
-    return odd.groupby("revision")["path"].agg(", ".join)
+    weights = {name: found.weights() if found else {} for name, found in listed.items()}
+    main = weights.pop("main")
+    rows = []
+    for name in names:
+        commit = listed[name].commit if listed[name] else ""
+        believed = name == names[-1] and _shares(weights[name], main, whole=True)
+        others = [] if believed else [other for other in names if other != name]
+        status, detail = _judge(weights, name, others)
+        if status == "missing" and not commit:
+            detail = "no such revision"
+        rows.append((model, name, status, detail, commit))
+    return pd.DataFrame(rows, columns=["model", "revision", "status", "detail", "commit"])
 
 
 def _look(model: str, name: str) -> Listing | None:
@@ -65,32 +50,31 @@ def _look(model: str, name: str) -> Listing | None:
         return listing(model, name)
 
 
-def _weights(name: str, listed: Listing | None) -> pd.DataFrame:
-    kinds = listed.weights() if listed else {}
-    rows = [
-        (name, kind, path, *file) for kind, files in kinds.items() for path, file in files.items()
-    ]
-    return pd.DataFrame(rows, columns=["revision", "kind", "path", "size", "content"])
+def _judge(weights: Mapping[str, Weights], name: str, others: Sequence[str]) -> tuple[str, str]:
+    own = weights[name]
+    if not own:
+        return "missing", "no weights in it"
+    same = [other for other in others if _shares(own, weights[other], whole=True)]
+    if same:
+        return "identical", ", ".join(same)
+    partly = [other for other in others if _shares(own, weights[other], whole=False)]
+    if partly:
+        return "suspicious", f"shares files with {', '.join(partly)}"
+    odd = []
+    for kind, files in own.items():
+        for path, file in files.items():
+            alike = [w[kind][path].size for w in weights.values() if path in w.get(kind, {})]
+            usual = median(alike)
+            if abs(file.size - usual) > UNUSUAL * usual:
+                odd.append(path)
+    return ("suspicious", f"unusual size: {', '.join(odd)}") if odd else ("ok", "")
 
 
-def _sharers(files: pd.DataFrame, whole: bool) -> pd.Series:
-    """With whom each revision shares a file, or (`whole`) all files of a format; names joined."""
-    pairs = files.merge(files, on=["kind", "content"], suffixes=("", "_other"))
-    pairs = pairs[pairs["revision"] != pairs["revision_other"]]
-    if whole:
-        one = ["revision", "kind"]
-        size = files.groupby(one)["path"].nunique().rename("size")
-        shared = pairs.groupby([*one, "revision_other"])["path"].nunique()
-        table = shared.rename("shared").reset_index()
-        counted = table.merge(size, on=one)
-        pairs = counted[counted["shared"] == counted["size"]]
-    order = files["revision"].drop_duplicates().tolist()
-    places = pairs["revision_other"].map(order.index)
-    pairs = pairs.loc[places.sort_values(kind="stable").index]
-    once = pairs.drop_duplicates(["revision", "revision_other"])
-    return once.groupby("revision")["revision_other"].agg(", ".join)
-
-
-def _mark(table: pd.DataFrame, status: str, detail: pd.Series) -> None:
-    table.loc[detail.index, "status"] = status
-    table.loc[detail.index, "detail"] = detail
+def _shares(own: Weights, other: Weights, whole: bool) -> bool:
+    """Whether a file is another's too, or (`whole`) all files of a format are."""
+    for kind, files in own.items():
+        mine = {file.content for file in files.values()}
+        shared = mine & {file.content for file in other.get(kind, {}).values()}
+        if shared == mine if whole else shared:
+            return True
+    return False

@@ -86,11 +86,11 @@ class Head(NamedTuple):
     listed: Listing
 
 
-def listing(model: str, revision: str = "main") -> Listing:
+def listing(model: str, revision: str = "main", tries: int | None = None) -> Listing:
     """A revision's files with their hashes. The model's page and its commit's tree must agree.
 
     **Raises:** `FileNotFoundError` or `PermissionError` for a model or revision that is missing,
-    private or gated; `ConnectionError` if the Hub gave no good answer in `TRIES` tries.
+    private or gated; `ConnectionError` if the Hub gave no good answer in `tries` (or `TRIES`).
     """
     api = HfApi(endpoint=constants.ENDPOINT)
 
@@ -105,7 +105,7 @@ def listing(model: str, revision: str = "main") -> Listing:
             raise DamagedError("two listings of one commit differ")
         return Listing(model, revision, info.sha, files)
 
-    return _asked(model, revision, read)
+    return _asked(model, revision, read, tries)
 
 
 def small_file(listed: Listing, path: str) -> bytes:
@@ -273,10 +273,12 @@ def _download(listed: Listing, paths: Sequence[str], folder: Path) -> None:
     _asked(listed.model, listed.revision, fetch)
 
 
-def _asked(model: str, revision: str, read: Callable[[], Answer]) -> Answer:
+def _asked(
+    model: str, revision: str, read: Callable[[], Answer], tries: int | None = None
+) -> Answer:
     """An answer, asked for with growing pauses; what is final as one clear line."""
     retry = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(TRIES),
+        stop=tenacity.stop_after_attempt(tries or TRIES),
         wait=tenacity.wait_exponential(WAIT, max=60),
         retry=tenacity.retry_if_exception(_passing),
         before_sleep=_tell,
@@ -322,15 +324,3 @@ def _passing(error: BaseException) -> bool:
 
 def _file(entry) -> File:
     return File(entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
-
-
-@contextmanager
-def impatient(tries: int = 2) -> Iterator[None]:
-    """Inside, the Hub is asked that often: for an answer at once, be it that it is silent."""
-    global TRIES
-    before = TRIES
-    TRIES = tries
-    try:
-        yield
-    finally:
-        TRIES = before

@@ -26,7 +26,7 @@ def shape(model: str, revision: str) -> dict[str, int | str]:
     configuration that transformers can't read.
     """
     try:
-        listed = hub.listing(model, revision)
+        listed = hub.listing(model, revision, tries=2)  # a silent hub is not waited for
     except ConnectionError:
         size = model.split("pythia-")[-1].removesuffix("-deduped")
         if size not in pythia.PYTHIA:

@@ -18,8 +18,8 @@ from headbound.measure.saturation import detect
 from headbound.train import tunnel
 
 SPEC = importlib.util.spec_from_file_location("last_words", harness.TASKS / "last_words.py")
-task = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(task)
+last_words = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(last_words)
 SHARED = Path(harness.__file__).parents[3] / "shared" / "pythia"
 PROSE = (
     "The solver keeps a residual for every equation of the system. When a step makes it smaller, the step is "
@@ -28,7 +28,7 @@ PROSE = (
 
 
 def test_a_passage_ends_before_a_word_said_before():
-    found = task._passage(f"Title\n\n{PROSE}\n")
+    found = last_words._passage(f"Title\n\n{PROSE}\n")
     assert found["word"] == "residual"
     assert f"{found['context']} residual." == PROSE
 
@@ -48,11 +48,11 @@ def test_a_passage_ends_before_a_word_said_before():
     ],
 )
 def test_no_passage(text):
-    assert task._passage(text) is None
+    assert last_words._passage(text) is None
 
 
 def test_literals_become_words():
-    found = task._passage(
+    found = last_words._passage(
         PROSE.replace("The solver", "The ``solver``").replace("a step", "a `step`")
     )
     assert "`" not in found["context"]
@@ -82,13 +82,13 @@ def small(tmp_path_factory):
             "checkpoints": 1,
         }
         source = str(folder / "text.txt")
-        table = tunnel.train([8], 2, folder, source=source, held_out_texts=4, **options)
+        table = tunnel.train([8], 2, source=source, held_out_texts=4, **options)
         yield table.path.iloc[-1], source
 
 
 def test_the_harness_agrees_with_a_hand_count(small):
     path, source = small
-    items = task.last_words(source)["test"]
+    items = last_words.last_words(source)["test"]
     assert len(items) > 3
     model, tokenizer = models.load(path)
     found = harness.evaluate(model, tokenizer, limit=3, source=source).set_index("metric")
@@ -297,16 +297,15 @@ def test_bad_results_are_named(tmp_path, plant, message):
         harness.read_results(tmp_path)
 
 
-def test_shots_pick_one_kind(tmp_path):
-    mixed_shots(tmp_path)
-    assert list(harness.read_results(tmp_path, shots=5)["step"]) == [2]
-
-
 @pytest.mark.skipif(
     not SHARED.is_dir(), reason="Pythia's published evaluations do not lie beside the repository"
 )
-def test_pythia_saturates_on_lambada_below_410m_only():
-    table = harness.read_results(SHARED, shots=0)
+def test_pythia_saturates_on_lambada_below_410m_only(tmp_path):
+    for path in SHARED.rglob("zero-shot/*.json"):
+        link = tmp_path / path.relative_to(SHARED)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    table = harness.read_results(tmp_path)
     assert len(table) == 37_152
     curves = table.groupby(["model", "task", "metric"])["step"].nunique()
     assert (curves == table["step"].nunique()).all()

@@ -157,7 +157,7 @@ def _file_docstrings(path: Path) -> list[str]:
         return [text.encode(errors="ignore").decode() for text in found if text]
 
 
-def _by_ast(scope: ast.Module | ast.ClassDef | ast.FunctionDef) -> Iterator[str | None]:
+def _by_ast(scope: ast.AST) -> Iterator[str | None]:
     yield ast.get_docstring(scope)
     for inner in scope.body:
         if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

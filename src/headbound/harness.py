@@ -118,20 +118,18 @@ def _run(model, tokenizer, task, metadata, batch_size, options):
     return found["results"][task], found["n-samples"][task]["effective"], logs
 
 
-def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
+def read_results(folder: str | Path) -> pd.DataFrame:
     """One row a model, step, task and metric, from all lm-eval result files below a folder.
 
     Files of EleutherAI's evaluations of Pythia (`acc`, `acc_stderr`) and of lm-eval 0.4
     (`acc,none`) are read; other JSON is passed over. Model and step are what the file's
-    `model_args` say. `shots` keeps only tasks with that many examples in the prompt. An `stderr` is
-    NaN where the file has none.
+    `model_args` say. An `stderr` is NaN where the file has none.
 
     **Raises:** `FileNotFoundError` if there is no result file; `ValueError` for broken JSON, no
     step or several, two files for one step, or two kinds of model or evaluation on one curve.
     """
     files = [path for path in sorted(Path(folder).expanduser().rglob("*.json")) if path.is_file()]
-    rows = [row for path in files for row in _rows(path, shots)]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame([row for path in files for row in _rows(path)])
     if table.empty:
         raise FileNotFoundError(f"{folder}: no lm-eval result file (*.json); give their folder")
     _only(table, ["model"], "form")
@@ -140,21 +138,20 @@ def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
     return table[COLUMNS].sort_values(COLUMNS[:4], ignore_index=True)
 
 
-def _rows(path: Path, shots: int | None) -> Iterator[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """The numbers of a result file, each with the file's origin; none of any other JSON."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: broken JSON ({error}); fetch it again or remove it") from error
     for task, metrics in _dict(content, "results").items():
-        asked = _dict(content, "n-shot").get(task, _dict(content, "config").get("num_fewshot"))
-        if not isinstance(metrics, dict) or shots not in (None, asked):
+        if not isinstance(metrics, dict):
             continue
         age = "0.4"
         if not any("," in name for name in metrics):
             age = "before 0.4"  # where no name says its filter
             metrics = {f"{name},none": value for name, value in metrics.items()}
-        kind = _kind(content, task, age, asked)
+        kind = _kind(content, task, age)
         origin = {**_origin(content, path), "task": task, "kind": kind, "path": str(path)}
         for metric, filtered, value, error in _numbers(metrics):
             name = metric if filtered == "none" else f"{metric},{filtered}"
@@ -166,13 +163,14 @@ def _dict(content: Any, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _kind(content: dict[str, Any], task: str, age: str, shots: Any) -> str:
+def _kind(content: dict[str, Any], task: str, age: str) -> str:
     """How a task was evaluated: what two points of one curve must share."""
+    config = _dict(content, "config")
     version = _dict(content, "versions").get(task)
-    limit = _dict(content, "config").get("limit")
-    asked = [name for name in ("chat_template", "system_instruction") if content.get(name)]
-    settings = [f"lm-eval {age}", f"task version {version}", f"limit {limit}", f"{shots} shots"]
-    return ", ".join(settings + asked)
+    shots = _dict(content, "n-shot").get(task, config.get("num_fewshot"))
+    parts = [f"lm-eval {age}, task version {version}, limit {config.get('limit')}, {shots} shots"]
+    parts += [name for name in ("chat_template", "system_instruction") if content.get(name)]
+    return ", ".join(parts)
 
 
 def _only(table: pd.DataFrame, by: list[str], column: str) -> None:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import transformers
 from filelock import FileLock
 from jaxtyping import Int
 from joblib import delayed
@@ -237,7 +236,6 @@ def _publish(path: Path, model: PreTrainedModel, text: Text, tokens: int) -> Non
     numbers = {"tokens": tokens, "parameters": model.num_parameters()}
     numbers |= checkpoint.measure(model, text.held_out)
     temporary = path.with_name(f".{path.name}")
-    transformers.utils.logging.disable_progress_bar()
     shutil.rmtree(temporary, ignore_errors=True)  # what a kill left
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     model.save_pretrained(temporary, state_dict=weights)

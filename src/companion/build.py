@@ -91,16 +91,11 @@ def names(preset: str, asked: Sequence[str] = ()) -> list[str]:
     if preset not in presets:
         raise ValueError(f"PRESET = {preset}: must be one of {', '.join(presets)}")
     chapters = yaml.safe_load(Path(f"presets/{preset}.yaml").read_text(encoding="utf-8"))
-    if not asked:
-        return list(chapters)
-    found = []
     for beginning in asked:
-        fitting = [name for name in chapters if name.startswith(beginning)]
-        if not fitting:
+        if not any(name.startswith(beginning) for name in chapters):
             known = ", ".join(chapters)
             raise ValueError(f"chapter = {beginning}: must begin one of {known}")
-        found += fitting
-    return found
+    return [name for name in chapters if not asked or name.startswith(tuple(asked))]
 
 
 def build(preset: str, asked: Sequence[str], cores: int) -> int:
@@ -121,7 +116,7 @@ def build(preset: str, asked: Sequence[str], cores: int) -> int:
     except Timeout:
         raise ValueError("another build is at work here; wait for it to end") from None
     if status:
-        lines = _said("headbound: ") or _log()[-5:]
+        lines = _said("headbound: ") or _log().splitlines()[-5:]
         kept = f"what was finished is kept; all that was said is in {LOG.resolve()}"
         print(*lines, f"headbound: the book was not built; {kept}", sep="\n", file=sys.stderr)
     else:
@@ -143,7 +138,7 @@ def _run(preset: str, targets: list[str], cores: int) -> int:
     with LOG.open("w", encoding="utf-8") as log:
         told = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
         planned = subprocess.run([*command, "--dry-run", "--", *targets], **told)
-        plan = "\n".join(_log())
+        plan = _log()
         if planned.returncode or "Nothing to be done" in plan:
             return planned.returncode
         work = subprocess.Popen([*command, "--quiet", "rules", "--", *targets], **told)
@@ -207,15 +202,10 @@ def _times() -> dict[str, float]:
     return json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
 
 
-def _log() -> list[str]:
-    return LOG.read_text(encoding="utf-8", errors="replace").splitlines()
+def _log() -> str:
+    return LOG.read_text(encoding="utf-8", errors="replace")
 
 
 def _said(beginning: str) -> list[str]:
     """The lines of the log that begin so, and what is set in below them."""
-    said = []
-    ours = False
-    for line in _log():
-        ours = line.startswith(beginning) or (ours and line.startswith("  "))
-        said += [line] if ours else []
-    return said
+    return re.findall(rf"^{beginning}.*(?:\n  .*)*", _log(), re.MULTILINE)

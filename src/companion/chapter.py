@@ -124,15 +124,9 @@ def table(rows: Any, caption: str, columns: Sequence[str] = (), digits: int = 4)
     """
 
     def words(cell: Any) -> str:
-        if isinstance(cell, Estimate):
-            return number(cell)
         if isinstance(cell, bool | np.bool_):
             return "yes" if cell else "no"
-        if not isinstance(cell, float):
-            return visible(cell)
-        if abs(cell) >= 10**digits:
-            return f"{cell:,.0f}"  # no power of ten
-        return f"{cell:.{digits}g}"
+        return number(cell, digits) if isinstance(cell, float | Estimate) else visible(cell)
 
     frame = pd.DataFrame(rows, columns=columns or None)
     display(_styled(frame, caption).format(words, escape="html"))

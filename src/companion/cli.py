@@ -1,12 +1,11 @@
 """The command of a book of notebooks: build it, run a chapter, sign and check its verdicts."""
 
-import functools
 import locale
 import os
 import signal
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,28 +34,20 @@ def about() -> None:
     """Build this book, or run one part of it. Begin with `book`; --help explains each command."""
 
 
-def done(work: Callable[[], int | None], name: str = "book") -> None:
-    """Do the work of a command and leave, with its status or one clear line for a failure."""
-    from companion.execute import report_failure
+def command(work: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Make a function a command: it ends with its status, or with one clear line for a failure."""
 
-    raise typer.Exit(report_failure(name, work))
+    @app.command()
+    @wraps(work)
+    def run(**asked: Any) -> None:
+        from companion.execute import report_failure
 
+        raise typer.Exit(report_failure(work.__name__, partial(work, **asked)))
 
-def command(name: str = "book") -> Callable[[Callable[..., int | None]], Callable]:
-    """Make a function a command, whose status or failure is told as by `done`."""
-
-    def register(work: Callable[..., int | None]) -> Callable:
-        @app.command()
-        @functools.wraps(work)
-        def run(**options: Any) -> None:
-            done(partial(work, **options), name)
-
-        return work
-
-    return register
+    return work
 
 
-@command()
+@command
 def book(
     preset: Preset = "laptop",
     chapter: Annotated[
@@ -74,7 +65,7 @@ def book(
     return build.build(preset, chapter or [], cores)
 
 
-@app.command()
+@command
 def chapter(
     notebook: Annotated[Path, typer.Argument(help="A notebook of the book, or its name.")],
     output: Annotated[Path, typer.Argument(help="The executed notebook to write.")],
@@ -84,16 +75,13 @@ def chapter(
     """Execute one chapter; what you set goes before the preset. Its first code cell lists all."""
     from companion import execute
 
-    def work() -> None:
-        chosen = execute.of_preset(notebook, preset) | assigned(values)
-        execute.execute(notebook, output, preset, chosen)
-
     if not notebook.exists() and notebook.suffix != ".ipynb":
         notebook = Path("notebooks") / f"{notebook}.ipynb"
-    done(work, notebook.stem)
+    chosen = execute.of_preset(notebook, preset) | assigned(values)
+    execute.execute(notebook, output, preset, chosen)
 
 
-@command()
+@command
 def sign(preset: Preset = "laptop") -> None:
     """Accept the verdicts that the chapters now give; git's diff of verdicts.yaml shows them."""
     from companion import site
@@ -101,7 +89,7 @@ def sign(preset: Preset = "laptop") -> None:
     site.sign(preset)
 
 
-@command()
+@command
 def check(preset: Preset = "laptop") -> int:
     """Refuse what is built (exit status 1) where a verdict differs from the signed one."""
     from companion import results, site
@@ -111,7 +99,7 @@ def check(preset: Preset = "laptop") -> int:
     return int(bool(found))
 
 
-@command()
+@command
 def pdf() -> int:
     """Print the built book as _build/book.pdf; needs a Chromium."""
     from companion import pdf
@@ -119,7 +107,7 @@ def pdf() -> int:
     return pdf.print_book()
 
 
-@command()
+@command
 def links(preset: Preset = "laptop") -> int:
     """Ask the other hosts that the book links to whether the links still answer."""
     from companion import site

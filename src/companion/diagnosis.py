@@ -1,6 +1,6 @@
 """A report: one executed notebook as one self-contained HTML page, its summary first."""
 
-import html
+import copy
 import json
 import os
 import re
@@ -19,6 +19,7 @@ from companion.execute import write_whole
 
 FORMAT = "companion report, 1"
 ROLE = re.compile(r"\{\w+\}`([^`<]*?)(?: <[^`]*>)?`")  # a cross-reference of the book
+TEMPLATES = PackageLoader("companion")
 HEADING = re.compile(r"^##? +(.+)$", re.M)
 
 
@@ -31,23 +32,21 @@ def report(
     `data`: where the JSON goes, see `facts`; None leaves it out.
 
     **Raises:** `ValueError` for bad parameters or a place that can't be written, before the run;
-    `PapermillExecutionError` for what the notebook can't do.
+    `execute.ChapterError` for what the notebook can't do.
     """
     output = output.expanduser()
-    data = data and data.expanduser()
     executed = output.with_suffix(".ipynb")
+    data = data and data.expanduser()
     if output == executed:
         raise ValueError(f"output = {output}: the executed notebook goes there; end it with .html")
-    real = os.path.realpath
-    if data is not None and real(data) in (real(output), real(executed)):
+    if data and os.path.realpath(data) in map(os.path.realpath, (output, executed)):
         raise ValueError(f"output = {output}, json = {data}: one place for both; name another")
-    for place in (output, executed, data):
-        if place is not None:
-            execute.check_place(place)
+    for place in filter(None, (output, executed, data)):
+        execute.check_place(place)
     execute.execute(notebook, executed, "laptop", parameters)
     made = nbformat.read(executed, as_version=4)
     write_whole(output, page(made))
-    if data is not None:
+    if data:
         write_whole(data, json.dumps(facts(made), indent=1, ensure_ascii=False) + "\n")
 
 
@@ -57,21 +56,25 @@ def page(notebook: NotebookNode) -> str:
     Cells tagged `summary` come first; the others follow folded, a fold for each heading. Cells
     tagged `book` are left out.
     """
-    cells = [cell for cell in notebook.cells if "book" not in _tags(cell)]
-    first = [cell for cell in cells if "summary" in _tags(cell)]
-    (title, opening), *parts = _parts([cell for cell in cells if "summary" not in _tags(cell)])
-    folds = [("The question", opening), *parts]
-    templates = Environment(loader=PackageLoader("companion"), autoescape=True)
+    first = []
+    folded = []
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if "summary" in tags:
+            first.append(cell)
+        elif "book" not in tags:
+            folded.append(cell)
+    (title, opening), *parts = _parts(folded)
+    templates = Environment(loader=TEMPLATES, autoescape=True)
     templates.filters["shown"] = _html
-    return templates.get_template("report.html.j2").render(title=title, first=first, folds=folds)
+    report = templates.get_template("report.html.j2")
+    return report.render(title=title, first=first, folds=[("The question", opening), *parts])
 
 
 def facts(notebook: NotebookNode) -> dict[str, Any]:
     """What a report says, for a program.
 
-    - `format`: the name and version of this form.
-    - `parameters`: the notebook's, with the values that it had.
-    - `answer`: its computed answer, in Markdown.
+    - `answer`: the computed one, in Markdown.
     - `findings`: a list of key, quantity, paper, measured (value, low, high, n; null for what is
       not finite), verdict and comment.
     - `figures`: a list of name, caption and alt text.
@@ -105,27 +108,10 @@ def _parts(cells: Sequence[NotebookNode]) -> list[tuple[str, list[NotebookNode]]
 
 
 def _html(cells: Sequence[NotebookNode]) -> Markup:
-    shown = [_shown(cell) for cell in cells]
-    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True)
-    body, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(cells=shown))
-    return Markup(body)
-
-
-def _shown(cell: NotebookNode) -> NotebookNode:
-    cell = nbformat.from_dict(cell)
-    if cell.cell_type == "markdown":
-        cell.source = ROLE.sub(r"\1", cell.source)
-        return cell
-    cell.outputs = [output for output in cell.outputs if output.output_type != "stream"]
-    for _, output, about in execute.outputs([cell]):
-        if "alt" in about:
-            alt, caption = (html.escape(about[key]) for key in ("alt", "caption"))
-            picture = output.data["image/png"].strip()
-            image = f'<img src="data:image/png;base64,{picture}" alt="{alt}">'
-            inside = f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
-            output.data = {"text/html": inside}
-    return cell
-
-
-def _tags(cell: NotebookNode) -> set[str]:
-    return set(cell.metadata.get("tags", []))
+    shown = nbformat.v4.new_notebook(cells=copy.deepcopy(cells))
+    for cell in shown.cells:
+        if cell.cell_type == "markdown":
+            cell.source = ROLE.sub(r"\1", cell.source)
+    look = {"template_name": "basic", "template_file": "cells.html.j2"}
+    look |= {"exclude_input": True, "exclude_output_prompt": True}
+    return Markup(HTMLExporter(extra_loaders=[TEMPLATES], **look).from_notebook_node(shown)[0])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jsonschema
 import nbformat
@@ -38,6 +39,10 @@ launch_new_instance()
 # What a reader sets for other Pythons: it would silence assertions, add output, or hide figures.
 FOREIGN = ("PYTHONSTARTUP", "PYTHONOPTIMIZE", "PYTHONWARNINGS", "PYTHONDEVMODE", "MPLBACKEND")
 SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # where sockets may live, if TMPDIR is too long
+
+
+class ChapterError(RuntimeError):
+    """A notebook that could not be executed to its end, in one line with its name."""
 
 
 def literals(source: str) -> dict[str, Any]:
@@ -164,7 +169,7 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
     """Execute a notebook into `output`, which appears only when every cell has run.
 
     **Raises:** `ValueError` for bad parameters or a bad place, before anything runs;
-    `PapermillExecutionError` for a cell that failed; `DeadKernelError` if the kernel was killed.
+    `ChapterError` for a cell that failed, or a kernel that was killed.
     """
     parameters = check_parameters(notebook, parameters)
     presets = [path.stem for path in _book(notebook).glob("presets/*.yaml")]
@@ -178,9 +183,7 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
     check_place(output)
     with beside(output, "running") as scratch, _own_kernel() as kernel:
         finished = scratch / output.name
-        papermill.execute_notebook(
-            notebook, finished, parameters, kernel_name="python3", progress_bar=False, config=kernel
-        )
+        _run(notebook, finished, parameters, kernel)
         content = nbformat.read(finished, as_version=4)
         describe_figures(content)
         source = source_hash(nbformat.read(notebook, as_version=4))
@@ -188,6 +191,25 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
         content.metadata["companion"] = {**content.metadata.get("companion", {}), **made}
         nbformat.write(content, finished)
         finished.replace(output)
+
+
+def _run(notebook: Path, finished: Path, parameters: dict[str, Any], kernel: Config) -> None:
+    for talker in ("papermill", "traitlets"):  # what they say of a dead kernel is said here
+        logging.getLogger(talker).setLevel(logging.CRITICAL)
+    how = {"kernel_name": "python3", "progress_bar": False, "config": kernel}
+    try:
+        papermill.execute_notebook(notebook, finished, parameters, **how)
+    except PapermillExecutionError as error:
+        why = f"{error.ename}: {error.evalue}"
+    except DeadKernelError:
+        why = "its kernel was killed; it may have run out of memory"
+    except RuntimeError as error:
+        if "Kernel died" not in str(error):  # before it has answered once
+            raise
+        why = "its kernel did not start; run `make install` again"
+    else:
+        return
+    raise ChapterError(f"{notebook.stem}: {why}")
 
 
 def check_place(place: Path) -> None:
@@ -236,7 +258,11 @@ def _own_kernel() -> Iterator[Config]:
     It finds its kernel file, its configuration and its start-up files in an empty folder. It
     listens on no network port where a short enough path for a socket can be had.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        mock.patch.dict(os.environ),
+        _sockets() as config,
+    ):
         folder = Path(scratch) / "kernels" / "python3"
         folder.mkdir(parents=True)
         quiet = ["--log-level=CRITICAL", "--InteractiveShellApp.ignore_cwd=True"]
@@ -244,19 +270,13 @@ def _own_kernel() -> Iterator[Config]:
         argv = [sys.executable, "-P", "-c", KERNEL, "-f", "{connection_file}", *quiet]
         spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
         (folder / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
-        before = dict(os.environ)
         os.environ |= dict.fromkeys(("JUPYTER_PATH", "IPYTHONDIR", "JUPYTER_CONFIG_DIR"), scratch)
         os.environ |= {"JUPYTER_RUNTIME_DIR": f"{scratch}/run", "PYTHONUTF8": "1"}
         for name in FOREIGN:
             os.environ.pop(name, None)
         if not os.access(Path.home(), os.W_OK):
             os.environ.setdefault("MPLCONFIGDIR", scratch)
-        try:
-            with _sockets() as config:
-                yield config
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        yield config
 
 
 @contextmanager
@@ -271,29 +291,20 @@ def _sockets() -> Iterator[Config]:
 
 def report_failure(name: str, work: Callable[[], int | None]) -> int:
     """Do the work of a command: its exit status, and one clear line for a failure."""
-    for talker in ("papermill", "traitlets"):  # what they say of a dead kernel is said here
-        logging.getLogger(talker).setLevel(logging.CRITICAL)
     try:
         return work() or 0
-    except PapermillExecutionError as error:
-        return _told(f"{name}: {error.ename}: {error.evalue}", 1)
-    except DeadKernelError:
-        return _told(f"{name}: its kernel was killed; it may have run out of memory", 1)
+    except ChapterError as error:
+        status, why = 1, str(error)
     except OSError as error:
-        plain = error.filename is not None and error.strerror is not None
-        return _told(f"{error.filename}: {error.strerror}" if plain else str(error), 2)
+        status, why = 2, str(error)
+        if error.filename is not None and error.strerror is not None:
+            why = f"{error.filename}: {error.strerror}"
     except ValueError as error:
-        return _told(str(error), 2)
+        status, why = 2, str(error)
     except Exception as error:
         if os.environ.get("HEADBOUND_DEBUG"):
             raise
-        if "Kernel died" in str(error):  # of RuntimeError: before it has answered once
-            return _told(f"{name}: its kernel did not start; run `make install` again", 1)
         where = "not foreseen; HEADBOUND_DEBUG=1 shows where"
-        return _told(f"{name}: {type(error).__name__}: {error} ({where})", 1)
-
-
-def _told(why: str, status: int) -> int:
-    line = " ".join(why.split())
-    print(f"headbound: {line}", file=sys.stderr)
+        status, why = 1, f"{name}: {type(error).__name__}: {error} ({where})"
+    print("headbound:", *why.split(), file=sys.stderr)
     return status

@@ -100,7 +100,8 @@ def environment(chapters: Sequence[Chapter], folder: Path) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    verbs = (badge, counts, figure_link, link, number, quoted, scale, versions)
+    verbs = (badge, counts, link, number, scale, versions)
+    made.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     made.filters |= {verb.__name__: verb for verb in verbs}
     figures = {name: figure for chapter in chapters for name, figure in chapter.figures.items()}
     every = {chapter.name: chapter.findings for chapter in chapters}
@@ -128,16 +129,6 @@ def badge(word: str) -> Markup:
 def link(chapter: Chapter) -> Markup:
     """A link to a chapter's page."""
     return Markup(f"{{doc}}`{chapter.title.split(':')[0]} </chapters/{chapter.name}>`")
-
-
-def figure_link(name: str) -> Markup:
-    """A link to a figure that a chapter made."""
-    return Markup(f"{{ref}}`figure <{name}>`")
-
-
-def quoted(text: str) -> Markup:
-    """A text as the value of a directive's option."""
-    return Markup(json.dumps(text, ensure_ascii=False))
 
 
 def scale(chapter: Chapter) -> str:

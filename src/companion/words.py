@@ -21,10 +21,10 @@ class Estimate(Protocol):
     n: int
 
 
-def number(value: Any) -> str:
+def number(value: Any, digits: int = 4) -> str:
     """A number as the whole book prints it: with its interval and sample size where it has them.
 
-    An estimate looks like `0.41 [0.38, 0.44] (n = 64)`.
+    An estimate looks like `0.41 [0.38, 0.44] (n = 64)`; `digits` are those of a plain number.
     """
     if isinstance(value, dict):
         known = {name: math.nan if part is None else part for name, part in value.items()}
@@ -32,7 +32,7 @@ def number(value: Any) -> str:
     if isinstance(value, Estimate):
         return _estimate(value)
     if isinstance(value, Real) and not isinstance(value, Integral):
-        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
     return "unknown" if value is None else str(value)
 
 

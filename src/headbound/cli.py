@@ -19,7 +19,7 @@ Revision = Annotated[str, typer.Option(help="A branch, tag or commit of a Hub id
 File = Annotated[Path, typer.Argument(help="The sweep: models, steps and settings (YAML).")]
 
 
-@command(DIAGNOSIS.stem)
+@command
 def diagnose(
     model: Model,
     text: Text = "docstrings",
@@ -36,7 +36,7 @@ def diagnose(
     print(f"The report is ready: open {output}")
 
 
-@command("measure")
+@command
 def measure(
     model: Annotated[list[str], typer.Argument(help="Each: a folder, a .gguf file, a Hub id.")],
     revisions: Annotated[str, typer.Option(help="Of each Hub id, such as step1,step512.")] = "",
@@ -51,7 +51,7 @@ def measure(
 
     What is measured is kept: the same command goes on where it was stopped.
     """
-    from companion import diagnosis, execute
+    from companion import execute
     from headbound.measure import many
 
     for place in filter(None, (data, csv)):
@@ -61,9 +61,9 @@ def measure(
     asked = revisions.replace(",", " ").split()
     frame = many.run(model, asked, None if head_only else text, texts, length, _head_on_hub)
     if data:
-        diagnosis.write_whole(data.expanduser(), many.to_json(frame))
+        execute.write_whole(data.expanduser(), many.to_json(frame))
     if csv:
-        diagnosis.write_whole(csv.expanduser(), frame.to_csv(index=False))
+        execute.write_whole(csv.expanduser(), frame.to_csv(index=False))
 
 
 def _head_on_hub(model: str, revision: str):
@@ -74,7 +74,7 @@ def _head_on_hub(model: str, revision: str):
     return found.weight[: hub.tokenizer(found.listed).get_vocab_size()]
 
 
-@command()
+@command
 def suite(preset: Preset = "laptop", values: Set = None) -> None:
     """Train what is missing of the wind tunnel's small models, with its chapter's parameters."""
     from companion import execute
@@ -88,7 +88,7 @@ def suite(preset: Preset = "laptop", values: Set = None) -> None:
     tunnel.train(chosen["hidden_sizes"], chosen["steps"], source=chosen["text"], **options)
 
 
-@command("tunnel")
+@command
 def tunnel(
     arm: Annotated[str, typer.Argument(help="What is changed, such as 'weight decay 0'.")],
     width: Annotated[int, typer.Argument(min=1, help="The hidden size: 8, 16, 32.")],
@@ -104,7 +104,7 @@ def tunnel(
     archive.run(arm, width, seed, folder, cache_dir() / "tunnel")
 
 
-@command()
+@command
 def sweep(
     file: File,
     task: Annotated[str, typer.Argument(help="left, audit or measure.")] = "left",
@@ -132,7 +132,7 @@ def sweep(
         measure.measure(model, revision, settings, rows, keep)
 
 
-@command()
+@command
 def plan(
     file: File = SWEEP,
     tflops: Annotated[float, typer.Option(min=1e-3, help="Sustained, in the sweep's dtype.")] = 20,

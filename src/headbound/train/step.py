@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_origin
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +10,13 @@ from torch import Tensor, nn
 from transformers import GPTNeoXConfig, PreTrainedModel
 
 from headbound.train import fast
+
+CHOICES = {
+    "schedule": ("cosine", "constant"),
+    "optimizer": ("adamw", "coupled", "sgd"),
+    "precision": ("float32", "float16", "bfloat16"),
+    "cut": ("none", "forward", "backward"),
+}
 
 
 @dataclass(frozen=True)
@@ -28,20 +34,20 @@ class Recipe:
     context: int = 128
     batch_size: int = 16
     peak: float = 1e-2  # of the learning rate; see its method
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: str = "cosine"
     warmup: float = 0.01
     # `adamw` with betas .9 and .95; `coupled`, the same with one second moment for all rows of
     # embedding and head; or `sgd`, with momentum .9.
-    optimizer: Literal["adamw", "coupled", "sgd"] = "adamw"
+    optimizer: str = "adamw"
     weight_decay: float = 0.1  # of matrices, a share of the weight for each unit of learning rate
     # What weights, states, logits and their gradient are rounded to. Sums, moments and the kept
     # weights stay float32.
-    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    precision: str = "float32"
     centred: bool = False  # the mean row is taken out of the head after each step
     z_loss: float = 0.0  # the factor of the mean (ln Z)² in the loss
     # In the pass `forward` or `backward` alone, the head is projected on its d/2 leading right
     # singular vectors at that step.
-    cut: Literal["none", "forward", "backward"] = "none"
+    cut: str = "none"
     tied: bool = False  # one matrix for embedding and head; Pythia's are two
     unused: float = 0.0  # the share of the model's rows beyond the tokenizer's
     epochs: float | None = None  # over windows drawn to fit; None keeps all of them
@@ -57,11 +63,9 @@ class Recipe:
             raise ValueError(
                 f"steps = {self.steps}, checkpoints = {self.checkpoints}: both must be 1 or more"
             )
-        for field in fields(self):
-            choices = get_args(field.type) if get_origin(field.type) is Literal else ()
-            value = getattr(self, field.name)
-            if choices and value not in choices:
-                raise ValueError(f"{field.name} = {value!r}: must be one of {choices}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {choices}")
         if self.precision != "float32" and (self.centred or self.z_loss):
             raise ValueError("precision: a rounded recipe has neither z-loss nor centred rows")
 

@@ -47,7 +47,6 @@ rule measure_checkpoint:
         made_by=SWEEP_SETTINGS.made_by(),
         keep="--keep" if os.environ.get("HEADBOUND_KEEP") else "",
     retries: 2
-    threads: 1
     resources:
         mem_mb=lambda wildcards, attempt: 12000 * attempt,
         runtime=lambda wildcards, attempt: 120 * attempt,

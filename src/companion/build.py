@@ -76,8 +76,11 @@ def _left(steps: Sequence[Step]) -> str:
     waited_for = [step for step in steps if step.took is None]
     if any(step.before is None for step in waited_for):
         return "time left unknown until it was built once"
-    seconds = [max(0.0, step.before - now + (step.started or now)) for step in waited_for]
-    return f"about {max(1, round(sum(seconds) / 120))} min left"
+    seconds = 0.0
+    for step in waited_for:
+        begun = step.started or now
+        seconds += max(0.0, begun + step.before - now)
+    return f"about {max(1, round(seconds / 120))} min left"
 
 
 def names(preset: str, asked: Sequence[str] = ()) -> list[str]:

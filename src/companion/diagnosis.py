@@ -82,14 +82,9 @@ def facts(notebook: NotebookNode) -> dict[str, Any]:
     """
     told = results.collect(notebook, "report")
     figures = [{k: v for k, v in f.items() if k != "png"} for f in told.figures.values()]
-    return {
-        "format": FORMAT,
-        "parameters": told.parameters,
-        "answer": told.answer or None,
-        "findings": told.findings,
-        "figures": figures,
-        "provenance": told.provenance,
-    }
+    parts = {"parameters": told.parameters, "answer": told.answer or None}
+    parts |= {"findings": told.findings, "figures": figures, "provenance": told.provenance}
+    return {"format": FORMAT, **parts}
 
 
 def _parts(cells: Sequence[NotebookNode]) -> list[tuple[str, list[NotebookNode]]]:

@@ -28,7 +28,6 @@ from traitlets.config import Config
 from companion.words import markdown
 
 SCHEMA = "presets/schema.json"  # of parameters, by their names; beside the folder of notebooks
-SOCKET = 80  # characters of a folder that leave room for a socket's name below the system's limit
 # A kernel that is told to end while it waits would say so, after the line that names the failure.
 KERNEL = """
 import logging
@@ -38,7 +37,7 @@ launch_new_instance()
 """
 # What a reader sets for other Pythons: it would silence assertions, add output, or hide figures.
 FOREIGN = ("PYTHONSTARTUP", "PYTHONOPTIMIZE", "PYTHONWARNINGS", "PYTHONDEVMODE", "MPLBACKEND")
-SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # where sockets may live, if TMPDIR is too long
+SOCKETS = "/tmp"  # a socket's path must be short, and TMPDIR may be long
 
 
 class ChapterError(RuntimeError):
@@ -256,7 +255,7 @@ def _own_kernel() -> Iterator[Config]:
     """A kernel of this environment's Python that nothing of the reader's own settings reaches.
 
     It finds its kernel file, its configuration and its start-up files in an empty folder. It
-    listens on no network port where a short enough path for a socket can be had.
+    listens on no network port where `SOCKETS` can be written.
     """
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -281,12 +280,11 @@ def _own_kernel() -> Iterator[Config]:
 
 @contextmanager
 def _sockets() -> Iterator[Config]:
-    for place in (tempfile.gettempdir(), *SHORT):
-        if len(place) < SOCKET and os.access(place, os.W_OK):
-            with tempfile.TemporaryDirectory(dir=place) as folder:
-                yield Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})
-            return
-    yield Config(KernelManager={"transport": "tcp"})
+    if not os.access(SOCKETS, os.W_OK):
+        yield Config(KernelManager={"transport": "tcp"})
+        return
+    with tempfile.TemporaryDirectory(dir=SOCKETS) as folder:
+        yield Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})
 
 
 def report_failure(name: str, work: Callable[[], int | None]) -> int:

@@ -17,7 +17,7 @@ from companion.words import markdown
 
 STAGED, GENERATED = Path("book/chapters"), Path("book/generated")
 STAGING, SITE = Path("_build/staging"), Path("_build/html")
-BESIDE = ("glossary", "references")  # pages that a chapter alone comes with
+BESIDE = ("glossary", "references", "generated/rest")  # pages that a chapter alone comes with
 
 
 def executed(preset: str) -> list[Path]:
@@ -106,14 +106,14 @@ def page(executed: str, output: str) -> int:
     Links to what is not there become plain text.
     """
     folder = Path(output).parent
-    STAGED.mkdir(exist_ok=True)
+    for place in (STAGED, GENERATED, folder):
+        place.mkdir(parents=True, exist_ok=True)
     shutil.copy(executed, STAGED)
+    rest = "# The rest of the book\n\n`make book` builds it.\n"
+    (GENERATED / "rest.md").write_text(rest, "utf-8")
     beside = [{"file": name} for name in BESIDE if Path("book", f"{name}.md").exists()]
     contents = {"format": "jb-book", "root": f"chapters/{Path(executed).stem}", "chapters": beside}
-    if not beside:
-        del contents["chapters"]
     toc = folder.with_suffix(".yml")
-    toc.parent.mkdir(parents=True, exist_ok=True)
     toc.write_text(yaml.safe_dump(contents), "utf-8")
     status = _render(folder, "--toc", toc.resolve())
     if status == 0:

@@ -12,7 +12,6 @@ from sphinx.application import Sphinx
 KEPT = ("tex-chtml.js", "output/chtml/fonts", "input/tex/extensions")  # of MathJax, 24 MB otherwise
 LOCAL = "http://localhost:8000/"  # where `make serve` shows the book
 CITATIONS = 'role="list" class="citation-list"'
-DOWNLOAD = {"icon": "fas fa-download", "tooltip": "Download this chapter's notebook"}
 LOST = Path(__file__).with_name("templates") / "lost.html"
 
 
@@ -40,22 +39,16 @@ def set_up_site(app: Sphinx, config: Any) -> None:
 def trim_page(app: Sphinx, page: str, template: str, context: dict, doctree: Any) -> None:
     """What the theme puts on a page, corrected."""
     # No page runs code on another host; the theme adds thebe's scripts twice, which is an error.
-    scripts = context.get("script_files", [])
-    loaded = [(script, getattr(script, "attributes", "")) for script in scripts]
-    context["script_files"] = [s for s, more in loaded if "thebe" not in f"{s} {more}".lower()]
+    kept = []
+    for script in context.get("script_files", []):
+        told = f"{script} {getattr(script, 'attributes', '')}"
+        if "thebe" not in told.lower():
+            kept.append(script)
+    context["script_files"] = kept
     # docutils calls the bibliography a list, yet not its entries items: screen readers stumble.
     context["body"] = context.get("body", "").replace(CITATIONS, 'class="citation-list"')
     if app.config.html_baseurl == LOCAL:
         context["pageurl"] = None  # no canonical address
-    # One button downloads a chapter's notebook; no other source is offered.
-    buttons = []
-    for button in context.get("header_buttons", []):
-        entries = [button]
-        if button.get("label") == "download-buttons":
-            notebooks = [e for e in button["buttons"] if e.get("url", "").endswith(".ipynb")]
-            entries = [entry | DOWNLOAD for entry in notebooks]
-        buttons += entries
-    context["header_buttons"] = buttons
 
 
 def excuse_missing_figures(

@@ -32,7 +32,8 @@ def number(value: Any, digits: int = 4) -> str:
     if isinstance(value, Estimate):
         return _estimate(value)
     if isinstance(value, Real) and not isinstance(value, Integral):
-        return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+        large = abs(value) >= 10**digits
+        return f"{value:,.0f}" if large else f"{value:.{digits}g}"
     return "unknown" if value is None else str(value)
 
 

@@ -306,7 +306,8 @@ def _asked(
 
 def _tell(state: tenacity.RetryCallState) -> None:
     if state.upcoming_sleep >= TOLD:
-        reason = " ".join(str(state.outcome.exception()).split())
+        error = state.outcome.exception()
+        reason = " ".join(str(error).split())
         pause = f"asked again in {state.upcoming_sleep:.0f} s, {state.attempt_number} of {TRIES}"
         print(f"headbound: {reason}: {pause}", file=sys.stderr, flush=True)
 

@@ -65,16 +65,20 @@ def measure(
     row = result(model, revision, settings)
     if row:
         return row
-    row = {"model": model, **next(dict(row) for row in audit if row["revision"] == revision)}
+    row = next(dict(row) for row in audit if row["revision"] == revision)
     row["step"] = int(revision.removeprefix("step"))
     if row["status"] == "ok":
         of = _whole if settings.whole else _head
-        listed, numbers = of(model, revision, settings, keep)
-        if listed.commit != row["commit"]:
+        head, numbers = of(model, revision, settings, keep)
+        if head.listed.commit != row["commit"]:
             fix = f"changed on the Hub since its audit; remove {settings.folder(model)}"
             raise ValueError(f"{model} at {revision}: {fix} and run again")
-        vocabulary = json.dumps(sorted(hub.tokenizer(listed).get_vocab().items()))
-        row.update(numbers, vocabulary=hashlib.sha256(vocabulary.encode()).hexdigest()[:12])
+        vocabulary = json.dumps(sorted(hub.tokenizer(head.listed).get_vocab().items()))
+        step = max(1, head.weight.numel() // SAMPLE)
+        some = head.weight.flatten()[::step][:SAMPLE]
+        row |= {**numbers, "d": head.weight.shape[1], "sample_of_head": some.float().tolist()}
+        digest = hashlib.sha256(vocabulary.encode()).hexdigest()
+        row |= {"checked": head.checked, "vocabulary": digest[:12]}
     row["made_by"] = settings.made_by()
     _write(settings.folder(model) / f"{revision}.json", row)
     return row
@@ -122,9 +126,7 @@ def run(table: Mapping[str, Sequence[str]], settings: Settings) -> pd.DataFrame:
 
 
 def _same_vocabulary(frame: pd.DataFrame) -> None:
-    if "vocabulary" not in frame:
-        return
-    known = frame.dropna(subset="vocabulary")
+    known = frame.reindex(columns=["model", "vocabulary"]).dropna()
     groups = known.groupby("vocabulary")["model"].unique()
     if len(groups) > 1:
         told = groups.map(list).tolist()
@@ -147,29 +149,20 @@ def _head(model: str, revision: str, settings: Settings, keep: bool):
     rows = hub.tokenizer(head.listed).get_vocab_size()
     weight = head.weight[:rows]
     numbers = checkpoint.head(weight.to(device.pick()))
-    numbers |= _sample(weight)
-    numbers["checked"] = head.checked
-    return head.listed, numbers
+    return head._replace(weight=weight), numbers
 
 
 def _whole(model: str, revision: str, settings: Settings, keep: bool):
-    held_out = corpus.split(corpus.load(settings.source))[1]
+    texts = corpus.load(settings.source)
+    held_out = corpus.split(texts)[1]
     with hub.local(model, revision, keep) as (path, listed):
         dtype = getattr(torch, settings.dtype)
         network, tokenizer = models.load(str(path), dtype=dtype)
         rows = hidden.sequences(tokenizer, held_out, settings.texts, settings.length)
         numbers = checkpoint.measure(network, rows, tokenizer)
         weight = models.head_weight(network, tokenizer)
-    numbers |= _sample(weight)
-    numbers["checked"] = "whole files"
-    return listed, numbers
-
-
-def _sample(weight: torch.Tensor) -> dict[str, Any]:
-    """A head's width, and some of its entries, which tell it from its neighbours."""
-    step = max(1, weight.numel() // SAMPLE)
-    some = weight.flatten()[::step][:SAMPLE]
-    return {"d": weight.shape[1], "sample_of_head": some.float().tolist()}
+    head = hub.Head(weight, "of the model", "whole files", listed)
+    return head, numbers
 
 
 def _write(path: Path, value: object) -> None:

@@ -77,7 +77,8 @@ def words(work: dict[str, list[str]], settings: Settings, rates: Rates) -> str:
     """The plan as text."""
     frame = table(work, settings, rates)
     jobs = frame["jobs"].sum()
-    done = jobs - len(measure.left(work, settings))
+    left = measure.left(work, settings)
+    done = jobs - len(left)
     fetched = frame["fetched"].sum()
     hours = frame["GPU hours"].sum()
     wait = fetched / (1e6 * rates.megabytes) / 3600

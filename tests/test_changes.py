@@ -80,12 +80,14 @@ def test_arms_share_tokens_and_first_weights():
 def test_a_broken_run_goes_on_bit_for_bit(source, tmp_path, monkeypatch, stopped, name):
     build = partial(changes._with_head, head=ARMS[name]["head"])
     options = {"source": source, "batch_size": 4, "build": build, "variant": "other"} | TINY
-    whole = tunnel.train([8], 20, tmp_path / "whole", **options)
+    monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path / "whole"))
+    whole = tunnel.train([8], 20, **options)
+    monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path / "broken"))
     with monkeypatch.context() as patch:
         patch.setattr(tunnel, "SAVE_EVERY", 0.0)
-        stopped(lambda: tunnel.train([8], 20, tmp_path / "broken", **options), at=13)
-    assert (tmp_path / "broken" / "other-d8" / "training.pt").exists()
-    resumed = tunnel.train([8], 20, tmp_path / "broken", **options)
+        stopped(lambda: tunnel.train([8], 20, **options), at=13)
+    assert list((tmp_path / "broken").rglob("other-d8/training.pt"))
+    resumed = tunnel.train([8], 20, **options)
     assert resumed.drop(columns="path").equals(whole.drop(columns="path"))
     a, b = (load_file(f"{table.path.iloc[-1]}/model.safetensors") for table in (whole, resumed))
     assert all(torch.equal(a[k], b[k]) for k in a | b)

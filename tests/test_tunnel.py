@@ -28,11 +28,18 @@ TINY = {
 }
 
 
+@pytest.fixture
+def suites(tmp_path, monkeypatch):
+    """Where suites are kept: in a cache that is empty."""
+    monkeypatch.setenv("HEADBOUND_CACHE", str(tmp_path))
+    return tmp_path / "suites"
+
+
 @pytest.mark.parametrize("cores", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_table_and_hub_layout(source, tmp_path, monkeypatch, cores):
+def test_table_and_hub_layout(source, suites, monkeypatch, cores):
     """With two cores, the models train in processes of their own."""
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    table = tunnel.train([8, 16], 12, tmp_path, source=source, **TINY)
+    table = tunnel.train([8, 16], 12, source=source, **TINY)
     assert list(table.hidden_size.unique()) == [8, 16]
     assert (
         list(table[table.hidden_size == 8].step)
@@ -44,7 +51,7 @@ def test_table_and_hub_layout(source, tmp_path, monkeypatch, cores):
     assert (table.loss <= table.loss_high).all()
     # Before any training the model knows nothing: its loss is that of a uniform guess.
     assert table.loss.iloc[0] == pytest.approx(math.log(300), abs=0.05)
-    assert not list(tmp_path.glob("*/training.pt"))
+    assert not list(suites.rglob("training.pt"))
     # Every other chapter reads a checkpoint as it reads Pythia's, and finds the numbers of the table again.
     row = table.iloc[-1]
     model, tokenizer = models.load(row.path)
@@ -52,11 +59,11 @@ def test_table_and_hub_layout(source, tmp_path, monkeypatch, cores):
     _, _, rows = tunnel.corpus(source, 300, 16, 8)
     again = checkpoint.measure(model, rows)
     assert {k: row[k] for k in again} == pytest.approx(again, rel=1e-5)
-    before = (tmp_path / "neox-d8" / "step12" / "model.safetensors").stat().st_mtime_ns
-    assert tunnel.train([8], 12, tmp_path, source=source, **TINY).equals(
-        table[table.hidden_size == 8]
-    )
-    assert (tmp_path / "neox-d8" / "step12" / "model.safetensors").stat().st_mtime_ns == before
+    (weights,) = suites.rglob("neox-d8/step12/model.safetensors")
+    before = weights.stat().st_mtime_ns
+    narrow = table[table.hidden_size == 8]
+    assert tunnel.train([8], 12, source=source, **TINY).equals(narrow)
+    assert weights.stat().st_mtime_ns == before
 
 
 SCRIPT = """
@@ -64,38 +71,36 @@ import sys, time
 from headbound.train import step, tunnel
 tunnel.SAVE_EVERY = 0.0
 slow = tunnel.batch
-tunnel.batch = lambda *a: time.sleep(float(sys.argv[3])) or slow(*a)
-tunnel.train([8], 60, sys.argv[1], source=sys.argv[2], **{tiny})
+tunnel.batch = lambda *a: time.sleep(float(sys.argv[2])) or slow(*a)
+tunnel.train([8], 60, source=sys.argv[1], **{tiny})
 """
 
 
 @pytest.mark.slow
-def test_killed_run_ends_as_an_unbroken_one(source, tmp_path):
-    broken, whole = tmp_path / "broken", tmp_path / "whole"
+def test_killed_run_ends_as_an_unbroken_one(source, suites, monkeypatch):
     script = [sys.executable, "-c", SCRIPT.replace("{tiny}", repr(TINY))]
-    with subprocess.Popen([*script, broken, source, "0.1"], stderr=subprocess.DEVNULL) as process:
-        state = broken / "neox-d8" / "training.pt"
+    with subprocess.Popen([*script, source, "0.1"], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and not (broken / "neox-d8" / "step15").exists():
+        while time.monotonic() < deadline and not list(suites.rglob("step15")):
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
-    assert state.exists()
-    assert not (broken / "neox-d8" / "step60").exists()
-    resumed = tunnel.train([8], 60, broken, source=source, **TINY)
-    unbroken = tunnel.train([8], 60, whole, source=source, **TINY)
+    assert list(suites.rglob("training.pt"))
+    assert not list(suites.rglob("step60"))
+    resumed = tunnel.train([8], 60, source=source, **TINY)
+    monkeypatch.setenv("HEADBOUND_CACHE", str(suites.with_name("whole")))
+    unbroken = tunnel.train([8], 60, source=source, **TINY)
     assert resumed.drop(columns="path").equals(unbroken.drop(columns="path"))
     for one, other in zip(resumed.path, unbroken.path, strict=True):
         a, b = (load_file(f"{path}/model.safetensors") for path in (one, other))
         assert all(torch.equal(a[k], b[k]) for k in a | b)
 
 
-def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(source, tmp_path):
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(source, suites):
     with pytest.raises(FloatingPointError, match=r"loss = nan at step \d+ of neox-d8: lower peak"):
-        tunnel.train([8], 40, tmp_path, source=source, **TINY | {"peak": math.nan, "warmup": 0.0})
-    assert (
-        json.loads((tmp_path / "neox-d8" / "step0" / "measurements.json").read_text())["loss"] > 0
-    )
-    assert not (tmp_path / "neox-d8" / "step40").exists()
+        tunnel.train([8], 40, source=source, **TINY | {"peak": math.nan, "warmup": 0.0})
+    (measured,) = suites.rglob("neox-d8/step0/measurements.json")
+    assert json.loads(measured.read_text())["loss"] > 0
+    assert not list(suites.rglob("step40"))
 
 
 class Bottleneck(torch.nn.Module):
@@ -116,19 +121,17 @@ def with_bottleneck(config):
     return model
 
 
-def test_another_head(source, tmp_path):
-    table = tunnel.train(
-        [8], 6, tmp_path, source=source, build=with_bottleneck, variant="bottleneck", **TINY
-    )
+def test_another_head(source, suites):
+    table = tunnel.train([8], 6, source=source, build=with_bottleneck, variant="bottleneck", **TINY)
     assert table.singular_entropy.isna().all()
-    assert (tmp_path / "bottleneck-d8" / "step6" / "model.safetensors").exists()
+    assert list(suites.rglob("bottleneck-d8/step6/model.safetensors"))
     with pytest.raises(ValueError, match="variant = 'neox': only a model of another build"):
-        tunnel.train([8], 6, tmp_path, source=source, build=with_bottleneck, **TINY)
+        tunnel.train([8], 6, source=source, build=with_bottleneck, **TINY)
 
 
-def test_epochs_cut_the_data_and_ties_tie(source, tmp_path):
+def test_epochs_cut_the_data_and_ties_tie(source, suites):
     options = TINY | {"epochs": 4.0, "tied": True}
-    table = tunnel.train([8], 16, tmp_path, source=source, **options)
+    table = tunnel.train([8], 16, source=source, **options)
     model, _ = models.load(table.path.iloc[-1])
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     # 16 steps of 4 windows over 4 epochs: 16 of 64 windows, each seen four times.
@@ -150,21 +153,9 @@ def test_epochs_cut_the_data_and_ties_tie(source, tmp_path):
         ({"held_out_texts": 10**6}, "count = 1000000, length = 17"),
     ],
 )
-def test_bad_input(source, tmp_path, change, message):
+def test_bad_input(source, suites, change, message):
     with pytest.raises(ValueError, match=message):
-        tunnel.train(
-            **{"hidden_sizes": [8], "steps": 6, "folder": tmp_path, "source": source}
-            | TINY
-            | change
-        )
-
-
-def test_a_folder_holds_one_suite(source, tmp_path):
-    tunnel.train([8], 2, tmp_path, source=source, **TINY)
-    with pytest.raises(
-        ValueError, match=r"neox\.json there has other arguments; choose another folder"
-    ):
-        tunnel.train([8], 3, tmp_path, source=source, **TINY)
+        tunnel.train(**{"hidden_sizes": [8], "steps": 6, "source": source} | TINY | change)
 
 
 @given(steps=st.integers(1, 10**6), checkpoints=st.integers(1, 40))

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import distribution, distributions
 from pathlib import Path
@@ -151,33 +151,25 @@ def _file_docstrings(path: Path) -> list[str]:
         try:
             found = _by_ast(ast.parse(source))
         except (SyntaxError, ValueError):
-            found = _by_parso(source)
-    # A lone surrogate, legal in Python source, is not text.
-    return [text.encode(errors="ignore").decode() for text in found if text]
+            text = source.decode(errors="ignore")
+            found = _by_parso(parso.parse(text, version="3.13"))
+        # A lone surrogate, legal in Python source, is not text.
+        return [text.encode(errors="ignore").decode() for text in found if text]
 
 
-def _by_ast(tree: ast.Module) -> list[str | None]:
-    found = []
-    waiting = [tree]
-    while waiting:
-        node = waiting.pop()
-        found.append(ast.get_docstring(node))
-        kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        waiting += [child for child in reversed(node.body) if isinstance(child, kinds)]
-    return found
+def _by_ast(scope: ast.AST) -> Iterator[str | None]:
+    yield ast.get_docstring(scope)
+    for inner in scope.body:
+        if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _by_ast(inner)
 
 
-def _by_parso(source: bytes) -> list[str]:
-    text = source.decode(errors="ignore")
-    found = []
-    waiting = [parso.parse(text, version="3.13")]
-    while waiting:
-        scope = waiting.pop()
-        quoted = scope.get_doc_node()
-        if quoted is not None:
-            found.append(inspect.cleandoc(ast.literal_eval(quoted.get_code(False))))
-        waiting += [*scope.iter_funcdefs(), *scope.iter_classdefs()][::-1]
-    return found
+def _by_parso(scope: parso.python.tree.Scope) -> Iterator[str]:
+    quoted = scope.get_doc_node()
+    if quoted is not None:
+        yield inspect.cleandoc(ast.literal_eval(quoted.get_code(False)))
+    for inner in [*scope.iter_funcdefs(), *scope.iter_classdefs()]:
+        yield from _by_parso(inner)
 
 
 def _readmes() -> list[str]:

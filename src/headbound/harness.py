@@ -1,7 +1,6 @@
 """Zero-shot evaluations: run through lm-eval, and read from its result files."""
 
 import copy
-import itertools
 import json
 import logging
 import math
@@ -13,87 +12,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset
 from scipy.stats import binomtest
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from headbound import cache, corpus, models, progress, stats
-from headbound.train import tunnel
 
-TASKS = Path(__file__).parent / "tasks"
+TASKS = Path(__file__).parents[2] / "book" / "lm_eval"  # those that are not lm-eval's own
 COLUMNS = ["model", "step", "task", "metric", "value", "stderr"]
-_WORDS = re.compile(r"[A-Za-z]+(?:[-'][A-Za-z]+)*")
-# Letters, figures and plain punctuation; no constants, double spaces or abbreviations.
-_SENTENCE = re.compile(
-    r"(?!.*([A-Z]{6}|\(\)|--| -|  |\b[ei]\.|\bcf\.|\betc\.))[A-Z](?:[\w ,;'\"()%-]|\.(?=\d))+\."
-)
 # What says more than a whole number (step1k, step1e5, step1_000, step1.5) is read as no step.
 _STEP = re.compile(r"(?i)(?:global_)?(?<![a-z])step[_=-]?(\d++)(?![a-z]|[.,]\d|_\d{3}(?!\d))")
 # Arguments that decide what is evaluated; others, such as a batch size, do not.
 _DECIDING = ("pretrained", "revision", "subfolder", "gguf_file", "peft", "delta")
 _DECIDING += ("load_in_4bit", "load_in_8bit", "autogptq")
-
-
-def _passage(content: str) -> dict[str, str] | None:
-    """A text's first passage: two sentences or more, 20 to 90 words, the last word said before.
-
-    Only runs of plain prose sentences count: no code, no cross-reference, no list, no heading. A
-    name between backticks becomes a word.
-
-    **Returns:** `context` without the last word, and `word`: lower-case, four letters or more.
-    """
-    for block in _blocks(content):
-        run: list[str] = []
-        for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", block):
-            prose = len(_WORDS.findall(sentence)) > 3 and _SENTENCE.fullmatch(sentence)
-            run = [*run, sentence] if prose else []
-            for first in range(len(run) - 1):
-                whole = " ".join(run[first:])[:-1]
-                context, _, last = whole.rpartition(" ")
-                said = _WORDS.findall(context)
-                if re.fullmatch("[a-z]{4,}", last) and last in said and 19 <= len(said) <= 89:
-                    return {"context": context, "word": last}
-    return None
-
-
-def _blocks(content: str) -> Iterator[str]:
-    """Runs of lines with one indentation, each joined to one line."""
-    plain = re.sub(r"(?<![:\w`])(``?)([A-Za-z_]\w*)\1(?![_`])", r"\2", content)
-    for _, block in itertools.groupby(plain.splitlines(), key=_indentation):
-        yield " ".join(" ".join(block).split())
-
-
-def _indentation(line: str) -> tuple[int, bool]:
-    return len(line) - len(line.lstrip()), bool(line.strip())
-
-
-def last_words(source: str = "docstrings", **_: object) -> dict[str, Dataset]:
-    """The local task's data, as lm-eval's `custom_dataset` asks for it.
-
-    A passage that also stands in a text the suite trains on is left out.
-
-    **Raises:** `ValueError` if no passage is left.
-    """
-    texts = corpus.load(source)
-    key = cache.key(corpus.fingerprint(texts), tunnel.HELD_OUT, Path(__file__).read_bytes())
-
-    def work() -> list[dict[str, str]]:
-        train_texts, test_texts = corpus.split(texts, tunnel.HELD_OUT)
-        trained = "\0".join(train_texts).replace("`", "")
-        seen = " ".join(trained.split())
-        unique = {}
-        for passage in filter(None, map(_passage, test_texts)):
-            whole = f"{passage['context']} {passage['word']}"
-            if whole not in seen:
-                unique[whole] = passage
-        return list(unique.values())
-
-    path = cache.cache_dir() / "tasks" / f"last-words-{key}.json"
-    found = cache.kept(path, work)
-    if not found:
-        raise ValueError(f"source = {source!r}: no held-out passage fits the task; give more prose")
-    return {"test": Dataset.from_list(found)}
 
 
 def evaluate(
@@ -130,17 +61,27 @@ def evaluate(
             folder.mkdir(parents=True, exist_ok=True)
             run = partial(_run, model, tokenizer, task, metadata, batch_size, options)
             results, n, logs = cache.kept(folder / f"{key}.json", run)
-        for name, value in results.items():
-            metric, _, kind = name.partition(",")
-            if kind and not metric.endswith("_stderr") and _is_number(value):
-                error = results.get(f"{metric}_stderr,{kind}")
-                low, high = _interval(metric, value, error, n, logs)
-                rows.append((task, metric, value, low, high, n))
+        for metric, _, value, error in _numbers(results):
+            low, high = _interval(metric, value, error, n, logs)
+            rows.append((task, metric, value, low, high, n))
     return pd.DataFrame(rows, columns=["task", "metric", "value", "low", "high", "n"])
 
 
+def _numbers(results: dict[str, Any]) -> Iterator[tuple[str, str, float, float]]:
+    """Each metric of a task, its filter, value and standard error: NaN where that is no number."""
+    for name, value in results.items():
+        metric, _, kind = name.partition(",")
+        if kind and not metric.endswith("_stderr") and _is_number(value):
+            error = results.get(f"{metric}_stderr,{kind}")
+            yield metric, kind, value, error if _is_number(error) else math.nan
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _interval(
-    metric: str, value: float, error: Any, n: int, logs: list[float]
+    metric: str, value: float, error: float, n: int, logs: list[float]
 ) -> tuple[float, float]:
     if metric == "acc":
         test = binomtest(round(value * n), n)
@@ -148,12 +89,7 @@ def _interval(
     if metric == "perplexity" and logs:
         mean = stats.mean(np.array(logs))
         return math.exp(-mean.high), math.exp(-mean.low)
-    half = 1.96 * error if _is_number(error) else math.nan  # lm-eval says "N/A" where it has none
-    return value - half, value + half
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return value - 1.96 * error, value + 1.96 * error
 
 
 def _run(model, tokenizer, task, metadata, batch_size, options):
@@ -182,20 +118,18 @@ def _run(model, tokenizer, task, metadata, batch_size, options):
     return found["results"][task], found["n-samples"][task]["effective"], logs
 
 
-def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
+def read_results(folder: str | Path) -> pd.DataFrame:
     """One row a model, step, task and metric, from all lm-eval result files below a folder.
 
     Files of EleutherAI's evaluations of Pythia (`acc`, `acc_stderr`) and of lm-eval 0.4
     (`acc,none`) are read; other JSON is passed over. Model and step are what the file's
-    `model_args` say. `shots` keeps only tasks with that many examples in the prompt. An `stderr` is
-    NaN where the file has none.
+    `model_args` say. An `stderr` is NaN where the file has none.
 
     **Raises:** `FileNotFoundError` if there is no result file; `ValueError` for broken JSON, no
     step or several, two files for one step, or two kinds of model or evaluation on one curve.
     """
     files = [path for path in sorted(Path(folder).expanduser().rglob("*.json")) if path.is_file()]
-    rows = [row for path in files for row in _rows(path, shots)]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame([row for path in files for row in _rows(path)])
     if table.empty:
         raise FileNotFoundError(f"{folder}: no lm-eval result file (*.json); give their folder")
     _only(table, ["model"], "form")
@@ -204,26 +138,24 @@ def read_results(folder: str | Path, shots: int | None = None) -> pd.DataFrame:
     return table[COLUMNS].sort_values(COLUMNS[:4], ignore_index=True)
 
 
-def _rows(path: Path, shots: int | None) -> Iterator[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """The numbers of a result file, each with the file's origin; none of any other JSON."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: broken JSON ({error}); fetch it again or remove it") from error
     for task, metrics in _dict(content, "results").items():
-        asked = _dict(content, "n-shot").get(task, _dict(content, "config").get("num_fewshot"))
-        if not isinstance(metrics, dict) or shots not in (None, asked):
+        if not isinstance(metrics, dict):
             continue
-        new = any("," in name for name in metrics)
-        kind = _kind(content, task, new, asked)
+        age = "0.4"
+        if not any("," in name for name in metrics):
+            age = "before 0.4"  # where no name says its filter
+            metrics = {f"{name},none": value for name, value in metrics.items()}
+        kind = _kind(content, task, age)
         origin = {**_origin(content, path), "task": task, "kind": kind, "path": str(path)}
-        for name, value in metrics.items():
-            metric, _, filtered = name.partition(",")
-            if "_stderr" in name or not _is_number(value) or (new and not filtered):
-                continue
-            stderr = metrics.get(f"{metric}_stderr,{filtered}" if new else f"{name}_stderr")
-            row = {"metric": metric if filtered in ("", "none") else name, "value": float(value)}
-            yield {**origin, **row, "stderr": stderr if _is_number(stderr) else math.nan}
+        for metric, filtered, value, error in _numbers(metrics):
+            name = metric if filtered == "none" else f"{metric},{filtered}"
+            yield {**origin, "metric": name, "value": float(value), "stderr": error}
 
 
 def _dict(content: Any, name: str) -> dict[str, Any]:
@@ -231,14 +163,14 @@ def _dict(content: Any, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _kind(content: dict[str, Any], task: str, new: bool, shots: Any) -> str:
+def _kind(content: dict[str, Any], task: str, age: str) -> str:
     """How a task was evaluated: what two points of one curve must share."""
+    config = _dict(content, "config")
     version = _dict(content, "versions").get(task)
-    limit = _dict(content, "config").get("limit")
-    asked = [f"limit {limit}"] if limit else []
-    asked += [name for name in ("chat_template", "system_instruction") if content.get(name)]
-    age = "0.4" if new else "before 0.4"
-    return ", ".join([f"lm-eval {age}", f"task version {version}", f"{shots} shots", *asked])
+    shots = _dict(content, "n-shot").get(task, config.get("num_fewshot"))
+    parts = [f"lm-eval {age}, task version {version}, limit {config.get('limit')}, {shots} shots"]
+    parts += [name for name in ("chat_template", "system_instruction") if content.get(name)]
+    return ", ".join(parts)
 
 
 def _only(table: pd.DataFrame, by: list[str], column: str) -> None:
@@ -246,18 +178,12 @@ def _only(table: pd.DataFrame, by: list[str], column: str) -> None:
 
     **Raises:** `ValueError` naming the first group that has several, and their files.
     """
-    counts = table.groupby(by)[column].transform("nunique")
-    mixed = table[counts > 1]
-    if mixed.empty:
-        return
-    group = mixed[by].iloc[0]
-    same = (mixed[by] == group).all(axis=1)
-    rows = mixed[same].drop_duplicates(column)
-    told = rows["path"]
-    if column != "path":
-        told = rows[column] + " in " + told
-    curve = " ".join(map(str, group))
-    raise ValueError(f"{curve}: {', but '.join(told)}; keep one")
+    values = table.drop_duplicates([*by, column])
+    mixed = values[values.duplicated(by, keep=False)]
+    for group, rows in mixed.groupby(by):
+        told = rows["path"] if column == "path" else rows[column] + " in " + rows["path"]
+        curve = " ".join(map(str, group))
+        raise ValueError(f"{curve}: {', but '.join(told)}; keep one")
 
 
 def _origin(content: dict[str, Any], path: Path) -> dict[str, Any]:

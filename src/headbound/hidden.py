@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from errno import ENOSPC
 from functools import partial
@@ -101,13 +101,13 @@ def stream(
     places = _places(model, layers)
     _check(model, input_ids, batch_size)
 
-    def forward(batch: Tensor) -> Tensor:
-        states, _ = _caught(model, places, batch)
-        return states
-
     while len(input_ids):
-        states = _fitting(forward, input_ids, batch_size)
-        batch_size = states.shape[1]
+        batch_size = min(batch_size, len(input_ids))
+        states = _if_it_fits(model, places, input_ids[:batch_size])
+        if states is None:
+            batch_size //= 2
+            clear_device_cache(garbage_collection=True)
+            continue
         yield states
         input_ids = input_ids[batch_size:]
 
@@ -313,17 +313,15 @@ def _blocks(model: nn.Module, input_ids: Tensor) -> list[nn.Module]:
     return _VERIFIED[model]
 
 
-def _fitting(forward: Callable[[Tensor], Tensor], input_ids: Tensor, batch_size: int) -> Tensor:
-    while True:
-        try:
-            return forward(input_ids[:batch_size])
-        except Exception as error:
-            if not should_reduce_batch_size(error):
-                raise
-            if batch_size == 1:
-                text = f"one text of {input_ids.shape[1]} tokens"
-                fix = "use shorter texts or a smaller model"
-                raise MemoryError(f"no memory for {text}; {fix}") from error
-        # Past the except block, where the error no longer holds what filled the memory.
-        batch_size = min(batch_size, len(input_ids)) // 2 or 1
-        clear_device_cache(garbage_collection=True)
+def _if_it_fits(model: nn.Module, places: Sequence[int], batch: Tensor) -> Tensor | None:
+    """The states of a batch, or None where memory has run out."""
+    try:
+        return _caught(model, places, batch)[0]
+    except Exception as error:
+        if not should_reduce_batch_size(error):
+            raise
+        if len(batch) == 1:
+            text = f"one text of {batch.shape[1]} tokens"
+            fix = "use shorter texts or a smaller model"
+            raise MemoryError(f"no memory for {text}; {fix}") from error
+    return None

@@ -33,17 +33,14 @@ def states(
     model: PreTrainedModel,
     tokens: Int[Tensor, "batch length"],
     precision: torch.dtype = torch.float32,
-) -> tuple[Float[Tensor, "batch length d"] | None, Float[Tensor, "batch length d"]]:
+) -> tuple[Float[Tensor, "batch length d"], Float[Tensor, "batch length d"]]:
     """The last hidden states of a GPT-NeoX, before and after the final norm.
 
     They are those of the model's own forward pass up to rounding, in about three quarters of the
-    time, and are rounded to `precision` after each layer and after the final norm. A model with
-    dropout or without parallel residuals goes its own way, which shows no states before the norm.
+    time, and are rounded to `precision` after each layer and after the final norm. The model has
+    parallel residuals and no dropout, as every `Recipe` makes it.
     """
     body = model.base_model
-    dropout = model.config.hidden_dropout + model.config.attention_dropout
-    if dropout or not model.config.use_parallel_residual:
-        return None, body(tokens, use_cache=False).last_hidden_state
     cosines, sines = _angles(body, tokens)
     hidden = _rounded(body.embed_in(tokens), precision)
     for layer in body.layers:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import transformers
 from filelock import FileLock
 from jaxtyping import Int
 from joblib import delayed
@@ -55,14 +54,7 @@ def corpus(
 
     **Raises:** `ValueError` if the text is too short.
     """
-    changed = Path(source).stat().st_mtime_ns if Path(source).is_file() else None
-    return _corpus(source, vocab_size, context, held_out_texts, cache.cache_dir(), changed)
-
-
-@functools.lru_cache(maxsize=2)  # a process that trains many models reads and checks the text once
-def _corpus(source, vocab_size, context, held_out_texts, cache, changed):
-    texts = prose.load(source)
-    train_texts, test_texts = prose.split(texts, HELD_OUT)
+    train_texts, test_texts = prose.split(prose.load(source), HELD_OUT)
     tokenizer = prose.train_bpe(train_texts, vocab_size)
     stream = prose.encode(tokenizer, train_texts)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=prose.END_OF_TEXT)
@@ -118,7 +110,6 @@ def _order(windows: int, kept: int | None, epoch: int, seed: int) -> Int[np.ndar
 def train(
     hidden_sizes: Sequence[int],
     steps: int,
-    folder: Path | str | None = None,
     *,
     build: Build = GPTNeoXForCausalLM,
     **options: Any,
@@ -128,9 +119,9 @@ def train(
     A killed run goes on from its last training state and ends as an unbroken one, bit for bit: data
     order and random numbers follow from seed and step, and on a CPU a model has one thread.
 
-    `options` are those of `Recipe`. The folder is by default in the cache, under a hash of the
-    recipe without its hidden size. `build` makes of a configuration a GPT-NeoX with any head, which
-    is kept under the name `variant`.
+    `options` are those of `Recipe`. The suite lies in the cache, under a hash of the recipe without
+    its hidden size. `build` makes of a configuration a GPT-NeoX with any head, which is kept under
+    the name `variant`.
 
     **Returns:** a row a checkpoint: model, step, tokens, `checkpoint.measure`, and `path` to it in
     the Hub's layout.
@@ -149,7 +140,7 @@ def train(
         )
     text = corpus(first.source, first.vocab_size, first.context, first.held_out_texts)
     batch(text.stream, 0, first)  # refuses a text that is too short, before anything is written
-    root = _settle(first, text, folder)
+    root = _settle(first, text)
     on = device.pick()
     jobs = [delayed(_one)(root, recipe, text, build, on) for recipe in recipes]
     workers = None if on.type == "cpu" else 1
@@ -172,7 +163,7 @@ def fit(
     name = state.parent.name
     last = max(wanted)
     for step in progress.bar(range(first, last + 1), name, last + 1 - first):
-        torch.manual_seed(recipe.seed * 1_000_003 + step)  # for a build with dropout
+        torch.manual_seed(recipe.seed * 1_000_003 + step)  # for a head with dropout
         rows = batch(text.stream, step, recipe).to(trainer.model.device)
         loss = trainer.loss(rows)
         if not math.isfinite(loss.item()):
@@ -201,20 +192,14 @@ def one_thread(on: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _settle(recipe: Recipe, text: Text, folder: Path | str | None) -> Path:
+def _settle(recipe: Recipe, text: Text) -> Path:
     """The suite's folder, with its recipe in it."""
     options = asdict(recipe)
     del options["hidden_size"]
     record = json.dumps({**options, "data": text.digest()}, indent=1, sort_keys=True)
     key = hashlib.sha256(record.encode()).hexdigest()[:16]
-    root = Path(folder or cache.cache_dir() / "suites" / key)
-    settings = root / f"{recipe.variant}.json"
-    if settings.exists() and settings.read_text(encoding="utf-8") != record:
-        raise ValueError(
-            f"folder = {str(root)!r}: {settings.name} there has other arguments; "
-            "choose another folder"
-        )
-    with cache.replacing(settings) as temporary:
+    root = cache.cache_dir() / "suites" / key
+    with cache.replacing(root / f"{recipe.variant}.json") as temporary:
         temporary.write_text(record, encoding="utf-8")
     return root
 
@@ -251,7 +236,6 @@ def _publish(path: Path, model: PreTrainedModel, text: Text, tokens: int) -> Non
     numbers = {"tokens": tokens, "parameters": model.num_parameters()}
     numbers |= checkpoint.measure(model, text.held_out)
     temporary = path.with_name(f".{path.name}")
-    transformers.utils.logging.disable_progress_bar()
     shutil.rmtree(temporary, ignore_errors=True)  # what a kill left
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     model.save_pretrained(temporary, state_dict=weights)

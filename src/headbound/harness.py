@@ -54,7 +54,8 @@ def evaluate(
         metadata = text = None
         if task in local:
             metadata = {"source": source}
-            text = corpus.fingerprint(corpus.load(source))
+            texts = corpus.load(source)
+            text = corpus.fingerprint(texts)
         key = cache.key(task, local.get(task), text, limit, libraries=["lm_eval", "datasets"])
         options = {"limit": limit, "use_cache": str(folder / key)}
         with cache.writing(folder):

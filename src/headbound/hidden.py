@@ -269,7 +269,8 @@ def _unnamed(model: nn.Module, why: str) -> ValueError:
 def _states(model: nn.Module, passed: Any, batch: Tensor) -> Float[Tensor, "texts length d"]:
     """The first tensor among what a module was given or gave: a state for each token."""
     parts = [passed] if isinstance(passed, Tensor) else passed
-    states = next((part for part in parts if isinstance(part, Tensor)), None)
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    states = tensors[0] if tensors else None
     shape = () if states is None else tuple(states.shape)
     expected = tuple(batch.shape)
     if len(shape) != 3 or shape[:2] != expected:

@@ -150,8 +150,9 @@ def _leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " valu
     found = eigsh(operator.T @ operator, ranks, v0=start, return_eigenvectors=False)
     values = found[::-1]
     others = most + 1 - ranks
-    left = np.sum(matrix.data**2) - values.sum()
-    rest = np.full(others, max(0.0, left) / others)
+    squares = np.sum(matrix.data**2)
+    left = max(0.0, squares - values.sum())
+    rest = np.full(others, left / others)
     return np.sqrt(np.append(values, rest))
 
 

@@ -285,10 +285,12 @@ def told(
     row = effects.query("arm == @arm and quantity == @quantity")
     if row["low"].count() == 0:
         return None, Ruling(None, "needs two pairs")
-    value, low, high, pairs, word = row[["value", "low", "high", "n", "outcome"]].iloc[0]
+    found = row.iloc[0]
+    estimate = stats.Estimate(*found[["value", "low", "high", "n"]])
+    word = found["outcome"]
     agrees = None if word == "open" else word in expected
     comment = f"arm minus baseline, nats; n counts pairs; by Holm: {word}"
-    return stats.Estimate(value, low, high, pairs), Ruling(agrees, comment)
+    return estimate, Ruling(agrees, comment)
 
 
 def parted(effects: pd.DataFrame) -> tuple[list[str], int, Ruling]:

@@ -125,7 +125,7 @@ def test_an_unknown_interval_is_kept_as_strict_json(run, shown):
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("spectrum.shap", "spectrum.shap: the chapter's file of findings does not have this key"),
+        ("spectrum.shap", "spectrum.shap: the chapter's file of words does not have this key"),
         ("anisotropy.last", "anisotropy.last: its text asks for 'blocks'; give it"),
     ],
 )

@@ -94,7 +94,7 @@ def notebook(name: str, title: str, *cells: str) -> nbformat.NotebookNode:
     parameters = nbformat.v4.new_code_cell(f"preset = 'smoke'\nseed = 0\nNAMES = [\n{lines}]")
     parameters.metadata["tags"] = ["parameters"]
     begin = f"{LONG}from pathlib import Path\nfrom companion import chapter"
-    begin += f"\nrun = chapter.begin(globals(), Path('book/findings/{name}.yaml'))"
+    begin += f"\nrun = chapter.begin(globals(), Path('book/words/{name}.yaml'))"
     code = [begin, *cells, "chapter.end(run, {'apples': 2})"]
     made.cells = [opening, parameters, *map(nbformat.v4.new_code_cell, code)]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -112,7 +112,7 @@ def other_book(tmp_path_factory):
     texts |= {"book/references.bib": REFERENCES, "presets/laptop.yaml": "{01_fall: , 02_orbit: }"}
     texts["book/index.md"] = "# Apples\n\n```{include} generated/answer.md\n```\n"
     texts["book/index.md"] += "\n```{include} generated/map.md\n```\n\n```{bibliography}\n```\n"
-    texts |= {f"book/findings/{name}.yaml": text for name, text in TEXTS.items()}
+    texts |= {f"book/words/{name}.yaml": text for name, text in TEXTS.items()}
     for name, text in texts.items():
         (folder / name).write_text(text)
     fall = FOUND.format(told="{'fall.time': (0.45, True, NAME)}")

@@ -136,7 +136,7 @@ def test_a_claim_that_names_no_finding_stops_every_preset(book):
 def test_a_text_that_no_finding_uses_stops_every_preset(book):
     results.TEXTS.mkdir()
     (results.TEXTS / "01_a.yaml").write_text("a.one: {}\na.uno: {}\n")
-    told = "book/findings/01_a.yaml: no chapter has the finding a.uno; remove it"
+    told = "book/words/01_a.yaml: no chapter has the finding a.uno; remove it"
     for preset in ("laptop", "smoke"):
         assert told in results.faults(preset, [book])
 

@@ -69,7 +69,7 @@ class Run(NamedTuple):
             return _Filling().vformat(part, (), names) if isinstance(part, str) else part
 
         if key not in self.texts:
-            raise ValueError(f"{key}: the chapter's file of findings does not have this key")
+            raise ValueError(f"{key}: the chapter's file of words does not have this key")
         try:
             return {name: filled(part) for name, part in self.texts[key].items()}
         except KeyError as error:
@@ -81,7 +81,7 @@ def begin(namespace: Mapping[str, Any], texts: Path | None = None) -> Run:
 
     **Arguments:** `namespace`: the notebook's `globals()`, right after its parameters cell and its
     imports; it must hold `seed` and `preset`. `texts`: the file of the chapter's words, as
-    `book/findings/NN_name.yaml`.
+    `book/words/NN_name.yaml`.
 
     **Raises:** `ValueError` if `seed` or `preset` is missing or of the wrong type.
     """

@@ -289,7 +289,7 @@ def told(
     estimate = stats.Estimate(*found[["value", "low", "high", "n"]])
     word = found["outcome"]
     agrees = None if word == "open" else word in expected
-    comment = f"arm minus baseline, nats; n counts pairs; by Holm: {word}"
+    comment = f"less its reference, nats; n counts pairs; by Holm: {word}"
     return estimate, Ruling(agrees, comment)
 
 

@@ -14,7 +14,7 @@ import yaml
 from companion import execute
 
 CLAIMS, SIGNED = Path("book/claims.yaml"), Path("book/verdicts.yaml")
-TEXTS = Path("book/findings")  # a file a chapter, with the words of its findings
+TEXTS = Path("book/words")  # a file a chapter, with the words of its findings
 EXEMPT = {"smoke"}  # its numbers mean nothing, so neither do its verdicts
 WORDS = ("reproduced", "consistent", "in part", "divided", "not reproduced", "not testable here")
 

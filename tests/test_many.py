@@ -11,7 +11,9 @@ from huggingface_hub import constants
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
-from headbound import cli, corpus, hidden, models
+import headbound.cli  # noqa: F401 (its commands join the app)
+from companion.cli import app
+from headbound import corpus, hidden, models
 from headbound.measure import checkpoint, many, spectrum
 
 ASKED = ["--texts", "4", "--length", "32"]
@@ -31,7 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def measure(*arguments: str):
-    return CliRunner().invoke(cli.app, ["measure", *arguments])
+    return CliRunner().invoke(app, ["measure", *arguments])
 
 
 def test_folders_and_a_file_give_the_chapters_numbers(folder):

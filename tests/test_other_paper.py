@@ -106,7 +106,7 @@ def notebook(name: str, title: str, *cells: str) -> nbformat.NotebookNode:
 def other_book(tmp_path_factory):
     """Executed and built in another process, in which the measuring package can't be imported."""
     folder = tmp_path_factory.mktemp("other book")
-    for place in ("notebooks", "presets", "book/findings", "_build"):
+    for place in ("notebooks", "presets", "book/words", "_build"):
         (folder / place).mkdir(parents=True)
     texts = {"_config.yml": CONFIG, "_toc.yml": CONTENTS, "book/claims.yaml": CLAIMS}
     texts |= {"book/references.bib": REFERENCES, "presets/laptop.yaml": "{01_fall: , 02_orbit: }"}

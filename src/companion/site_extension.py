@@ -12,6 +12,7 @@ from sphinx.application import Sphinx
 KEPT = ("tex-chtml.js", "output/chtml/fonts", "input/tex/extensions")  # of MathJax, 24 MB otherwise
 LOCAL = "http://localhost:8000/"  # where `make serve` shows the book
 CITATIONS = 'role="list" class="citation-list"'
+DOWNLOAD = {"icon": "fas fa-download", "tooltip": "Download this chapter's notebook"}
 LOST = Path(__file__).with_name("templates") / "lost.html"
 
 
@@ -49,6 +50,15 @@ def trim_page(app: Sphinx, page: str, template: str, context: dict, doctree: Any
     context["body"] = context.get("body", "").replace(CITATIONS, 'class="citation-list"')
     if app.config.html_baseurl == LOCAL:
         context["pageurl"] = None  # no canonical address
+    # One button downloads a chapter's notebook; no other source is offered.
+    buttons = []
+    for button in context.get("header_buttons", []):
+        entries = [button]
+        if button.get("label") == "download-buttons":
+            notebooks = [e for e in button["buttons"] if e.get("url", "").endswith(".ipynb")]
+            entries = [entry | DOWNLOAD for entry in notebooks]
+        buttons += entries
+    context["header_buttons"] = buttons
 
 
 def excuse_missing_figures(

@@ -73,7 +73,8 @@ def site(clone):
     return clone / "_build" / "html"
 
 
-@pytest.fixture(scope="session")
+# Closed with this module's last test: one process drives one browser at a time.
+@pytest.fixture(scope="module")
 def chromium():
     with pages.browser() as chromium:
         yield chromium

@@ -257,8 +257,3 @@ def test_large_targets_descend_in_single_precision_and_are_measured_in_double(mo
     assert values[4] < 1e-9 * values[0]
     assert bounds.loss_gap(logits, witness) >= kl(logits, witness).mean()
     assert bounds.lower(logits, [4])[0] <= single[0]
-
-
-@pytest.mark.parametrize(("power", "agrees"), [(2.0, True), (1.0, True), (0.99, False)])
-def test_what_falls_slower_than_the_distance_is_not_the_papers_lemma(power, agrees):
-    assert bounds.of_first_order(power).agrees is agrees

@@ -221,11 +221,4 @@ def test_readings_of_lost_are_ordered_and_their_intervals_hold_them(three):
     [((0.95, 0.99), True), ((0.945, 0.995), True), ((0.9, 0.94), False), ((0.9, 0.96), None)],
 )
 def test_the_range_of_the_paper(interval, answer):
-    assert gradients.as_claimed(share(0.95, *interval)) is answer
-
-
-def test_a_head_is_to_blame_only_where_no_way_of_training_it_learns():
-    bad, good = share(0.2, 0.1, 0.3), share(1.0, 1.0, 1.0)
-    assert gradients.unlearnable({"a": bad, "b": bad}, 131_072) is True
-    assert gradients.unlearnable({"a": bad, "b": good}, 131_072) is False
-    assert gradients.unlearnable({"a": bad, "b": bad}, 2048) is None
+    assert share(0.95, *interval).within(0.945, 0.995) is answer

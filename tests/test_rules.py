@@ -1,7 +1,5 @@
 """Every verdict rule on the paper's own curves, where it must agree, and on others."""
 
-import math
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -39,33 +37,46 @@ def w_error_of_the_head():
     return table["x"], table["y"]
 
 
-wikitext = rises("3", y_name="Wikitext word perplexity")
-spectra = curves("5")
-falling = {"14M": late_rise(range(20), np.linspace(4, 3, 20))}
+def strengths(rises):
+    return {name: rise.strength for name, rise in rises.items()}
+
+
+def loss_rises(values, small):
+    return rules.just_the_small("worst late rise over noise", values, small)
+
+
+def spectrum_saturates(values, small):
+    return rules.just_the_small("end over least", values, small)
+
+
+def last_layers_part(suite, small):
+    return rules.just_the_small("mean cosine", last_layers(suite), small)
+
+
+wikitext = strengths(rises("3", y_name="Wikitext word perplexity"))
+spectra = {name: rise.growth for name, rise in rises("5").items()}
+falling = strengths({"14M": late_rise(range(20), np.linspace(4, 3, 20))})
+creeping = late_rise(range(30), np.linspace(0.23, 0.34, 30)).growth
 large = {name: spectra[name] for name in ("410M", "1B", "1.4B")}
 flat = ([64, 128, 512, 1024], [2.03, 2.02, 2.01, 2.0])
 straight = (np.linspace(0, 1, 9), 2 + np.linspace(0, 1, 9))
 
 PAPER = {
-    "Figure 3, late rise of perplexity": rules.loss_rises(wikitext, UP_TO_410M),
-    "Figure 5, spectral saturation": rules.spectrum_saturates(spectra, UP_TO_160M),
-    "Figure 2, Pythia's last layers": rules.last_layers_part(last_layers("Pythia"), UP_TO_160M),
-    "Figure 2, GPT-2's last layers": rules.last_layers_part(
-        last_layers("GPT-2"), ["small", "medium"]
-    ),
+    "Figure 3, late rise of perplexity": loss_rises(wikitext, UP_TO_410M),
+    "Figure 5, spectral saturation": spectrum_saturates(spectra, UP_TO_160M),
+    "Figure 2, Pythia's last layers": last_layers_part("Pythia", UP_TO_160M),
+    "Figure 2, GPT-2's last layers": last_layers_part("GPT-2", ["small", "medium"]),
     "Figure 6b, Pythia-410M": rules.rank_costs(*head("Pythia-410M")),
     "Figure 6b, Pythia-1B": rules.rank_costs(*head("Pythia-1B")),
     "Figure 6b, Llama-7B": rules.rank_costs(*head("Llama-7B")),
     "Figure 8": rules.bends_at(*w_error_of_the_head()),
 }
 COUNTER = {
-    "a loss that falls to its end": rules.loss_rises(falling, ["14M"]),
-    "a large model that rises": rules.loss_rises(wikitext, UP_TO_160M),
-    "spectra that the paper calls stable": rules.spectrum_saturates(large, large),
-    "the suite's creep from .23 to .34": rules.spectrum_saturates(
-        {"8": (range(30), np.linspace(0.23, 0.34, 30))}, ["8"]
-    ),
-    "OPT-125M, the paper's exception": rules.last_layers_part(last_layers("OPT"), ["125M"]),
+    "a loss that falls to its end": loss_rises(falling, ["14M"]),
+    "a large model that rises": loss_rises(wikitext, UP_TO_160M),
+    "spectra that the paper calls stable": spectrum_saturates(large, large),
+    "the suite's creep from .23 to .34": spectrum_saturates({"8": creeping}, ["8"]),
+    "OPT-125M, the paper's exception": last_layers_part("OPT", ["125M"]),
     "a head whose rank costs nothing": rules.rank_costs(*flat),
     "a straight line": rules.bends_at(*straight),
     "a bend after much is lost": rules.bends_at([0, 0.3, 0.5, 0.6, 0.7], [0, 0.2, 0.9, 1.5, 4]),
@@ -91,11 +102,9 @@ def batches(model, task, metric):
 
 def test_the_late_drop_goes_with_the_batch_at_one_width_and_not_in_large_models():
     narrow = {m: batches(m, "lambada_openai", "acc") for m in ("pythia-70m", "pythia-160m")}
-    assert rules.width_alone(narrow).agrees is False
     assert all(difference.high < 0 for difference in narrow.values())
     wide = {m: batches(m, "lambada_openai", "acc") for m in ("pythia-410m", "pythia-1b")}
-    assert rules.width_alone(wide).agrees is True
-    assert rules.width_alone({}).agrees is None
+    assert all(difference.above(0.0) is None for difference in wide.values())
 
 
 def test_who_drops():
@@ -122,7 +131,7 @@ def test_a_number_inside_its_interval():
 
 
 def test_nothing_to_judge_is_no_verdict():
-    assert rules.loss_rises(falling, ["160M"]).agrees is None
+    assert loss_rises(falling, ["160M"]).agrees is None
     assert rules.rank_costs([600, 1024], [2.1, 2.0]).agrees is None
     assert rules.rank_costs([256, 1024], [2.01, 2.0]).agrees is False
     assert rules.bends_at([0.7, 0.9], [2, 3]).agrees is None
@@ -146,7 +155,7 @@ def test_a_missing_sign_refutes_only_after_enough_seeds_and_steps():
 
 
 def test_thresholds_say_how_far_they_could_move():
-    ruling = rules.spectrum_saturates(spectra, UP_TO_160M)
+    ruling = spectrum_saturates(spectra, UP_TO_160M)
     assert "the threshold 10 could lie anywhere from 1.31 to 15" in ruling.comment
 
 
@@ -158,11 +167,47 @@ def test_the_papers_ranges_of_dimensions_are_those_of_its_curves(level):
     """Section 5.1 and Figure 7: halved, and negligible; twice the dimensions would not fit."""
     table = pythia.figures("7")
     curves = [rows for _, rows in table.groupby(["series", "curve"])]
-    found = [rules.reached(rows["x"], rows["y"], level) for rows in curves]
+    found = [np.interp(-level, -rows["y"], rows["x"]) for rows in curves]
     assert len(found) == 6
     assert rules.within(found, *RANGES[level]).agrees is True
     assert rules.within(np.multiply(found, 2), *RANGES[level]).agrees is False
-    assert math.isnan(rules.reached([1, 2], [0.9, 0.8], level))
+
+
+def exact(value):
+    return Estimate(value, value, value, 1)
+
+
+def test_sizes_on_the_papers_own_curves():
+    """Figure 5: heads end spiked below 410M; Figure 2: last layers are alike up to 160M."""
+    ends = pythia.figures("5").sort_values("x").groupby("curve")["y"].last()
+    for cut in (0.6, 1.6, 4.6):
+        for name, entropy in ends.items():
+            size = pythia.nominal(name)
+            assert rules.fits_size(size, exact(entropy), 410e6, cut, cut, each=False)
+    spectra = {"below": 410e6, "high": 1.6, "low": 1.6, "each": False}
+    assert rules.fits_size(135e6, exact(0.13), **spectra) is None  # not every small model need
+    assert rules.fits_size(1e9, exact(5.0), **spectra) is False  # a large one that does not
+    assert rules.fits_size(135e6, Estimate(2.0, 1.0, 3.0, 9), **spectra) is None
+    cosines = {"below": 200e6, "high": 0.56, "low": 0.2}
+    fits = {
+        suite: [
+            rules.fits_size(float(name[:-1]) * {"M": 1e6, "B": 1e9}[name[-1]], exact(y), **cosines)
+            for name, y in last_layers(suite).items()
+        ]
+        for suite in ("Pythia", "OPT")
+    }
+    assert all(fits["Pythia"])
+    assert not all(fits["OPT"])  # its 125M model is an exception that the paper names
+    assert rules.fits_size(355e6, exact(last_layers("GPT-2")["medium"]), **cosines) is False
+    assert rules.fits_size(1e8, Estimate(0.4, 0.05, 0.6, 4), **cosines) is None
+    assert rules.fits_size(1e8, exact(0.1), **cosines) is False
+    assert rules.fits_size(1e9, exact(0.1), **cosines) is True
+
+
+@pytest.mark.parametrize(("width", "knee", "agrees"), [(576, 570, None), (4096, 3000, False)])
+def test_a_knee_elsewhere_or_out_of_reach_is_not_the_papers(width, knee, agrees):
+    ruling = rules.knee_near(Estimate(knee, knee - 9, knee + 9, 30), width)
+    assert ruling.agrees is agrees
 
 
 def test_figure_1a_by_the_same_rule():

@@ -8,12 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from headbound import pythia
 from headbound.measure import spectrum
 from headbound.measure.spectrum import (
     _probabilities,
     effective_rank,
-    fits_size,
     frequency_link,
     participation_ratio,
     singular_entropy,
@@ -21,7 +19,6 @@ from headbound.measure.spectrum import (
     stable_rank,
     w_error,
 )
-from headbound.stats import Estimate
 
 MEASURES = [singular_entropy, effective_rank, stable_rank, participation_ratio, _probabilities]
 SPECTRA = arrays(float, st.integers(1, 20), elements=st.floats(0, 1e6)).filter(
@@ -204,18 +201,3 @@ def test_the_frequency_link_is_spearmans_over_the_tokens_that_occur():
     assert found.value == pytest.approx(expected)
     turned, _ = frequency_link(torch.from_numpy(-weight), counts)
     assert turned == pytest.approx(found)
-
-
-def exact(value):
-    return Estimate(value, value, value, 1)
-
-
-def test_the_rule_of_sizes_on_the_papers_own_curves():
-    """Figure 5: the last checkpoints below 410M are spiked, the others are not."""
-    ends = pythia.figures("5").sort_values("x").groupby("curve")["y"].last()
-    for cut in (0.6, 1.6, 4.6):
-        for name, entropy in ends.items():
-            assert fits_size(pythia.nominal(name), exact(entropy), cut)
-    assert fits_size(135e6, exact(0.13)) is None  # not every small model need saturate
-    assert fits_size(1e9, exact(5.0)) is False  # a large one that does not
-    assert fits_size(135e6, Estimate(2.0, 1.0, 3.0, 9)) is None

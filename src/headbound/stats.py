@@ -27,6 +27,12 @@ class Estimate(NamedTuple):
             return True
         return False if self.high <= cut else None
 
+    def within(self, low: float, high: float) -> bool | None:
+        """Whether the whole interval lies in a range: None where it crosses an end."""
+        if low <= self.low and self.high <= high:
+            return True
+        return False if self.high < low or self.low > high else None
+
     def __str__(self) -> str:
         width = abs(self.high - self.low)
         scale = max(abs(self.value), width, 1e-12)

@@ -111,27 +111,6 @@ def cosines(hidden_states: States, count: int, seed: int = 0) -> Float[Tensor, "
     return (units[one] * units[other]).sum(1)
 
 
-def most_layers(layers: Sequence[Estimate], cut: float = 0.1) -> bool | None:
-    """Whether over half of the layers lie above `cut`: None where an interval decides.
-
-    All 20 models of the paper's figure 2 pass, up to a cut of 0.14.
-    """
-    sides = [layer.above(cut) for layer in layers]
-    if 2 * sides.count(True) > len(sides):
-        return True
-    return False if 2 * sides.count(False) >= len(sides) else None
-
-
-def fits_size(parameters: float, last: Estimate) -> bool | None:
-    """Whether a last layer is highly anisotropic for up to 160M parameters only, as Pythia's are.
-
-    High is above 0.56, low is up to 0.20; between, where no model of Figure 2 lies, None.
-    """
-    if last.above(0.56):
-        return parameters <= 160e6
-    return parameters > 160e6 if last.above(0.20) is False else None
-
-
 def _peak_one(block: Tensor, first: int) -> Tensor:
     """Rows over their largest entry, in float64, so that every norm can be squared."""
     peaks = block.abs().amax(1, keepdim=True)

@@ -4,7 +4,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,13 +14,13 @@ from torch.nn.functional import gelu, pad
 from transformers import PreTrainedTokenizerBase
 
 from headbound import corpus, hidden, pythia, stats
-from headbound.measure import lowrank, ngrams
+from headbound.measure import checkpoint, lowrank, ngrams
 from headbound.measure.lowrank import Examples, Head
 from headbound.stats import Estimate
 
 VERDICTS = ("bottleneck", "no bottleneck found", "undecided", "no rank bottleneck is possible")
 IN_USE = 0.9  # the least share of the width in a head's working rank with which it can be cleared
-Nats = Float[np.ndarray, "... tokens"]
+OTHERS = 1024  # tokens of the softmax beside those that occur
 
 
 def sample(
@@ -34,17 +33,14 @@ def sample(
 ) -> list[Int[Tensor, "texts length"]]:
     """`length` + 1 ids of each passage to learn from and to judge on; no text gives both.
 
-    **Raises:** `ValueError` for texts too few or too short, or passages too long for the model.
+    **Raises:** `ValueError` as `hidden.sequences`, or for passages too long for the model.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
-    if length > limit:
-        raise ValueError(
-            f"length = {length}: this model reads {limit} tokens at most; choose fewer"
-        )
-    order = np.random.default_rng(seed)
+    checkpoint.check_length(model, length)
     parts = corpus.split(texts, held_out=passages[1] / sum(passages))
-    drawn = [[part[place] for place in order.permutation(len(part))] for part in parts]
-    pairs = zip(drawn, passages, strict=True)
+    order = np.random.default_rng(seed)
+    for part in parts:
+        order.shuffle(part)
+    pairs = zip(parts, passages, strict=True)
     return [hidden.sequences(tokenizer, part, count, length + 1) for part, count in pairs]
 
 
@@ -58,7 +54,7 @@ def working_rank(head: Head, data: Examples, groups: int = 5, tolerance: float =
     (whole,) = lowrank.token_losses(data, [head])
 
     @cache
-    def divergence(rank: int) -> Nats:
+    def divergence(rank: int) -> Float[np.ndarray, " tokens"]:
         (cut,) = lowrank.token_losses(data, [head.cut(rank)])
         return np.square(cut - whole) / 2
 
@@ -78,17 +74,16 @@ def lift(
     test: Examples,
     head: Head,
     pairs: Sequence[tuple[int, int]],
-    others: int = 1024,
+    learning_rate: float = 0.008,
+    batch: int = 128,
     seed: int = 0,
-    **training: Any,
-) -> Float[np.ndarray, "pairs tokens"]:
-    """Nats that a higher rank gains over a lower one on each token of `test`, for pairs of ranks.
+) -> list[Estimate]:
+    """Nats a token that a higher rank gains over a lower one on `test`, for pairs of ranks.
 
     All heads read the same inputs: a one, the coordinates u = B h of `head` (of `lowrank.low_rank`)
     and as many fixed random features GELU(R u). All start as `head` cut to the lower rank and are
     trained alike on `train`, one epoch, so that they differ in rank alone. The softmax is over the
-    tokens that occur and so many `others`. `training` is options of `lowrank.train`; the learning
-    rate is 0.008 unless given.
+    tokens that occur and `OTHERS`.
 
     **Raises:** `ValueError` for ranks outside 1 to r and 2r, where r is the rank of `head`.
     """
@@ -98,8 +93,7 @@ def lift(
     random = np.random.default_rng(seed)
     occurring = np.union1d(train.targets, test.targets)
     rest = np.setdiff1d(np.arange(len(head.A)), occurring)
-    count = min(others, len(rest))
-    chosen = random.choice(rest, count, replace=False)
+    chosen = random.choice(rest, min(OTHERS, len(rest)), replace=False)
     kept = np.union1d(occurring, chosen)
     drawn = random.standard_normal((r, r))
     mixing = torch.from_numpy(drawn).float()
@@ -109,10 +103,9 @@ def lift(
     starts = []
     for low, high in pairs:
         starts += [_start(head, kept, low, rank) for rank in (low, high)]
-    training.setdefault("learning_rate", 0.008)
-    trained = lowrank.train(learn, starts, 1, seed=seed, **training)
+    trained = lowrank.train(learn, starts, 1, batch, learning_rate, seed=seed)
     losses = lowrank.token_losses(judge, trained)
-    return losses[::2] - losses[1::2]
+    return [stats.mean(nats, test.texts) for nats in losses[::2] - losses[1::2]]
 
 
 def _features(data: Examples, head: Head, mixing: Tensor, kept: np.ndarray) -> Examples:
@@ -132,12 +125,6 @@ def _start(head: Head, kept: np.ndarray, low: int, rank: int) -> Head:
     return Head(A, torch.eye(1 + 2 * len(head.B))[: 1 + rank], head.cap)
 
 
-def ahead(nats: Nats, train: Examples, test: Examples) -> Estimate:
-    """Nats a token that a model's losses on `test` save against token frequencies of `train`."""
-    counts = np.bincount(train.targets, minlength=int(test.targets.max()) + 1) + 0.1
-    return stats.mean(np.log(counts.sum() / counts[test.targets]) - nats, test.texts)
-
-
 def verdict(
     gain: Estimate,
     control: Estimate,
@@ -148,9 +135,10 @@ def verdict(
 ) -> tuple[str, str]:
     """One of `VERDICTS` by the diagnosis's rule, and why, with how far the margin could move.
 
-    `gain` is that of a higher rank over the head's own, in nats a token, from `lift`; `control` is
-    the same for the head cut on purpose. `lead` comes from `ahead`. `used` is the working rank over
-    the width. It is `possible` unless the head has the V − 1 dimensions that V tokens need at most.
+    In nats a token: the `gain` of a higher rank over the head's own, from `lift`; the same for the
+    head cut on purpose, the `control`; the `lead` of the model over token frequencies. `used` is
+    the working rank over the width. It is `possible` unless the head has the V − 1 dimensions that
+    V tokens need at most.
     """
     if not possible:
         return VERDICTS[3], "The vocabulary needs no more dimensions than the head has."
@@ -182,8 +170,9 @@ def target_rank(
 ) -> tuple[Estimate, int, float]:
     """How many dimensions of a text's n-gram matrix two halves agree on (`ngrams.split_half`).
 
-    The `vocab` − 1 most frequent tokens are told apart, the others are merged. About `most` tokens
-    are read. **Returns:** the rank, the tokens read, and the share of them that was merged.
+    About `most` tokens are read; all but the `vocab` − 1 most frequent are merged into one.
+
+    **Returns:** the rank, the tokens read, and the share of them that was merged.
     """
     pieces = []
     read = 0
@@ -212,7 +201,7 @@ def target_rank(
 
 
 def _references(fingerprint: str, perplexity: float) -> pd.DataFrame:
-    """A row a number of a known model that is not of the same text and perplexity."""
+    """Known models' numbers, but those of the same text and perplexity: the model in hand."""
     known = pd.read_csv(pythia.DATA / "references.csv")
     mine = np.isclose(known["value"], perplexity, 1e-3)
     mine &= known["quantity"] == "perplexity"
@@ -222,26 +211,22 @@ def _references(fingerprint: str, perplexity: float) -> pd.DataFrame:
 
 
 def places(mine: Mapping[str, Estimate | float], fingerprint: str) -> pd.DataFrame:
-    """Where numbers lie among known models', in words: how many have less, and the nearest.
+    """How many of this book's known models, and of the paper's, have less, and the nearest.
 
-    Those are this report's and, apart from them, the paper's. One of the same text (its
-    fingerprint) and perplexity is the model in hand, and left out.
+    The `fingerprint` of the text and the perplexity tell which known model is the one in hand.
     """
     known = _references(fingerprint, mine["perplexity"].value)
-    cited = known["verdict"] == "cited"
     rows = []
     for quantity, number in mine.items():
         value = getattr(number, "value", number)
-        here = known["quantity"] == quantity
-        less, near = _place(known[here & ~cited], value)
-        paper_less, paper_near = _place(known[here & cited], value)
-        rows.append((quantity, less, paper_less, near, paper_near))
-    columns = ["quantity", "known models", "the paper's", "neighbours", "the paper's neighbours"]
+        here = known[known["quantity"] == quantity].sort_values("value")
+        cited = here["verdict"] == "cited"
+        rows.append((quantity, *_place(here[~cited], value), *_place(here[cited], value)))
+    columns = ["quantity", "known models", "neighbours", "the paper's", "the paper's neighbours"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _place(known: pd.DataFrame, value: float) -> tuple[str, str]:
-    ordered = known.sort_values("value")
+def _place(ordered: pd.DataFrame, value: float) -> tuple[str, str]:
     named = [f"{row.reference} ({row.value:.3g})" for row in ordered.itertuples()]
     below = int((ordered["value"] <= value).sum())
     words = []

@@ -12,8 +12,6 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from headbound.measure.rules import Ruling
-
 Logits = Float[np.ndarray, "contexts vocab"]
 PerRank = Float64[np.ndarray, " ranks"]
 EPS = float(np.finfo(np.float64).eps)
@@ -50,11 +48,6 @@ def second_order(logits: Logits, change: Logits) -> float:
     delta = delta - (p * delta).sum(1, keepdim=True)
     variances = (p * delta**2).sum(1)
     return float(variances.mean() / 2)
-
-
-def of_first_order(order: float) -> Ruling:
-    """Lemma 5.1 and Theorem 5.3: a head near the ideal one loses O(distance). Ours: its square."""
-    return Ruling(order >= 1, f"asked: 1 or more; up to {order:.2f} could be asked")
 
 
 def textbook_upper(logits: Logits, ranks: Sequence[int]) -> PerRank:

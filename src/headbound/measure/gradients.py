@@ -5,7 +5,7 @@ the target's unit vector. The hidden state under the head W (V Ã— d) receives Wá
 is orthogonal to W's columns is lost on the way.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,6 @@ from headbound import device, progress, stats
 from headbound.measure.lowrank import Examples
 from headbound.measure.spectrum import ROWS
 
-LARGE = 100_000  # symbols from which the repetition is said to be unlearnable
 NOISE = 1e-12  # a squared singular value below this share of their sum is rounding
 Weight = Float[Tensor, "vocab d"]
 Logits = Callable[[Tensor], Tensor] | None
@@ -124,19 +123,6 @@ def lost(share: stats.Estimate) -> dict[str, stats.Estimate]:
     }
     ends = [share.value, share.high, share.low]  # more kept is less lost
     return {name: stats.Estimate(*map(f, ends), share.n) for name, f in readings.items()}
-
-
-def as_claimed(loss: stats.Estimate, low: float = 0.945, high: float = 0.995) -> bool | None:
-    """Is it 95 to 99 %, as rounded? None where the interval crosses an end."""
-    if low <= loss.low and loss.high <= high:
-        return True
-    return False if loss.high < low or loss.low > high else None
-
-
-def unlearnable(same_head: Mapping[str, stats.Estimate], vocab: int) -> bool | None:
-    """Does no way surely get 99 % of the repetition right? None for a vocabulary below `LARGE`."""
-    learned = any(share.low > 0.99 for share in same_head.values())
-    return not learned if vocab >= LARGE else None
 
 
 def _gradient(data: Examples, here: slice, weight: Tensor, logits: Logits) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,12 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding
 from torch.optim.lr_scheduler import LinearLR
+from transformers import PreTrainedTokenizerBase
 
-from headbound import device, hidden, progress, stats
-from headbound.measure.rules import Ruling
-from headbound.models import Readout
+from headbound import device, hidden, models, progress, stats
+from headbound.measure import spectrum
 
-CLAIMED = 1000  # the rank below which heads lose noticeably, by the paper's section 5.1
 Losses = Float[np.ndarray, "heads tokens"]
 Texts = Int[np.ndarray, " tokens"]
 
@@ -91,7 +90,7 @@ class Examples(NamedTuple):
 
 
 def examples(
-    model: nn.Module, input_ids: Int[Tensor, "texts length"], readout: Readout | None = None
+    model: nn.Module, input_ids: Int[Tensor, "texts length"], readout: models.Readout | None = None
 ) -> Examples:
     """Final hidden states of all tokens but each text's last, memory-mapped, and what follows.
 
@@ -195,16 +194,10 @@ def _roots(
     covariance: Float[Tensor, "d1 d2"], d: int
 ) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
     if covariance.shape != (d, d):
-        raise ValueError(
-            f"covariance of shape {tuple(covariance.shape)}: the head is {d} wide; "
-            "take hidden states and head from the same model"
-        )
+        raise ValueError(f"covariance of shape {tuple(covariance.shape)}: the head is {d} wide")
     values, vectors = torch.linalg.eigh(covariance)
-    rank = int((values > d * torch.finfo(values.dtype).eps * values[-1]).sum())
-    if rank < d:
-        raise ValueError(
-            f"covariance of rank {rank}: singular, for the head is {d} wide; use more hidden states"
-        )
+    if values[0] <= d * torch.finfo(values.dtype).eps * values[-1]:
+        raise ValueError(f"covariance of {d} dimensions: singular; use more hidden states")
     roots = values.sqrt()
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
@@ -407,12 +400,34 @@ class ByRank(NamedTuple):
         return stats.bootstrap(statistic, len(counts))
 
 
-def knee_at_claim(knee: stats.Estimate, width: int) -> Ruling:
-    """Section 5.1: the knee lies within a factor of 2 of rank 1,000. None for a narrower model."""
-    if width <= CLAIMED:
-        return Ruling(None, f"d = {width}: a knee at 1,000 is out of reach")
-    factor = max(knee.value / CLAIMED, CLAIMED / knee.value)
-    return Ruling(factor <= 2, f"a factor of {factor:.2f} from 1,000; up to 2 is called the same")
+def against_w_error(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    learnt: Int[Tensor, "texts length"],
+    judged: Int[Tensor, "texts length"],
+    ranks: Sequence[int],
+    **training: Any,
+) -> pd.DataFrame:
+    """What a model loses with its best heads of these ranks, beside the W-error of its own head.
+
+    The heads are the closed form's on the passages `learnt`. With options of `train` they are
+    trained on from there. Their losses are those of the passages `judged`.
+
+    **Returns:** the curve of `ByRank.above_full`, and its column `W-error of the head`.
+    """
+    readout = models.readout(model, tokenizer, judged)
+    weight = readout.matrix()
+    full = min(weight.shape)
+    kept = [rank for rank in ranks if rank < full] + [full]
+    data = examples(model, learnt, readout)
+    best = low_rank(weight, full, covariance(data.hidden_states))._replace(cap=readout.cap)
+    heads = [best.cut(rank) for rank in kept]
+    if training:
+        heads = train(data, heads, **training)
+    test = examples(model, judged, readout)
+    frame = ByRank(kept, token_losses(test, heads), test.texts).above_full()
+    error = spectrum.w_error(spectrum.singular_values(weight), kept)
+    return frame.assign(**{"W-error of the head": error})
 
 
 def _batches(states: int, batch: int, epochs: int, seed: int) -> Iterator[np.ndarray]:

@@ -98,9 +98,7 @@ def _whole(model: str, revision: str, held_out: Sequence[str], texts: int, lengt
     network, tokenizer = models.load(model, revision or None)
     weight = models.head_weight(network, tokenizer)
     rows = hidden.sequences(tokenizer, held_out, texts, length)
-    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None) or length
-    if length - 1 > limit:  # the last token is only predicted
-        raise ValueError(f"length = {length}: {model} reads {limit} tokens at most; choose fewer")
+    checkpoint.check_length(network, length - 1)  # the last token is only predicted
 
     def work() -> Row:
         found = checkpoint.measure(network, rows, tokenizer)

@@ -4,8 +4,9 @@ Row c of the matrix W is p(next token | context c), from counts. W-error depends
 over contexts. A hash deals these out; a partition at a time is counted by sorting and added up.
 """
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import psutil
 import torch
 from jaxtyping import Float64, Integer
 from scipy.sparse import csr_array, diags_array, vstack
-from scipy.sparse.linalg import aslinearoperator, eigsh
+from scipy.sparse.linalg import svds
 from scipy.special import expit, logit
 from statsmodels.api import OLS, add_constant
 from torch.nn.functional import pad
@@ -52,14 +53,13 @@ def count(
     *,
     targets: Integer[np.ndarray, " ngrams"] | None = None,
     partitions: int | None = None,
-    only: Iterable[int] | None = None,
 ) -> Iterator[csr_array]:
     """Counts (contexts × vocabulary), one partition of the contexts after the other.
 
     An n-gram has `order` tokens, its context one less. `targets` may say what follows each context.
-    All partitions are counted, by default of `PARTITION` n-grams each, or `only` some.
+    By default a partition has `PARTITION` n-grams.
 
-    **Raises:** `ValueError` for an order, ids, targets or partitions that don't fit.
+    **Raises:** `ValueError` for an order, ids or targets that don't fit.
     """
     ngrams = len(tokens) - order + 1
     if order < 2 or ngrams < 1:
@@ -73,10 +73,7 @@ def count(
     columns = [tokens[place : place + ngrams] for place in range(order - 1)]
     columns.append(targets)
     partitions = partitions or -(-ngrams // PARTITION)
-    wanted = range(partitions) if only is None else only
-    for part in wanted:
-        if not 0 <= part < partitions:
-            raise ValueError(f"partition = {part}: must be from 0 to {partitions - 1}")
+    for part in range(partitions):
         first = part * SLOTS // partitions
         end = (part + 1) * SLOTS // partitions
         chosen = _selected(columns, vocab_size, range(first, end))
@@ -145,15 +142,11 @@ def _leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " valu
     most = min(matrix.shape) - 1
     if not 1 <= ranks <= most:
         raise ValueError(f"ranks = {ranks}: must be between 1 and {most}")
-    operator = aslinearoperator(matrix)
-    start = np.random.default_rng(0).random(matrix.shape[1])
-    found = eigsh(operator.T @ operator, ranks, v0=start, return_eigenvectors=False)
-    values = found[::-1]
+    start = np.random.default_rng(0).random(min(matrix.shape))
+    values = svds(matrix, ranks, v0=start, return_singular_vectors=False)[::-1]
     others = most + 1 - ranks
-    squares = np.sum(matrix.data**2)
-    left = max(0.0, squares - values.sum())
-    rest = np.full(others, left / others)
-    return np.sqrt(np.append(values, rest))
+    left = max(0.0, np.sum(matrix.data**2) - np.sum(values**2))
+    return np.append(values, np.full(others, math.sqrt(left / others)))
 
 
 def errors(tokens: Tokens, order: int, vocab_size: int, leading: int = 0, **rows: Any) -> Curve:
@@ -232,18 +225,6 @@ def carried(vocab_sizes: Sequence[int], ranks: Sequence[float | int], vocab_size
     shares = expit(found[["mean", "obs_ci_lower", "obs_ci_upper"]])
     value, low, high = (vocab_size * shares).tolist()
     return Estimate(value, low, high, len(sizes))
-
-
-def meets(
-    found: Estimate, low: float, high: float, factor: float = 3.0, reach: float = 1.0
-) -> bool | None:
-    """Whether an interval meets a range; None if it spans `factor` or more, which is no test.
-
-    None also where it was `carried` to more than twice (`reach`) the largest V measured.
-    """
-    if not found.high < factor * found.low or reach > 2:
-        return None
-    return found.low <= high and found.high >= low
 
 
 def _check_memory(vocab_size: int) -> None:

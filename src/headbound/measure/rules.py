@@ -11,18 +11,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from headbound.measure.saturation import SEEN, LateRise, late_rise
+from headbound.measure.saturation import SEEN
 from headbound.stats import Estimate
 
-TENFOLD = 10.0  # an order of magnitude, which is what the paper's spectra rise by
 APART = 0.5  # mean cosine between "nearly isotropic" and "highly anisotropic"
+REACHED = {"worst late rise over noise": SEEN, "end over least": 10.0, "mean cosine": APART}
 NOTICEABLE = 0.05  # of perplexity
 SEEDS = 3  # runs of a width; with fewer, a missing sign refutes nothing
 TURN = 67_000  # steps: the latest turn of Figure 5's entropies, Pythia-70M's
 STEEPER = 3.0  # a curve's slope beyond a bend, over its slope before it
 SLOW = 0.25  # nats, the most that a loss may have grown up to there
-
-Curve = tuple[ArrayLike, ArrayLike]
 
 
 class Ruling(NamedTuple):
@@ -53,35 +51,62 @@ class Ruling(NamedTuple):
         return Ruling(None, told)
 
 
-def loss_rises(rises: Mapping[str, LateRise], small: Collection[str]) -> Ruling:
-    """Section 3: the small models' loss is seen to rise late in training, and no larger one's."""
-    strengths = {name: rise.strength for name, rise in rises.items()}
-    return _just_the_small(strengths, SEEN, small, "worst late rise over noise")
-
-
-def spectrum_saturates(
-    entropies: Mapping[str, Curve], small: Collection[str], factor: float = TENFOLD
+def just_the_small(
+    what: str, values: Mapping[str, float], small: Collection[str], threshold: float | None = None
 ) -> Ruling:
-    """Section 4.2: the small models' singular entropy rises late by an order of magnitude.
+    """Just the small models' values reach a threshold, and no larger model's.
 
-    From its least value past the first tenth of training to its end it must grow by the `factor`,
-    and no larger model's may. A head of few dimensions needs a lower factor: ln d is the most.
+    The threshold follows from `what` they are, unless it is given:
+
+    - `worst late rise over noise` of the loss: seen (section 3);
+    - `end over least` of the singular entropy, past the first tenth of training: an order of
+      magnitude (section 4.2). A head of few dimensions needs a lower one: ln d is the most;
+    - `mean cosine` of the last layer: 0.5 (section 4.1).
+
+    The comment says between which values the threshold could lie.
     """
-    rises = {name: late_rise(*curve) for name, curve in entropies.items()}
-    grown = {name: rise.final / rise.least for name, rise in rises.items()}
-    return _just_the_small(grown, factor, small, "end over least")
+    asked = set(small) & set(values)
+    if not asked:
+        return Ruling(None, "none of the claim's models was measured")
+    least = REACHED[what] if threshold is None else threshold
+    reached = {name: value for name, value in values.items() if value >= least}
+    below = [value for value in values.values() if value < least]
+    listed = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+    room = f"the threshold {least:g} could lie anywhere"
+    if below:
+        room += f" from {max(below):.3g}"
+    if reached:
+        room += f" to {min(reached.values()):.3g}"
+    return Ruling(set(reached) == asked, f"{what}: {listed}; {room}")
 
 
-def last_layers_part(cosines: Mapping[str, float], small: Collection[str]) -> Ruling:
-    """Section 4.1: just the small models' last layers have a high mean cosine, one above 0.5."""
-    return _just_the_small(cosines, APART, small, "mean cosine")
+def fits_size(
+    parameters: float,
+    measured: Estimate,
+    below: float,
+    high: float,
+    low: float,
+    each: bool = True,
+) -> bool | None:
+    """Whether just models of fewer than `below` parameters have a measure above `high`.
+
+    None where the interval does not lie above `high` or up to `low`. Unless `each` small model
+    should have it, one without leaves it open too.
+    """
+    small = parameters < below
+    if measured.above(high):
+        return small
+    if measured.above(low) is not False:
+        return None
+    if small and not each:
+        return None
+    return not small
 
 
 def rank_costs(ranks: ArrayLike, losses: ArrayLike, up_to: int = 512) -> Ruling:
-    """Section 5.1: a head of a rank well below 1,000 noticeably raises perplexity.
+    """Section 5.1: every rank well below 1,000 costs 5 % of perplexity or more.
 
-    The full head is the one of the greatest rank. Every lower rank up to 512 must cost 5 % of
-    perplexity or more. None where no such rank was measured.
+    The cost is against the greatest rank. None where no lower rank `up_to` there was measured.
     """
     rank = np.asarray(ranks, float)
     loss = np.asarray(losses, float)
@@ -92,6 +117,15 @@ def rank_costs(ranks: ArrayLike, losses: ArrayLike, up_to: int = 512) -> Ruling:
     least = cost[well_below].min()
     comment = f"least cost up to rank {up_to}: {least:.1%} of perplexity; noticeable from 5 %"
     return Ruling(bool(least >= NOTICEABLE), comment)
+
+
+def knee_near(knee: Estimate, width: int, claim: float = 1000.0) -> Ruling:
+    """Section 5.1: the knee lies within a factor of 2 of rank 1,000. None for a narrower model."""
+    if width <= claim:
+        return Ruling(None, f"d = {width}: a knee at {claim:,.0f} is out of reach")
+    factor = max(knee.value / claim, claim / knee.value)
+    told = f"a factor of {factor:.2f} from {claim:,.0f}; up to 2 is called the same"
+    return Ruling(factor <= 2, told)
 
 
 def bends_at(errors: ArrayLike, losses: ArrayLike, bend: float = 0.6) -> Ruling:
@@ -109,28 +143,13 @@ def bends_at(errors: ArrayLike, losses: ArrayLike, bend: float = 0.6) -> Ruling:
         return Ruling(None, f"W-errors from {first:.2f} to {last:.2f} do not enclose {bend}")
     there = np.interp(bend, error, loss)
     grown = there - loss[0]
-    rest = loss[-1] - there
     before = grown / (bend - first)
-    beyond = rest / (last - bend)
-    steeper = np.inf
-    if before > 0:
-        steeper = beyond / before
+    beyond = (loss[-1] - there) / (last - bend)
+    steeper = beyond / before if before > 0 else np.inf
     slopes = f"slope beyond {bend} over slope before: {steeper:.1f}; asked: {STEEPER:.0f}"
     growth = f"loss grown up to there: {grown:.2f} nats; slow up to {SLOW} (the paper: 0.09)"
     agrees = beyond > 0 and steeper >= STEEPER and grown <= SLOW
     return Ruling(bool(agrees), f"{slopes}; {growth}")
-
-
-def width_alone(differences: Mapping[str, Estimate]) -> Ruling:
-    """Ours: if width alone decided, another batch would leave the late change as it is.
-
-    Not so where the interval of some model's difference between batches excludes zero.
-    """
-    apart = [name for name, e in differences.items() if not e.low <= 0 <= e.high]
-    if not differences:
-        return Ruling(None, "no model with two batches")
-    comment = f"intervals without zero: {', '.join(apart) or 'none'}, of {len(differences)}"
-    return Ruling(not apart, comment)
 
 
 def who_drops(
@@ -184,27 +203,3 @@ def within(values: ArrayLike, low: float, high: float, unit: float) -> Ruling:
     agrees = low - slack <= least and most <= high + slack
     comment = f"{least:,.0f} to {most:,.0f}; the text rounds to {unit:,.0f}"
     return Ruling(agrees, comment)
-
-
-def reached(dimensions: ArrayLike, errors: ArrayLike, level: float = 0.5) -> float:
-    """The number of dimensions at which a falling W-error is `level`; NaN if it ends above."""
-    falling = np.negative(errors)
-    return float(np.interp(-level, falling, np.asarray(dimensions, float), right=np.nan))
-
-
-def _just_the_small(
-    values: Mapping[str, float], threshold: float, small: Collection[str], what: str
-) -> Ruling:
-    """Whether just the small models reach a threshold, and between which values it could lie."""
-    asked = set(small) & set(values)
-    if not asked:
-        return Ruling(None, "none of the claim's models was measured")
-    reached = {name: value for name, value in values.items() if value >= threshold}
-    below = [value for value in values.values() if value < threshold]
-    listed = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-    room = f"the threshold {threshold:g} could lie anywhere"
-    if below:
-        room += f" from {max(below):.3g}"
-    if reached:
-        room += f" to {min(reached.values()):.3g}"
-    return Ruling(set(reached) == asked, f"{what}: {listed}; {room}")

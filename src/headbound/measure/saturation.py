@@ -21,7 +21,7 @@ TRUST = 0.03  # residuals, per checkpoint, that the given stderr is worth beside
 RISING = 1e-9  # relative: below it a ratio is rounding
 
 
-class LateRise(NamedTuple):
+class _LateRise(NamedTuple):
     """How far a curve that should fall has risen again, in the curve's unit.
 
     Medians of three checkpoints are compared for `most`, so that one outlier makes no rise.
@@ -41,12 +41,17 @@ class LateRise(NamedTuple):
         return self.most / max(self.noise, np.finfo(float).tiny)
 
     @property
+    def growth(self) -> float:
+        """How many times its least value the curve ends at."""
+        return self.final / self.least
+
+    @property
     def seen(self) -> bool:
         """Whether `most` exceeds what noise alone does to 99 of 100 level curves."""
         return bool(self.strength > SEEN)
 
 
-def late_rise(steps: ArrayLike, values: ArrayLike) -> LateRise:
+def late_rise(steps: ArrayLike, values: ArrayLike) -> _LateRise:
     """The late rise of a curve in which less is better; the book's one definition.
 
     The first tenth of the training is left out, by steps: a curve climbs to its first peak there.
@@ -63,7 +68,7 @@ def late_rise(steps: ArrayLike, values: ArrayLike) -> LateRise:
     above = smooth - np.minimum.accumulate(smooth)
     least = int(value.argmin())
     worst = int(above.argmax())
-    return LateRise(
+    return _LateRise(
         least_step=int(step[least]),
         least=float(value[least]),
         final=float(value[-1]),

@@ -108,17 +108,6 @@ def frequency_link(
     return stats.jackknife(without, turned * whole), turned * (rows @ first).numpy()
 
 
-def fits_size(parameters: float, entropy: stats.Estimate, cut: float = 1.6) -> bool | None:
-    """Whether a trained head's singular entropy is above `cut` below 410M parameters only.
-
-    So Pythia's heads end in Figure 5, with any cut from 0.57 to 4.67 nats. A small head that is
-    flat leaves it open: by the paper not every small model need saturate.
-    """
-    small = parameters < 410e6
-    high = entropy.above(cut)
-    return None if high is None or (small and not high) else high == small
-
-
 def _probabilities(singular_values: Values) -> Values:
     values = singular_values
     if not len(values) or not np.isfinite(values).all() or values.min() < 0:

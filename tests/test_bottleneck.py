@@ -156,26 +156,6 @@ def test_tokens_are_spread_over_all_texts():
     assert len(data.spread(10**6).targets) == len(data.targets)
 
 
-def test_passages_come_from_different_texts_and_begin_as_the_tokenizer_begins():
-    network, plain = tiny.network("llama"), tiny.fast_tokenizer()
-    learn, judge = bottleneck.sample(network, plain, PARAGRAPHS, (12, 4), 30)
-    assert learn.shape == (12, 31)
-    assert judge.shape == (4, 31)
-    assert not {tuple(row.tolist()) for row in learn} & {tuple(row.tolist()) for row in judge}
-    starting = tiny.starting_tokenizer()
-    assert (
-        bottleneck.sample(network, starting, PARAGRAPHS, (12, 4), 30)[0][:, 0].tolist() == [0] * 12
-    )
-
-
-def test_a_text_or_model_too_short_is_named():
-    network, tokenizer = tiny.network("llama"), tiny.fast_tokenizer()
-    with pytest.raises(ValueError, match="give more text, or ask for fewer or shorter ones"):
-        bottleneck.sample(network, tokenizer, PARAGRAPHS[:3], (12, 4), 30)
-    with pytest.raises(ValueError, match="65 tokens at once: the model reads 64 tokens at most"):
-        bottleneck.sample(network, tokenizer, PARAGRAPHS, (12, 4), 65)
-
-
 def test_the_target_rank_says_what_it_reduced():
     tokenizer = tiny.fast_tokenizer()
     rank, read, merged = bottleneck.target_rank(tokenizer, PARAGRAPHS, vocab=24, groups=3)

@@ -14,8 +14,6 @@ from headbound.stats import Estimate
 
 States = Float[Tensor, "tokens d"]
 ROWS = 1024  # states normalised at once: what bounds the extra memory
-LEAST = 1e-12  # norms from here on have squares that do not vanish in float32
-MOST = 1e12  # and up to here none that overflow
 
 
 def mean_cosine(
@@ -77,7 +75,7 @@ def sinks(hidden_states: States, ratio: float = 10.0) -> Bool[Tensor, " tokens"]
     if not ratio > 1:
         raise ValueError(f"sink_ratio = {ratio}: must be above 1, a multiple of the median norm")
     where = device.precise(hidden_states.device)
-    norms = hidden_states.to(where, torch.float64).norm(dim=1)  # float32's squares may overflow
+    norms = hidden_states.to(where, torch.float64).norm(dim=1)
     return (norms > ratio * norms.median()).to(hidden_states.device)
 
 
@@ -90,12 +88,7 @@ def sum_of_units(hidden_states: States) -> Float[Tensor, " d"]:
     total = torch.zeros(hidden_states.shape[1], dtype=torch.float64, device=where)
     for place, block in enumerate(hidden_states.split(ROWS)):
         rows = block if block.dtype == torch.float64 else block.float()
-        norms = torch.linalg.vector_norm(rows, dim=1)
-        safe = (norms > LEAST) & (norms < MOST)  # false where a norm is NaN
-        if not safe.all():
-            rows = _peak_one(block, place * ROWS)
-            norms = torch.linalg.vector_norm(rows, dim=1)
-        total += ((1 / norms) @ rows).to(total)
+        total += ((1 / _norms(rows, place * ROWS)) @ rows).to(total)
     return total
 
 
@@ -104,22 +97,21 @@ def cosines(hidden_states: States, count: int, seed: int = 0) -> Float[Tensor, "
     tokens = len(hidden_states)
     if tokens < 2:
         raise ValueError(f"{tokens} hidden states: a pair needs two")
-    units = torch.nn.functional.normalize(_peak_one(hidden_states, 0), dim=1)
+    rows = hidden_states.to(device.precise(hidden_states.device), torch.float64)
+    units = rows / _norms(rows, 0)[:, None]
     generator = torch.Generator().manual_seed(seed)
     one = torch.randint(tokens, (count,), generator=generator)
     other = (one + torch.randint(1, tokens, (count,), generator=generator)) % tokens
     return (units[one] * units[other]).sum(1)
 
 
-def _peak_one(block: Tensor, first: int) -> Tensor:
-    """Rows over their largest entry, in float64, so that every norm can be squared."""
-    peaks = block.abs().amax(1, keepdim=True)
-    problems = {"is zero: it has no direction": peaks == 0, "has NaN or Inf": ~peaks.isfinite()}
+def _norms(rows: Tensor, first: int) -> Tensor:
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    problems = {"is zero: it has no direction": norms == 0, "has NaN or Inf": ~norms.isfinite()}
     for problem, wrong in problems.items():
         if wrong.any():
             raise ValueError(f"hidden state {first + int(wrong.int().argmax())} {problem}")
-    where = device.precise(block.device)
-    return block.to(where, torch.float64) / peaks
+    return norms
 
 
 def _part(block: Tensor) -> tuple[np.ndarray, int]:

@@ -8,40 +8,20 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 from torch.nn.functional import gelu, pad
 from transformers import PreTrainedTokenizerBase
 
-from headbound import corpus, hidden, pythia, stats
-from headbound.measure import checkpoint, lowrank, ngrams
+from headbound import pythia, stats
+from headbound.measure import lowrank, ngrams
 from headbound.measure.lowrank import Examples, Head
 from headbound.stats import Estimate
 
 VERDICTS = ("bottleneck", "no bottleneck found", "undecided", "no rank bottleneck is possible")
 IN_USE = 0.9  # the least share of the width in a head's working rank with which it can be cleared
 OTHERS = 1024  # tokens of the softmax beside those that occur
-
-
-def sample(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    passages: tuple[int, int],
-    length: int,
-    seed: int = 0,
-) -> list[Int[Tensor, "texts length"]]:
-    """`length` + 1 ids of each passage to learn from and to judge on; no text gives both.
-
-    **Raises:** `ValueError` as `hidden.sequences`, or for passages too long for the model.
-    """
-    checkpoint.check_length(model, length)
-    parts = corpus.split(texts, held_out=passages[1] / sum(passages))
-    order = np.random.default_rng(seed)
-    for part in parts:
-        order.shuffle(part)
-    pairs = zip(parts, passages, strict=True)
-    return [hidden.sequences(tokenizer, part, count, length + 1) for part, count in pairs]
+Nats = Float[np.ndarray, " tokens"]
 
 
 def working_rank(head: Head, data: Examples, groups: int = 5, tolerance: float = 1e-3) -> Estimate:
@@ -54,7 +34,7 @@ def working_rank(head: Head, data: Examples, groups: int = 5, tolerance: float =
     (whole,) = lowrank.token_losses(data, [head])
 
     @cache
-    def divergence(rank: int) -> Float[np.ndarray, " tokens"]:
+    def divergence(rank: int) -> Nats:
         (cut,) = lowrank.token_losses(data, [head.cut(rank)])
         return np.square(cut - whole) / 2
 
@@ -93,7 +73,8 @@ def lift(
     random = np.random.default_rng(seed)
     occurring = np.union1d(train.targets, test.targets)
     rest = np.setdiff1d(np.arange(len(head.A)), occurring)
-    chosen = random.choice(rest, min(OTHERS, len(rest)), replace=False)
+    count = min(OTHERS, len(rest))
+    chosen = random.choice(rest, count, replace=False)
     kept = np.union1d(occurring, chosen)
     drawn = random.standard_normal((r, r))
     mixing = torch.from_numpy(drawn).float()
@@ -105,7 +86,8 @@ def lift(
         starts += [_start(head, kept, low, rank) for rank in (low, high)]
     trained = lowrank.train(learn, starts, 1, batch, learning_rate, seed=seed)
     losses = lowrank.token_losses(judge, trained)
-    return [stats.mean(nats, test.texts) for nats in losses[::2] - losses[1::2]]
+    won = losses[::2] - losses[1::2]
+    return [stats.mean(nats, test.texts) for nats in won]
 
 
 def _features(data: Examples, head: Head, mixing: Tensor, kept: np.ndarray) -> Examples:

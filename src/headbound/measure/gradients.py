@@ -30,15 +30,9 @@ class _Squares(NamedTuple):
     texts: Int[np.ndarray, " tokens"]
 
     def share(self, where: Bool[np.ndarray, " tokens"] | None = None) -> stats.Estimate:
-        """Σ kept / Σ gradient over the tokens of `where`, or all. Texts are resampled.
-
-        **Raises:** `ValueError` if `where` chooses no token.
-        """
+        """Σ kept / Σ gradient over the tokens of `where`, or all. Texts are resampled."""
         chosen = slice(None) if where is None else where
-        kept = self.kept[chosen]
-        if not len(kept):
-            raise ValueError("where chooses no token; widen it or give more text")
-        return stats.mean(kept, self.texts[chosen], self.gradient[chosen])
+        return stats.mean(self.kept[chosen], self.texts[chosen], self.gradient[chosen])
 
 
 @torch.inference_mode()

@@ -196,10 +196,13 @@ def _roots(
     if covariance.shape != (d, d):
         raise ValueError(f"covariance of shape {tuple(covariance.shape)}: the head is {d} wide")
     values, vectors = torch.linalg.eigh(covariance)
-    if values[0] <= d * torch.finfo(values.dtype).eps * values[-1]:
+    rounding = d * torch.finfo(values.dtype).eps
+    if values[0] <= rounding * values[-1]:
         raise ValueError(f"covariance of {d} dimensions: singular; use more hidden states")
     roots = values.sqrt()
-    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+    root = (vectors * roots) @ vectors.T
+    inverse = (vectors / roots) @ vectors.T
+    return root, inverse
 
 
 def train(

@@ -145,8 +145,10 @@ def _leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " valu
     start = np.random.default_rng(0).random(min(matrix.shape))
     values = svds(matrix, ranks, v0=start, return_singular_vectors=False)[::-1]
     others = most + 1 - ranks
-    left = max(0.0, np.sum(matrix.data**2) - np.sum(values**2))
-    return np.append(values, np.full(others, math.sqrt(left / others)))
+    squares = np.sum(matrix.data**2)
+    left = max(0.0, squares - values @ values)
+    rest = math.sqrt(left / others)
+    return np.append(values, np.full(others, rest))
 
 
 def errors(tokens: Tokens, order: int, vocab_size: int, leading: int = 0, **rows: Any) -> Curve:
@@ -220,7 +222,8 @@ def carried(vocab_sizes: Sequence[int], ranks: Sequence[float | int], vocab_size
     shares = np.array(ranks) / sizes
     inputs = add_constant(np.log(sizes))
     fit = OLS(logit(shares), inputs).fit()
-    prediction = fit.get_prediction([[1.0, np.log(vocab_size)]])
+    there = [1.0, np.log(vocab_size)]
+    prediction = fit.get_prediction(there)
     found = prediction.summary_frame(alpha=0.05).iloc[0]
     shares = expit(found[["mean", "obs_ci_lower", "obs_ci_upper"]])
     value, low, high = (vocab_size * shares).tolist()

@@ -90,10 +90,10 @@ def together(first: ArrayLike, second: ArrayLike, window: int = 1) -> tuple[floa
 
 
 def late_change(*curves: tuple[ArrayLike, ArrayLike]) -> Estimate:
-    """Mean value over the last third of training minus that over its middle third.
+    """How much more one curve changes late in training than another; Welch's interval.
 
-    The interval is Welch's, over checkpoints. A curve is a pair of tokens (or steps) and values. Of
-    two curves it gives the first one's change minus the second one's.
+    A curve is a pair of tokens (or steps) and values. Its late change is the mean over the last
+    third of training minus that over the middle third.
     """
     thirds = []
     for tokens, values in curves:
@@ -103,8 +103,7 @@ def late_change(*curves: tuple[ArrayLike, ArrayLike]) -> Estimate:
         middle = (share > 1 / 3) & ~last
         thirds += [value[last], value[middle]]
     means = [third.mean() for third in thirds]
-    signs = [1, -1, -1, 1]
-    change = float(np.dot(signs[: len(means)], means))
+    change = float(np.dot([1, -1, -1, 1], means))
     sizes = np.array([len(third) for third in thirds])
     errors = np.array([sem(third) for third in thirds])
     total = errors @ errors
@@ -130,7 +129,7 @@ class _Saturation(NamedTuple):
 def detect(
     steps: ArrayLike,
     values: ArrayLike,
-    stderr: ArrayLike | None,
+    stderr: ArrayLike,
     higher_is_better: bool = True,
     resamples: int = 999,
     seed: int = 0,
@@ -146,9 +145,8 @@ def detect(
     4. The p-value is the share of simulated null curves with a greater statistic. Each picks its
        own peak. The climb up to half of the gain is left out.
 
-    Zeros in `stderr` are raised to the least positive one; without it the scatter decides. The
-    least possible p-value is 1/(`resamples` + 1). `low` and `high` are a 95 % interval of the drop:
-    of the noise of the two checkpoints, not of their choice, which the p-value allows for.
+    Zeros in `stderr` are raised to the least positive one. `low` and `high` are a 95 % interval of
+    the drop: of the noise of the two checkpoints, not of their choice, which the p-value allows for.
 
     **Raises:** `ValueError` for fewer than three checkpoints, a repeated step, a value or stderr
     that is not a number.
@@ -157,13 +155,11 @@ def detect(
     """
     step, value, error = _checked(steps, values, stderr)
     gain = value if higher_is_better else -value
-    floor = 0.0 if stderr is None else 1.0
-    null, late, noise = _null_model(gain, error, floor)
+    null, late, noise = _null_model(gain, error)
     draws = np.random.default_rng(seed).standard_normal((resamples, late.sum()))
     simulated = null[late] + noise * error[late] * draws
     ratio, rest = _compare(np.vstack([gain[late], simulated]), error[late])
-    trusted = TRUST * late.sum() * floor
-    statistic = ratio / (rest + max(trusted, np.finfo(float).tiny))
+    statistic = ratio / (rest + TRUST * late.sum())
     own = statistic[0] * (1 - RISING)
     as_great = (statistic[1:] >= own).sum()
     best = int(gain.argmax())
@@ -206,23 +202,21 @@ def _checked(
     known = np.isfinite(error) & (error >= 0)
     if not known.all() or not error.any():
         where = step[~(known & (error > 0))][0]
-        raise ValueError(f"no stderr at step {where}: pass stderr=None to use the scatter")
+        raise ValueError(f"no stderr at step {where}: leave that step out")
     return step, value, np.maximum(error, error[error > 0].min())
 
 
-def _null_model(
-    gain: Curve, error: Curve, floor: float
-) -> tuple[Curve, Bool[np.ndarray, " n"], float]:
+def _null_model(gain: Curve, error: Curve) -> tuple[Curve, Bool[np.ndarray, " n"], float]:
     """The null's curve, the checkpoints past half of its gain, and its noise (in stderrs).
 
     Each needs the others, so they are found in turn, three times over.
     """
-    noise = floor
+    noise = 1.0
     for _ in range(3):
         null = _level_fit(gain, error, noise)
         late = null >= (null[0] + null[-1]) / 2
         late[-max(3, len(gain) // 2) :] = True
-        noise = max(_scatter(gain[late], error[late]), floor)
+        noise = max(_scatter(gain[late], error[late]), 1.0)
     return null, late, noise
 
 

@@ -127,13 +127,6 @@ def test_an_interval_that_is_unknown_decides_nothing():
     assert bottleneck.verdict(SURE, SURE, nan, 1.0, 0.01)[0] == "undecided"
 
 
-def test_ranks_that_cannot_be_are_refused():
-    train, test, head = planted(useful=4)
-    for pair in ((0, 4), (17, 20), (4, 3), (4, 33)):
-        with pytest.raises(ValueError, match="need 1 ≤ lower ≤ 16, lower ≤ higher ≤ 32"):
-            bottleneck.lift(train, test, head, [pair])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_working_rank_is_the_planted_one_whatever_the_weights_are_rounded_to(dtype):
     train, _, head = planted(useful=6)

@@ -75,7 +75,7 @@ def test_what_fails_is_named_and_what_was_measured_is_kept(folder):
     done = measure("nothing", "llama", "--text", "text.txt", *ASKED, "--csv", "out.csv")
     assert done.exit_code == 2
     assert done.stderr.count("\n") == 1
-    assert "1 of 2 not measured: model = 'nothing'" in done.stderr
+    assert "1 of 2 not measured: nothing: model = 'nothing'" in done.stderr
     assert (folder / "out.csv").read_text() == "earlier"
     assert len(list((folder / "cache" / "measured").glob("*.json"))) == 1
 
@@ -102,14 +102,6 @@ def test_the_json_and_the_csv_have_a_place_each(folder):
 
 
 def test_revisions_are_of_hub_ids(folder):
-    asked = ["a/b", "llama", "smollm2-135m", "llama"]
-    assert many._jobs(asked, ["step1", "step2"]) == [
-        ("a/b", "step1"),
-        ("a/b", "step2"),
-        ("llama", ""),
-        ("smollm2-135m", ""),
-    ]
-    assert many._jobs(["a/b"], []) == [("a/b", "")]
     done = measure("llama", "--revisions", "step1", "--text", "text.txt", *ASKED)
     assert (done.exit_code, done.output) == (
         2,

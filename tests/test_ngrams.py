@@ -162,7 +162,7 @@ def test_a_shuffled_text_supports_one_dimension():
         (lambda t: ngrams.gram(t, 2, 2**20), "vocab_size = 1048576: its spectrum needs 17592"),
         (lambda t: ngrams.errors(t[:9], 2, 9, unbiased=True), "all singular values are zero"),
         (lambda t: ngrams.split_half([t[:9], t[:9]], 2, 9), "in one half no token follows"),
-        (lambda t: ngrams.errors(t, 2, 9, leading=9), "ranks = 9"),
+        (lambda t: ngrams.errors(t, 2, 9, leading=9), "`k` must be an integer"),
     ],
 )
 def test_bad_input_is_named_with_its_fix(call, message):

@@ -87,8 +87,10 @@ def sum_of_units(hidden_states: States) -> Float[Tensor, " d"]:
     where = device.precise(hidden_states.device)
     total = torch.zeros(hidden_states.shape[1], dtype=torch.float64, device=where)
     for place, block in enumerate(hidden_states.split(ROWS)):
-        rows = block if block.dtype == torch.float64 else block.float()
-        total += ((1 / _norms(rows, place * ROWS)) @ rows).to(total)
+        precision = torch.promote_types(block.dtype, torch.float32)
+        rows = block.to(precision)
+        norms = _norms(rows, place * ROWS)
+        total += ((1 / norms) @ rows).to(total)
     return total
 
 
@@ -97,8 +99,10 @@ def cosines(hidden_states: States, count: int, seed: int = 0) -> Float[Tensor, "
     tokens = len(hidden_states)
     if tokens < 2:
         raise ValueError(f"{tokens} hidden states: a pair needs two")
-    rows = hidden_states.to(device.precise(hidden_states.device), torch.float64)
-    units = rows / _norms(rows, 0)[:, None]
+    where = device.precise(hidden_states.device)
+    rows = hidden_states.to(where, torch.float64)
+    norms = _norms(rows, 0)
+    units = rows / norms[:, None]
     generator = torch.Generator().manual_seed(seed)
     one = torch.randint(tokens, (count,), generator=generator)
     other = (one + torch.randint(1, tokens, (count,), generator=generator)) % tokens

@@ -22,24 +22,6 @@ Row = dict[str, Any]
 HeadOnHub = Callable[[str, str], Float[Tensor, "vocab d"]]
 
 
-def _jobs(names: Sequence[str], revisions: Sequence[str]) -> list[tuple[str, str]]:
-    """Every model, a Hub id at each of the revisions; what is given twice is measured once.
-
-    **Raises:** `ValueError` for revisions where no Hub id is given.
-    """
-    if revisions and all(map(_is_here, names)):
-        raise ValueError(f"revisions = {','.join(revisions)}: of Hub ids only, none is given")
-    found = []
-    for name in names:
-        wanted = [""] if _is_here(name) or not revisions else revisions
-        found += [(name, revision) for revision in wanted]
-    return list(dict.fromkeys(found))
-
-
-def _is_here(name: str) -> bool:
-    return name in models.WHEELS or Path(name).expanduser().exists()
-
-
 def run(
     names: Sequence[str],
     revisions: Sequence[str],
@@ -56,19 +38,26 @@ def run(
     **Raises:** `ValueError` as `corpus.load`, or for revisions without a Hub id; or, after the last
     checkpoint, naming those that could not be measured and why.
     """
-    work = _jobs(names, revisions)
+    here = {name: name in models.WHEELS or Path(name).expanduser().exists() for name in names}
+    if revisions and all(here.values()):
+        raise ValueError(f"revisions = {','.join(revisions)}: of Hub ids only, none is given")
     held_out = [] if source is None else corpus.split(corpus.load(source))[1]
+    work = []
+    for model, local in here.items():
+        wanted = [""] if local or not revisions else revisions
+        work += [(model, revision) for revision in wanted]
     rows = []
     lost = []
     for model, revision in work:
         try:
-            if source is None:
-                row = _head(model, revision, head_on_hub)
-            else:
+            if source is not None:
                 row = _whole(model, revision, held_out, texts, length)
+            elif here[model]:
+                row = _head(models.head_weight(*models.load(model)))
+            else:
+                row = _head(head_on_hub(model, revision or "main"))
         except (ValueError, OSError, MemoryError) as error:
-            named = model in str(error)
-            lost.append(str(error) if named else f"{model} {revision}".strip() + f": {error}")
+            lost.append(f"{model} {revision}".strip() + f": {error}")
             continue
         rows.append({"model": model, "revision": revision, **row})
         print(_line(rows[-1]), flush=True)
@@ -84,11 +73,7 @@ def to_json(frame: pd.DataFrame) -> str:
     return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
 
 
-def _head(model: str, revision: str, head_on_hub: HeadOnHub) -> Row:
-    if _is_here(model):
-        weight = models.head_weight(*models.load(model))
-    else:
-        weight = head_on_hub(model, revision or "main")
+def _head(weight: Tensor) -> Row:
     content = weight.detach().float().cpu().contiguous().numpy().tobytes()
     key = [content, list(weight.shape)]
     return _kept(key, weight, lambda: checkpoint.head(weight.to(device.pick())))

@@ -76,14 +76,15 @@ def count(
     for part in range(partitions):
         first = part * SLOTS // partitions
         end = (part + 1) * SLOTS // partitions
-        chosen = _selected(columns, vocab_size, range(first, end))
+        slots = range(first, end)
+        chosen = _selected(columns, vocab_size, slots)
         yield _runs(chosen, vocab_size)
 
 
 def _context_matrix(
     tokens: Tokens, order: int, vocab_size: int, weighting: str = "contexts"
 ) -> csr_array:
-    """W itself, sparse; it grows with the corpus, which the memory of `gram` does not."""
+    """W itself, sparse; unlike `gram` it grows with the corpus."""
     parts = count(tokens, order, vocab_size)
     return vstack([_rows(counts, weighting)[0] for counts in parts], format="csr")
 
@@ -139,12 +140,9 @@ def _leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " valu
 
     The others are given as their root mean square, from ‖W‖: W-error is exact up to `ranks`.
     """
-    most = min(matrix.shape) - 1
-    if not 1 <= ranks <= most:
-        raise ValueError(f"ranks = {ranks}: must be between 1 and {most}")
     start = np.random.default_rng(0).random(min(matrix.shape))
     values = svds(matrix, ranks, v0=start, return_singular_vectors=False)[::-1]
-    others = most + 1 - ranks
+    others = min(matrix.shape) - ranks
     squares = np.sum(matrix.data**2)
     left = max(0.0, squares - values @ values)
     rest = math.sqrt(left / others)

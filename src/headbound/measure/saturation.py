@@ -103,7 +103,8 @@ def late_change(*curves: tuple[ArrayLike, ArrayLike]) -> Estimate:
         middle = (share > 1 / 3) & ~last
         thirds += [value[last], value[middle]]
     means = [third.mean() for third in thirds]
-    change = float(np.dot([1, -1, -1, 1], means))
+    signs = [1, -1, -1, 1]
+    change = float(np.dot(signs, means))
     sizes = np.array([len(third) for third in thirds])
     errors = np.array([sem(third) for third in thirds])
     total = errors @ errors
@@ -146,7 +147,7 @@ def detect(
        own peak. The climb up to half of the gain is left out.
 
     Zeros in `stderr` are raised to the least positive one. `low` and `high` are a 95 % interval of
-    the drop: of the noise of the two checkpoints, not of their choice, which the p-value allows for.
+    the drop: of the noise of two checkpoints, not of their choice, which the p-value allows for.
 
     **Raises:** `ValueError` for fewer than three checkpoints, a repeated step, a value or stderr
     that is not a number.
@@ -193,16 +194,16 @@ def _checked(
     step = step[order]
     value = value[order]
     error = error[order]
-    again = step[1:][np.diff(step) == 0]
-    if len(again):
-        raise ValueError(f"step {again[0]} occurs twice: keep one value a step")
-    finite = np.isfinite(value)
-    if not finite.all():
-        raise ValueError(f"the value at step {step[~finite][0]} is not finite: leave that step out")
-    known = np.isfinite(error) & (error >= 0)
-    if not known.all() or not error.any():
-        where = step[~(known & (error > 0))][0]
-        raise ValueError(f"no stderr at step {where}: leave that step out")
+    steady = np.diff(step, prepend=-1) > 0
+    known = np.isfinite(error) & (error >= 0) & error.any()
+    needed = {
+        "occurs once": steady,
+        "has a finite value": np.isfinite(value),
+        "has an stderr": known,
+    }
+    for what, sound in needed.items():
+        if not sound.all():
+            raise ValueError(f"step {step[~sound][0]}: leave it out, or see that it {what}")
     return step, value, np.maximum(error, error[error > 0].min())
 
 

@@ -158,7 +158,6 @@ def test_a_shuffled_text_supports_one_dimension():
         (lambda t: ngrams.gram(t, 2, 5), "token id 8: outside the vocabulary of 5"),
         (lambda t: ngrams.gram(t - 1, 2, 9), "token id -1"),
         (lambda t: ngrams.gram(t, 2, 9, "rows"), "weighting = 'rows'"),
-        (lambda t: ngrams.gram(t, 2, 9, targets=t), "18 targets: 17 contexts"),
         (lambda t: ngrams.gram(t, 2, 2**20), "vocab_size = 1048576: its spectrum needs 17592"),
         (lambda t: ngrams.errors(t[:9], 2, 9, unbiased=True), "all singular values are zero"),
         (lambda t: ngrams.split_half([t[:9], t[:9]], 2, 9), "in one half no token follows"),

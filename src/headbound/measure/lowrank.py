@@ -244,10 +244,8 @@ def train(
     return [pupil.finished() for pupil in pupils]
 
 
-def _descend(
-    pupils: Sequence["_Pupil"], parts: Iterable[list[Tensor]], steps: int
-) -> Float[Tensor, "steps heads"]:
-    """Train on these parts; the losses. Adam's moments, twice the heads' size, are let go here."""
+def _descend(pupils: Sequence["_Pupil"], parts: Iterable[list[Tensor]], steps: int) -> Tensor:
+    """Train; losses by step and head. Adam's moments, twice the heads' size, are let go here."""
     dense = [group for pupil in pupils for group in pupil.dense]
     sparse = [pupil.sparse for pupil in pupils]
     optimizers = [torch.optim.Adam(dense, fused=True), torch.optim.SparseAdam(sparse)]

@@ -59,14 +59,12 @@ def count(
     An n-gram has `order` tokens, its context one less. `targets` may say what follows each context.
     By default a partition has `PARTITION` n-grams.
 
-    **Raises:** `ValueError` for an order, ids or targets that don't fit.
+    **Raises:** `ValueError` for an order or ids that don't fit.
     """
     ngrams = len(tokens) - order + 1
     if order < 2 or ngrams < 1:
         raise ValueError(f"order = {order}: must be from 2 to the {len(tokens)} tokens of the text")
     targets = tokens[order - 1 :] if targets is None else targets
-    if len(targets) != ngrams:
-        raise ValueError(f"{len(targets)} targets: {ngrams} contexts need one each")
     for extreme in (tokens.min(), tokens.max(), targets.min(), targets.max()):
         if not 0 <= extreme < vocab_size:
             raise ValueError(f"token id {extreme}: outside the vocabulary of {vocab_size}")

@@ -19,6 +19,7 @@ REACHED = {"worst late rise over noise": SEEN, "end over least": 10.0, "mean cos
 NOTICEABLE = 0.05  # of perplexity
 SEEDS = 3  # runs of a width; with fewer, a missing sign refutes nothing
 TURN = 67_000  # steps: the latest turn of Figure 5's entropies, Pythia-70M's
+KNEE = 1000  # the rank below which heads lose noticeably
 STEEPER = 3.0  # a curve's slope beyond a bend, over its slope before it
 SLOW = 0.25  # nats, the most that a loss may have grown up to there
 
@@ -119,13 +120,12 @@ def rank_costs(ranks: ArrayLike, losses: ArrayLike, up_to: int = 512) -> Ruling:
     return Ruling(bool(least >= NOTICEABLE), comment)
 
 
-def knee_near(knee: Estimate, width: int, claim: float = 1000.0) -> Ruling:
+def knee_near(knee: Estimate, width: int) -> Ruling:
     """Section 5.1: the knee lies within a factor of 2 of rank 1,000. None for a narrower model."""
-    if width <= claim:
-        return Ruling(None, f"d = {width}: a knee at {claim:,.0f} is out of reach")
-    factor = max(knee.value / claim, claim / knee.value)
-    told = f"a factor of {factor:.2f} from {claim:,.0f}; up to 2 is called the same"
-    return Ruling(factor <= 2, told)
+    if width <= KNEE:
+        return Ruling(None, f"d = {width}: a knee at 1,000 is out of reach")
+    factor = max(knee.value / KNEE, KNEE / knee.value)
+    return Ruling(factor <= 2, f"a factor of {factor:.2f} from 1,000; up to 2 is called the same")
 
 
 def bends_at(errors: ArrayLike, losses: ArrayLike, bend: float = 0.6) -> Ruling:

@@ -244,27 +244,6 @@ def train(
     return [pupil.finished() for pupil in pupils]
 
 
-def _descend(pupils: Sequence["_Pupil"], parts: Iterable[list[Tensor]], steps: int) -> Tensor:
-    """Train; losses by step and head. Adam's moments, twice the heads' size, are let go here."""
-    dense = [group for pupil in pupils for group in pupil.dense]
-    sparse = [pupil.sparse for pupil in pupils]
-    optimizers = [torch.optim.Adam(dense, fused=True), torch.optim.SparseAdam(sparse)]
-    decays = [LinearLR(optimizer, 1, 1 / steps, steps) for optimizer in optimizers]
-    where = pupils[0].B.device
-    history = torch.zeros(steps, len(pupils), device=where)  # read at the end: no step waits for it
-    for step, (states, targets) in enumerate(parts):
-        drawn = pupils[0].rows.draw(where)
-        for number, pupil in enumerate(pupils):
-            loss = cross_entropy(pupil.logits(states, *drawn), targets)
-            loss.backward()
-            history[step, number] = loss.detach()
-        for optimizer, decay in zip(optimizers, decays, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            decay.step()
-    return history.cpu()
-
-
 class _Rows:
     """The rows of A that a step reads: of the tokens that occur, and of a sample of the rest."""
 
@@ -317,6 +296,27 @@ class _Pupil:
         A[self.rows.rest] = self.rest.detach()
         B = self.B.detach()
         return self.start._replace(A=A, B=B)
+
+
+def _descend(pupils: Sequence[_Pupil], parts: Iterable, steps: int) -> Float[Tensor, "steps heads"]:
+    """Train on these parts; the losses. Adam's moments, twice the heads' size, are let go here."""
+    dense = [group for pupil in pupils for group in pupil.dense]
+    sparse = [pupil.sparse for pupil in pupils]
+    optimizers = [torch.optim.Adam(dense, fused=True), torch.optim.SparseAdam(sparse)]
+    decays = [LinearLR(optimizer, 1, 1 / steps, steps) for optimizer in optimizers]
+    where = pupils[0].B.device
+    history = torch.zeros(steps, len(pupils), device=where)  # read at the end: no step waits for it
+    for step, (states, targets) in enumerate(parts):
+        drawn = pupils[0].rows.draw(where)
+        for number, pupil in enumerate(pupils):
+            loss = cross_entropy(pupil.logits(states, *drawn), targets)
+            loss.backward()
+            history[step, number] = loss.detach()
+        for optimizer, decay in zip(optimizers, decays, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            decay.step()
+    return history.cpu()
 
 
 def perplexity(losses: Float[np.ndarray, " tokens"], texts: Texts) -> stats.Estimate:

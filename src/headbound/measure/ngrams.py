@@ -139,7 +139,8 @@ def _leading_values(matrix: csr_array, ranks: int) -> Float64[np.ndarray, " valu
     The others are given as their root mean square, from ‖W‖: W-error is exact up to `ranks`.
     """
     start = np.random.default_rng(0).random(min(matrix.shape))
-    values = svds(matrix, ranks, v0=start, return_singular_vectors=False)[::-1]
+    found = svds(matrix, ranks, v0=start, return_singular_vectors=False)
+    values = np.sort(found)[::-1]
     others = min(matrix.shape) - ranks
     squares = np.sum(matrix.data**2)
     left = max(0.0, squares - values @ values)

@@ -89,14 +89,14 @@ def together(first: ArrayLike, second: ArrayLike, window: int = 1) -> tuple[floa
     return float(spearmanr(*curves).statistic), float(spearmanr(*changes).statistic)
 
 
-def late_change(*curves: tuple[ArrayLike, ArrayLike]) -> Estimate:
+def late_change(curve: tuple[ArrayLike, ArrayLike], other: tuple[ArrayLike, ArrayLike]) -> Estimate:
     """How much more one curve changes late in training than another; Welch's interval.
 
     A curve is a pair of tokens (or steps) and values. Its late change is the mean over the last
     third of training minus that over the middle third.
     """
     thirds = []
-    for tokens, values in curves:
+    for tokens, values in (curve, other):
         share = np.asarray(tokens, float) / np.max(tokens)
         value = np.asarray(values, float)
         last = share > 2 / 3
@@ -194,7 +194,7 @@ def _checked(
     step = step[order]
     value = value[order]
     error = error[order]
-    steady = np.diff(step, prepend=-1) > 0
+    steady = np.diff(step, prepend=step[0] - 1) > 0
     known = np.isfinite(error) & (error >= 0) & error.any()
     needed = {
         "occurs once": steady,

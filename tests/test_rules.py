@@ -177,31 +177,43 @@ def exact(value):
     return Estimate(value, value, value, 1)
 
 
-def test_sizes_on_the_papers_own_curves():
-    """Figure 5: heads end spiked below 410M; Figure 2: last layers are alike up to 160M."""
+@pytest.mark.parametrize("cut", [0.6, 1.6, 4.6])
+def test_heads_below_410m_end_spiked_in_figure_5(cut, monkeypatch):
+    monkeypatch.setitem(rules.ENDS, "singular entropy", (410e6, cut, cut))
     ends = pythia.figures("5").sort_values("x").groupby("curve")["y"].last()
-    for cut in (0.6, 1.6, 4.6):
-        for name, entropy in ends.items():
-            size = pythia.nominal(name)
-            assert rules.fits_size(size, exact(entropy), 410e6, cut, cut, each=False)
-    spectra = {"below": 410e6, "high": 1.6, "low": 1.6, "each": False}
-    assert rules.fits_size(135e6, exact(0.13), **spectra) is None  # not every small model need
-    assert rules.fits_size(1e9, exact(5.0), **spectra) is False  # a large one that does not
-    assert rules.fits_size(135e6, Estimate(2.0, 1.0, 3.0, 9), **spectra) is None
-    cosines = {"below": 200e6, "high": 0.56, "low": 0.2}
+    for name, entropy in ends.items():
+        assert rules.fits_size("singular entropy", pythia.nominal(name), exact(entropy))
+
+
+def test_last_layers_up_to_160m_are_alike_in_figure_2():
     fits = {
         suite: [
-            rules.fits_size(float(name[:-1]) * {"M": 1e6, "B": 1e9}[name[-1]], exact(y), **cosines)
+            rules.fits_size(
+                "mean cosine", float(name[:-1]) * {"M": 1e6, "B": 1e9}[name[-1]], exact(y)
+            )
             for name, y in last_layers(suite).items()
         ]
         for suite in ("Pythia", "OPT")
     }
     assert all(fits["Pythia"])
     assert not all(fits["OPT"])  # its 125M model is an exception that the paper names
-    assert rules.fits_size(355e6, exact(last_layers("GPT-2")["medium"]), **cosines) is False
-    assert rules.fits_size(1e8, Estimate(0.4, 0.05, 0.6, 4), **cosines) is None
-    assert rules.fits_size(1e8, exact(0.1), **cosines) is False
-    assert rules.fits_size(1e9, exact(0.1), **cosines) is True
+    medium = exact(last_layers("GPT-2")["medium"])
+    assert rules.fits_size("mean cosine", 355e6, medium) is False
+
+
+@pytest.mark.parametrize(
+    ("what", "size", "measured", "agrees"),
+    [
+        ("singular entropy", 135e6, exact(0.13), None),  # not every small model need
+        ("singular entropy", 1e9, exact(5.0), False),  # a large one that does not
+        ("singular entropy", 135e6, Estimate(2.0, 1.0, 3.0, 9), None),
+        ("mean cosine", 1e8, Estimate(0.4, 0.05, 0.6, 4), None),
+        ("mean cosine", 1e8, exact(0.1), False),
+        ("mean cosine", 1e9, exact(0.1), True),
+    ],
+)
+def test_sizes_of_counter_examples_and_wide_intervals(what, size, measured, agrees):
+    assert rules.fits_size(what, size, measured) is agrees
 
 
 @pytest.mark.parametrize(("width", "knee", "agrees"), [(576, 570, None), (4096, 3000, False)])

@@ -145,6 +145,4 @@ def test_a_model_reads_all_of_a_passage_but_its_last_token(folder):
     assert measure("llama", *options, str(limit + 1)).exit_code == 0
     told = measure("llama", *options, str(limit + 2))
     assert told.exit_code == 2
-    assert (
-        f"llama: {limit + 1} tokens at once: the model reads {limit} tokens at most" in told.stderr
-    )
+    assert f"llama: length = {limit + 2}: the model reads {limit} tokens at most" in told.stderr

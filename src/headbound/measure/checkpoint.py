@@ -18,11 +18,11 @@ LOGITS = 1 << 25  # held at once: what bounds the memory
 SHOWN = 16  # texts, and places in each, whose logits the output rank is of
 
 
-def check_length(model: PreTrainedModel, length: int) -> None:
-    """**Raises:** `ValueError` if the model can't read so many tokens at once."""
+def check_length(model: PreTrainedModel, length: int, predicted: int = 0) -> None:
+    """**Raises:** `ValueError` if the model can't read so many tokens, but those only `predicted`."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
-    if length > limit:
-        raise ValueError(f"{length} tokens at once: the model reads {limit} tokens at most")
+    if length - predicted > limit:
+        raise ValueError(f"length = {length}: the model reads {limit} tokens at most; choose fewer")
 
 
 @torch.inference_mode()

@@ -83,7 +83,7 @@ def _whole(model: str, revision: str, held_out: Sequence[str], texts: int, lengt
     network, tokenizer = models.load(model, revision or None)
     weight = models.head_weight(network, tokenizer)
     rows = hidden.sequences(tokenizer, held_out, texts, length)
-    checkpoint.check_length(network, length - 1)  # the last token is only predicted
+    checkpoint.check_length(network, length, predicted=1)
 
     def work() -> Row:
         found = checkpoint.measure(network, rows, tokenizer)

@@ -19,7 +19,7 @@ SHOWN = 16  # texts, and places in each, whose logits the output rank is of
 
 
 def check_length(model: PreTrainedModel, length: int, predicted: int = 0) -> None:
-    """**Raises:** `ValueError` if the model can't read so many tokens, but those only `predicted`."""
+    """**Raises:** `ValueError` for a text too long for the model, less what is `predicted` only."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
     if length - predicted > limit:
         raise ValueError(f"length = {length}: the model reads {limit} tokens at most; choose fewer")

@@ -1,4 +1,5 @@
 import ast
+import gc
 import json
 import random
 
@@ -118,6 +119,11 @@ def test_docstrings_are_unique_text_in_a_fixed_order(cache, monkeypatch):
     (cache / "text").rename(cache / "before")
     assert corpus.load("docstrings") == texts
     assert all(t == t.strip() for t in texts)
+    some = corpus.load("docstrings:tqdm")
+    assert set(some) < set(texts)
+    with pytest.raises(ValueError, match="no package 'nonesuch' is installed"):
+        corpus.load("docstrings:nonesuch")
+    assert gc.isenabled()
 
 
 def test_docstrings_of_a_file_in_its_order(tmp_path):

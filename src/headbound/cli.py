@@ -14,7 +14,7 @@ Model = Annotated[
     str,
     typer.Argument(help="A folder, a .gguf file, a Hub id, or smollm2-135m.", show_default=False),
 ]
-Text = Annotated[str, typer.Option(help="A UTF-8 file, docstrings, or hf:NAME.")]
+Text = Annotated[str, typer.Option(help="A UTF-8 file, docstrings[:PACKAGE], or hf:NAME.")]
 Revision = Annotated[str, typer.Option(help="A branch, tag or commit of a Hub id.")]
 File = Annotated[Path, typer.Argument(help="The sweep: models, steps and settings (YAML).")]
 

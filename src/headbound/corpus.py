@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from importlib.metadata import distribution, distributions
+from importlib.metadata import PackageNotFoundError, distribution, distributions
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as bpe_models
 from transformers import PreTrainedTokenizerBase
 
-from headbound import cache
+from headbound import cache, progress
 from headbound.cache import cache_dir, replacing
 from headbound.progress import bar, parallel
 
@@ -31,6 +31,7 @@ PACKAGES = (
     *("statsmodels", "sympy", "networkx", "torch", "transformers", "accelerate", "datasets"),
     "huggingface_hub",
 )
+GATHERING = 2  # counts the ways in which docstrings were gathered: another one, another text
 CHUNK = 2000  # characters that a text cut out of a plain file has at least
 LONG = 10 * CHUNK  # a paragraph above this is cut at its lines, a line at its sentences or words
 # Where a text file is cut, coarse to fine, and what holds the pieces of one text together.
@@ -48,6 +49,7 @@ def load(source: str = "docstrings") -> list[str]:
     """Texts in a fixed order, of a source that is one of:
 
     - `"docstrings"`: unique docstrings of `PACKAGES`, about 38 MB of English technical prose.
+    - `docstrings:NAME`: those of one installed package.
     - `"readmes"`: prose of the installed packages' descriptions, one text a package.
     - the path of a UTF-8 text file. It is cut at blank lines, or at lines if it has no blank ones,
       into texts of at least 2,000 characters.
@@ -56,10 +58,11 @@ def load(source: str = "docstrings") -> list[str]:
     **Raises:** `FileNotFoundError`, or `ValueError` for a source that is empty or not UTF-8.
     """
     if source == "docstrings":
-        return _docstrings()
+        return _docstrings(PACKAGES)
     if source == "readmes":
         return _readmes()
-    read = _dataset if source.startswith("hf:") else _file
+    ways = {"hf": _dataset, "docstrings": _package}
+    read = ways.get(source.partition(":")[0], _file)
     try:
         texts = read(source)
     except ValueError as error:
@@ -116,15 +119,22 @@ def fingerprint(texts: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _docstrings() -> list[str]:
+def _package(source: str) -> list[str]:
+    name = source.removeprefix("docstrings:")
+    try:
+        return _docstrings([name])
+    except PackageNotFoundError as error:
+        raise ValueError(f"no package {name!r} is installed; name another") from error
+
+
+def _docstrings(packages: Sequence[str]) -> list[str]:
     python = ".".join(map(str, sys.version_info[:2]))
-    key = cache.key("docstrings", python, libraries=[*PACKAGES, "parso"])
+    key = cache.key("docstrings", GATHERING, python, libraries=[*packages, "parso"])
 
     def work() -> list[str]:
-        packages = [distribution(name) for name in PACKAGES]
         files = [
             package.locate_file(file)
-            for package in packages
+            for package in map(distribution, packages)
             for file in sorted(package.files or [], key=str)
             if file.suffix == ".py" and "tests" not in file.parts  # those hold little prose
         ]
@@ -136,7 +146,8 @@ def _docstrings() -> list[str]:
 
 
 def _files_docstrings(paths: Sequence[Path]) -> list[str]:
-    return [text for path in paths for text in _file_docstrings(path)]
+    with progress.uncollected():  # a third of the time
+        return [text for path in paths for text in _file_docstrings(path)]
 
 
 def _file_docstrings(path: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Long work: progress bars that stay out of published notebooks, and processes that end with it."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -49,6 +50,16 @@ def aside() -> Iterator[None]:
     _begin()
     with redirect_stdout(sys.__stderr__), redirect_stderr(sys.__stderr__):
         yield
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Python's garbage collector rests: what makes many small objects, all kept, need not wait."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextmanager

@@ -86,13 +86,11 @@ def _file(source: str) -> list[str]:
 
 
 def _is_json(content: str) -> bool:
-    """Whether the first line is a JSON object, or the whole one or an array of them."""
-    start = content.lstrip()
-    parts = {"{": (start.partition("\n")[0], start), "[": (start,)}
-    for part in parts.get(start[:1], ()):
-        with suppress(ValueError, RecursionError):
-            found = json.loads(part)
-            return isinstance(found, dict) or isinstance(next(iter(found), None), dict)
+    """Whether it begins with a JSON object, or an array of them."""
+    with suppress(ValueError, RecursionError):
+        found, _ = json.JSONDecoder().raw_decode(content.lstrip())
+        first = found[:1] if isinstance(found, list) else [found]
+        return any(isinstance(item, dict) for item in first)
     return False
 
 

@@ -103,13 +103,23 @@ def stream(
 
     while len(input_ids):
         batch_size = min(batch_size, len(input_ids))
-        states = _if_it_fits(model, places, input_ids[:batch_size])
+        states = None
+        try:
+            states, _ = _caught(model, places, input_ids[:batch_size])
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if batch_size == 1:
+                text = f"one text of {input_ids.shape[1]} tokens"
+                fix = "use shorter texts or a smaller model"
+                raise MemoryError(f"no memory for {text}; {fix}") from error
+        # Behind the block: the error would keep what fills the memory.
         if states is None:
             batch_size //= 2
             clear_device_cache(garbage_collection=True)
-            continue
-        yield states
-        input_ids = input_ids[batch_size:]
+        else:
+            yield states
+            input_ids = input_ids[batch_size:]
 
 
 def with_logits(
@@ -312,17 +322,3 @@ def _blocks(model: nn.Module, input_ids: Tensor) -> list[nn.Module]:
             raise _unnamed(model, f"block {number + 1} does not read {wrote}")
     _VERIFIED[model] = list(blocks)
     return _VERIFIED[model]
-
-
-def _if_it_fits(model: nn.Module, places: Sequence[int], batch: Tensor) -> Tensor | None:
-    """The states of a batch, or None where memory has run out."""
-    try:
-        return _caught(model, places, batch)[0]
-    except Exception as error:
-        if not should_reduce_batch_size(error):
-            raise
-        if len(batch) == 1:
-            text = f"one text of {batch.shape[1]} tokens"
-            fix = "use shorter texts or a smaller model"
-            raise MemoryError(f"no memory for {text}; {fix}") from error
-    return None

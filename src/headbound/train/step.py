@@ -125,10 +125,9 @@ class Trainer:
         _, states = fast.states(self.model, inputs, self.precision)
         hidden = states.flatten(0, 1)
         head = self.model.get_output_embeddings()
-        parts = last_matrix(head, hidden)
-        if parts is None:
+        if not isinstance(head, nn.Linear) or head.bias is not None:
             return nn.functional.cross_entropy(head(hidden), targets)
-        hidden, weight = parts
+        weight = head.weight
         if self.recipe.cut != "none":
             hidden, weight = self._cut(hidden, weight)
         return fast.cross_entropy(hidden, weight, targets, self.recipe.z_loss, self.precision)
@@ -253,12 +252,3 @@ def _cut_backward(numbers: Tensor, projection: Tensor) -> Tensor:
     passed = numbers.view_as(numbers)
     passed.register_hook(lambda gradient: gradient @ projection)
     return passed
-
-
-def last_matrix(
-    head: nn.Module, hidden: Float[Tensor, "tokens d"]
-) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, "vocab width"]] | None:
-    """What a head multiplies last, (states, matrix), or None where its outputs are no product."""
-    if isinstance(head, nn.Linear) and head.bias is None:
-        return hidden, head.weight
-    return head.factors(hidden) if hasattr(head, "factors") else None

@@ -80,29 +80,27 @@ def batch(
     **Raises:** `ValueError` if the text has fewer windows than `recipe.epochs` needs.
     """
     windows = (len(stream) - 1) // recipe.context
-    kept = recipe.epochs and round(recipe.steps * recipe.batch_size / recipe.epochs)
-    if not 1 <= (windows if kept is None else kept) <= windows:
+    kept = windows
+    if recipe.epochs is not None:
+        kept = round(recipe.steps * recipe.batch_size / recipe.epochs)
+    if not 1 <= kept <= windows:
         raise ValueError(
             f"epochs = {recipe.epochs}: {kept} windows of {windows}; "
             "give more text or choose other epochs"
         )
-    first = step * recipe.batch_size
-    running = np.arange(first, first + recipe.batch_size)
-    epochs, places = np.divmod(running, kept or windows)
-    chosen = []
-    for epoch in np.unique(epochs):
-        order = _order(windows, kept, int(epoch), recipe.seed)
-        chosen.append(order[places[epochs == epoch]])
-    starts = np.concatenate(chosen) * recipe.context
-    inside = np.arange(recipe.context + 1)
-    tokens = stream[starts[:, None] + inside]
-    return torch.from_numpy(tokens).long()
+    starts = []
+    for place in range(step * recipe.batch_size, (step + 1) * recipe.batch_size):
+        epoch, inside = divmod(place, kept)
+        window = _order(windows, kept, epoch, recipe.seed)[inside]
+        starts.append(window * recipe.context)
+    tokens = [stream[start : start + recipe.context + 1] for start in starts]
+    return torch.from_numpy(np.stack(tokens)).long()
 
 
 @functools.lru_cache(maxsize=4)
-def _order(windows: int, kept: int | None, epoch: int, seed: int) -> Int[np.ndarray, " windows"]:
-    order = np.random.default_rng([seed, epoch]).permutation(kept or windows)
-    if kept is None:
+def _order(windows: int, kept: int, epoch: int, seed: int) -> Int[np.ndarray, " windows"]:
+    order = np.random.default_rng([seed, epoch]).permutation(kept)
+    if kept == windows:
         return order
     return np.random.default_rng(seed).choice(windows, kept, replace=False)[order]
 

@@ -346,7 +346,7 @@ def _locate(model: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     if gguf and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
     if gguf or path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        known = f"give the folder it lies in, a .gguf file, a Hub id or {', '.join(WHEELS)}"
+        known = f"give one, a Hub id or {', '.join(WHEELS)}"
         raise ValueError(f"model = {model!r}: no such folder or .gguf file; {known}")
     return model, _on_hub(model, revision)
 

@@ -308,7 +308,7 @@ def test_a_model_may_be_below_home(folder, monkeypatch):
 
 
 def test_one_file_of_a_model_is_not_the_model(folder):
-    with pytest.raises(ValueError, match="no such folder or .gguf file; give one"):
+    with pytest.raises(ValueError, match=r"no such folder or \.gguf file; give one"):
         models.load(str(folder / "model.safetensors"))
 
 

@@ -24,6 +24,7 @@ from headbound.cache import replacing
 from headbound.progress import bar
 
 Ids = Int[Tensor, "texts length"]
+BATCH = 16  # texts in one forward pass
 CHUNK = 1 << 14  # tokens whose states are kept at once: what a kill costs at most
 _VERIFIED: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 
@@ -82,7 +83,6 @@ def stream(
     model: nn.Module,
     input_ids: Ids,
     layers: Sequence[int] | None = None,
-    batch_size: int = 16,
 ) -> Iterator[Float[Tensor, "layers batch length d"]]:
     """Hidden states batch by batch, on the model's device, in the model's precision.
 
@@ -93,14 +93,14 @@ def stream(
 
     The states are taken where they arise, for transformers' own lists begin with block 1 in some
     models (Mamba). On first use a batch shows that each block reads what the last one wrote.
-    `batch_size` texts at once are tried; halved until a batch fits in memory.
+    `BATCH` texts at once are tried, halved until they fit in memory.
 
     **Raises:** `ValueError` for a layer that is not there or can't be verified, NaN or Inf in the
     states, or ids outside the vocabulary; `MemoryError` if not even one text fits.
     """
     places = _places(model, layers)
-    _check(model, input_ids, batch_size)
-
+    _check(model, input_ids)
+    batch_size = BATCH
     while len(input_ids):
         batch_size = min(batch_size, len(input_ids))
         states = None
@@ -127,7 +127,7 @@ def with_logits(
 ) -> tuple[Float[Tensor, "layers texts length d"], Float[Tensor, "texts length vocab"]]:
     """The states of some layers, as of `stream`, and the logits, from one pass of one batch."""
     places = _places(model, layers)
-    _check(model, input_ids, 1)
+    _check(model, input_ids)
     return _caught(model, places, input_ids, stop=False)
 
 
@@ -142,7 +142,7 @@ def store(model: nn.Module, input_ids: Ids) -> Float[np.ndarray, "texts length d
 
     **Raises:** as `stream`; `OSError` before the work if the disk can't hold what is missing.
     """
-    _check(model, input_ids, 1)
+    _check(model, input_ids)
     length = input_ids.shape[1]
     names = [cache.key(row.cpu().long().numpy().tobytes()) for row in input_ids]
     rows = dict(zip(names, input_ids, strict=True))
@@ -204,10 +204,9 @@ def _places(model: nn.Module, layers: Sequence[int] | None) -> list[int]:
     return [layer % count for layer in chosen]
 
 
-def _check(model: nn.Module, input_ids: Tensor, batch_size: int) -> None:
-    if batch_size < 1 or not input_ids.numel():
-        given = f"batch_size = {batch_size}, {input_ids.numel()} tokens"
-        raise ValueError(f"{given}: both must be at least one")
+def _check(model: nn.Module, input_ids: Tensor) -> None:
+    if not input_ids.numel():
+        raise ValueError("no tokens: give at least one text of one")
     low, high = (int(end) for end in input_ids.aminmax())
     rows = model.get_input_embeddings().num_embeddings
     if low < 0 or high >= rows:

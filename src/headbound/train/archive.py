@@ -35,6 +35,8 @@ from headbound.train.step import Recipe, Trainer
 BLOCK = 2048  # tokens whose logits are held at once
 DIGITS = 5  # significant ones in a table
 TABLES = BOOK / "archive"
+# Where a run comes from; `last` is the day of its last checkpoint.
+ORIGIN = ["command", "steps_done", "core_hours", "last", "commit", "machine"]
 
 
 def _mixed_steps(steps: int, checkpoints: int) -> list[int]:
@@ -220,31 +222,22 @@ def _describe(
 
 
 def load() -> pd.DataFrame:
-    """All archived runs, a row a checkpoint, with what `origins` says and the `parameters` of each.
+    """All archived runs, a row a checkpoint, with the `parameters` of each, its `ORIGIN`,
+    and whether it is `finished`.
 
     **Raises:** `FileNotFoundError` where there is none, as outside a checkout of the book.
     """
     tables = []
-    for record in _records():
+    for path in sorted(TABLES.glob("*-s*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
         recipe = record["recipe"]
-        shape = (recipe["layers"], recipe["hidden_size"], recipe["vocab_size"])
-        kept = {name: record[name] for name in ("finished", "core_hours")}
-        table = pd.read_csv(record["path"].with_suffix(".csv"))
-        tables.append(table.assign(parameters=pythia.count(*shape), **kept))
-    return pd.concat(tables, ignore_index=True)
-
-
-def origins() -> pd.DataFrame:
-    """Where each archived run comes from: command, commit, machine, last day, steps, core-hours."""
-    names = ["command", "steps_done", "core_hours", "last", "commit", "machine"]
-    return pd.DataFrame(_records(), columns=names)
-
-
-def _records() -> list[dict[str, Any]]:
-    paths = sorted(TABLES.glob("*-s*.json"))
-    if not paths:
+        size = pythia.count(recipe["layers"], recipe["hidden_size"], recipe["vocab_size"])
+        origin = {name: record[name] for name in [*ORIGIN, "finished"]}
+        table = pd.read_csv(path.with_suffix(".csv"))
+        tables.append(table.assign(parameters=size, **origin))
+    if not tables:
         raise FileNotFoundError(f"no archived run in {TABLES}; work in a checkout of the book")
-    return [json.loads(path.read_text(encoding="utf-8")) | {"path": path} for path in paths]
+    return pd.concat(tables, ignore_index=True)
 
 
 def first_text() -> tunnel.Text:

@@ -126,7 +126,7 @@ def effect(arm, quantity, value, half, adjusted):
 
 
 def with_outcomes(table):
-    return table.assign(outcome=[changes.outcome(row) for _, row in table.iterrows()])
+    return table.assign(outcome=[changes._outcome(row) for _, row in table.iterrows()])
 
 
 def test_outcomes_and_judgements_of_planted_effects():

@@ -256,16 +256,14 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, or of a folder that has one.
 
-    **Raises:** `FileNotFoundError` without the file, `ValueError` if it can't be read.
+    **Raises:** `ValueError` if it can't be read.
     """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        fix = "give a tokenizer.json or its folder"
-        raise FileNotFoundError(f"tokenizer = {str(path)!r}: no {file.name} there; {fix}")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise ValueError(f"tokenizer = {str(path)!r}: not a tokenizer file ({error})") from error
+        fix = "give a tokenizer.json or its folder"
+        raise ValueError(f"tokenizer = {str(path)!r}: {error}; {fix}") from error
 
 
 def end_of_text(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> int:

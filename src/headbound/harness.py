@@ -75,9 +75,12 @@ def _numbers(results: dict[str, Any]) -> Iterator[tuple[str, str, float, float]]
     """Each metric of a task, its filter, value and standard error: NaN where that is no number."""
     for name, value in results.items():
         metric, _, kind = name.partition(",")
-        if kind and not metric.endswith("_stderr") and _is_number(value):
-            error = results.get(f"{metric}_stderr,{kind}")
-            yield metric, kind, value, error if _is_number(error) else math.nan
+        if not kind or metric.endswith("_stderr") or not _is_number(value):
+            continue
+        error = results.get(f"{metric}_stderr,{kind}")
+        if not _is_number(error):
+            error = math.nan
+        yield metric, kind, value, error
 
 
 def _is_number(value: Any) -> bool:

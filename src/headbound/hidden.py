@@ -42,10 +42,7 @@ def sequences(
         raise ValueError(f"count = {count}, length = {length}: give at least 1 text of 2 tokens")
     rows: list[list[int]] = []
     for text in texts:
-        # A long text is cut before it is tokenized, unless its tokens prove longer than most.
-        ids = _ids(tokenizer, text[: 16 * length])
-        if len(ids) < length and len(text) > 16 * length:
-            ids = _ids(tokenizer, text)
+        ids = _ids(tokenizer, text)
         if len(ids) >= length:
             rows.append(ids[:length])
         if len(rows) == count:

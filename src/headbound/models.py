@@ -181,8 +181,9 @@ def readout(
     precision = max(torch.finfo(part.dtype).eps for part in parts)
     tolerance = max(1e-5, 8 * precision)
     where = devices.precise(model.device)
-    states, left, own = (part.to(where, torch.float64) for part in parts)
-    _refuse_foresight(model, texts, own, 10 * tolerance)
+    parts = [part.to(where, torch.float64) for part in parts]
+    _refuse_foresight(model, texts, parts[-1], 10 * tolerance)
+    states, left, own = (part.flatten(0, 1) for part in parts)
     left = left[:, : len(weight)]
     own = own[:, : len(weight)]
     scale, cap = _fit(left, own, tolerance)
@@ -210,16 +211,15 @@ def _refuse_foresight(model: nn.Module, texts: Tensor, own: Tensor, allowed: flo
     changed = texts.clone()
     changed[:, half:] = texts[:, :1]
     *_, other = _around_head(model, changed)
-    by_text = (len(texts), -1, own.shape[1])
-    before = own.view(by_text)[:, :half]
-    after = other.to(own).view(by_text)[:, :half]
+    before = own[:, :half]
+    after = other.to(own)[:, :half]
     moved = float((after - before).norm())
     if moved > allowed * float(before.norm()):
         why = "it reads the tokens that it is to predict; use a causal language model"
         raise ValueError(f"{type(model).__name__}: {why}")
 
 
-def _around_head(model: nn.Module, texts: Tensor) -> list[Float[Tensor, "tokens _"]]:
+def _around_head(model: nn.Module, texts: Tensor) -> list[Float[Tensor, "texts length _"]]:
     """What enters the head, what leaves it, and the logits; without the last token of each text."""
     entered: list[Tensor] = []
 
@@ -229,10 +229,11 @@ def _around_head(model: nn.Module, texts: Tensor) -> list[Float[Tensor, "tokens 
     head = model.get_output_embeddings()
     with head.register_forward_pre_hook(catch):
         logits = model(texts.to(model.device), use_cache=False).logits
-    if [states.shape[:2] for states in entered] != [logits.shape[:2]]:
+    shapes = [states.shape[:2] for states in entered]
+    if shapes != [logits.shape[:2]]:
         raise ValueError(f"{type(model).__name__}: its head is not applied once to every token")
     parts = [*entered, head(*entered), logits]
-    return [part[:, :-1].flatten(0, 1) for part in parts]
+    return [part[:, :-1] for part in parts]
 
 
 def _fit(left: Tensor, logits: Tensor, tolerance: float) -> tuple[float, float | None]:

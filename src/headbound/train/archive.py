@@ -91,9 +91,10 @@ def _measure(
 
 
 def _output_rank(states: Float[Tensor, "texts length width"], weight: Tensor) -> float:
-    places = torch.linspace(0, states.shape[1] - 1, checkpoint.SHOWN)
-    shown = states[: checkpoint.SHOWN, places.long().unique()]
-    logits = shown.flatten(0, 1) @ weight.T
+    last = states.shape[1] - 1
+    places = torch.linspace(0, last, checkpoint.SHOWN).long().unique()
+    shown = states[: checkpoint.SHOWN, places].flatten(0, 1)
+    logits = shown @ weight.T
     return checkpoint.output_rank(logits.double())
 
 
@@ -263,8 +264,10 @@ def differences(found: pd.DataFrame, kept: pd.DataFrame) -> pd.Series:
 
     **Raises:** `ValueError` if they have no step in common.
     """
-    one, other = (table.set_index("step").select_dtypes("number") for table in (found, kept))
-    one, other = one.align(other, join="inner")
+    numbers = [table.set_index("step").select_dtypes("number") for table in (found, kept)]
+    one, other = numbers[0].align(numbers[1], join="inner")
     if one.empty:
         raise ValueError("the tables have no step in common")
-    return (one - other).abs().max() / other.abs().max().clip(lower=1e-12)
+    apart = (one - other).abs().max()
+    largest = other.abs().max()
+    return apart / largest.clip(lower=1e-12)

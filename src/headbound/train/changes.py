@@ -165,25 +165,22 @@ def effects(
     runs = signs.assign(block=width + "/" + signs["seed"].astype(str))
     blocks = runs.groupby("arm", sort=False)["block"].apply(set)
     pairs = blocks.map(blocks[reference].intersection).map(len).drop(reference)
-    few = list(pairs.index[pairs < SEEDS])
-    fitted = [[arm] for arm in pairs.index.difference(few, sort=False)]
-    if few:
-        fitted.append(few)
+    fits = pairs.index.to_series().where(pairs >= SEEDS, "all with few pairs")
     rows = []
     for quantity in quantities:
-        for arms in fitted:
-            some = runs[runs["arm"].isin([reference, *arms])]
+        for _, arms in pairs.groupby(fits):
+            some = runs[runs["arm"].isin([reference, *arms.index])]
             coded = f"C(arm, Treatment({reference!r}))"
             fit = ols(f"{quantity} ~ {coded} + block", some).fit()
-            for arm in arms:
-                row = {"arm": arm, "quantity": quantity, "n": int(pairs[arm])}
-                rows.append(row | _effect(fit, f"{coded}[T.{arm}]", row["n"]))
+            for arm, count in arms.items():
+                row = {"arm": arm, "quantity": quantity, "n": count}
+                rows.append(row | _effect(fit, f"{coded}[T.{arm}]", count))
     table = pd.DataFrame(rows).sort_values("arm", kind="stable", ignore_index=True)
     known = table["p"].notna()
     table["adjusted"] = np.nan
     if known.any():
         table.loc[known, "adjusted"] = multipletests(table["p"][known], method="holm")[1]
-    return table.assign(outcome=[outcome(row) for _, row in table.iterrows()])
+    return table.assign(outcome=[_outcome(row) for _, row in table.iterrows()])
 
 
 def _effect(fit: RegressionResultsWrapper, term: str, pairs: int) -> dict[str, float]:
@@ -195,7 +192,7 @@ def _effect(fit: RegressionResultsWrapper, term: str, pairs: int) -> dict[str, f
     return row | {"low": low, "high": high, "p": fit.pvalues[term]}
 
 
-def outcome(effect: pd.Series) -> str:
+def _outcome(effect: pd.Series) -> str:
     """What an arm does to a quantity of `SAME`: `more`, `less`, `same`, or `open`.
 
     It does more or less where Holm's correction leaves the effect below 5 %, and the same where

@@ -180,7 +180,11 @@ class Trainer:
         projection = kept @ kept.T
         if self.recipe.cut == "forward":
             return hidden @ projection, weight
-        return _cut_backward(hidden, projection), _cut_backward(weight, projection)
+        # Views, for a hook on the weight itself would stay.
+        cut = [part.view_as(part) for part in (hidden, weight)]
+        for part in cut:
+            part.register_hook(lambda gradient: gradient @ projection)
+        return tuple(cut)
 
 
 class _Flat:
@@ -245,10 +249,3 @@ class _CoupledAdamW(torch.optim.Optimizer):
             weights.mul_(1 - group["lr"] * group["weight_decay"])
             rate = group["lr"] / (1 - first ** state["step"])
             weights.addcdiv_(mean, shared.sqrt_().add_(group["eps"]), value=-rate)
-
-
-def _cut_backward(numbers: Tensor, projection: Tensor) -> Tensor:
-    """The numbers as they are; their gradient projected."""
-    passed = numbers.view_as(numbers)
-    passed.register_hook(lambda gradient: gradient @ projection)
-    return passed

@@ -25,12 +25,12 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from headbound import BOOK, cache, device, pythia
+from headbound import BOOK, cache, pythia
 from headbound.corpus import END_OF_TEXT
 from headbound.measure import checkpoint
 from headbound.measure.anisotropy import mean_cosine
 from headbound.train import changes, fast, tunnel
-from headbound.train.step import Recipe, Trainer
+from headbound.train.step import Recipe
 
 BLOCK = 2048  # tokens whose logits are held at once
 DIGITS = 5  # significant ones in a table
@@ -144,20 +144,18 @@ def run(
     place = state / name
     place.mkdir(parents=True, exist_ok=True)
     table = folder / f"{name}.csv"
-    with FileLock(place / ".lock"), tunnel.one_thread(device.pick("cpu")):
+    with FileLock(place / ".lock"):
         _run(arm, recipe, text, place, table, recipe.steps if until is None else until)
     return pd.read_csv(table)
 
 
 def _run(arm: str, recipe: Recipe, text: tunnel.Text, place: Path, table: Path, until: int) -> None:
-    torch.manual_seed(recipe.seed)
-    model = GPTNeoXForCausalLM(recipe.config(text.tokenizer.eos_token_id))
     kept = place / "measured.pt"
     measured = torch.load(kept, weights_only=False) if kept.exists() else {}
     before = measured.pop("seconds", 0.0)
     started = time.process_time()
 
-    def keep(step: int) -> None:
+    def keep(model: GPTNeoXForCausalLM, step: int) -> None:
         measured[step] = _measure(model, text.held_out)
         seconds = before + time.process_time() - started
         with cache.replacing(kept) as temporary:
@@ -170,7 +168,7 @@ def _run(arm: str, recipe: Recipe, text: tunnel.Text, place: Path, table: Path, 
 
     steps = _mixed_steps(recipe.steps, recipe.checkpoints)
     wanted = [step for step in steps if step <= until]
-    tunnel.fit(Trainer(model, recipe), text, place / "training.pt", wanted, keep)
+    tunnel.fit(recipe, text, place / "training.pt", wanted, keep)
 
 
 def _table(arm: str, recipe: Recipe, measured: dict[int, tuple]) -> pd.DataFrame:

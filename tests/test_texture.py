@@ -11,13 +11,13 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 # Ratchets: what stands today, in lines; each number may only fall. The aim is 3,100, 1,300 and 550.
-PACKAGES = {"src/headbound": 6074, "src/companion": 2299, "workflow": 1072}
+PACKAGES = {"src/headbound": 5898, "src/companion": 2299, "workflow": 1072}
 DENSITY = 15  # syntax nodes a code line, in functions of MINIMUM lines or more
 MINIMUM = 4
 WIDTH = 100
 NOTEBOOK_WIDTH = 84  # what a page shows
 NOTEBOOK_LINES = 1815  # code lines of all notebooks: a ratchet too; the aim was 1,900
-NAMES = 147  # public ones of headbound: a ratchet too, the aim is 95
+NAMES = 141  # public ones of headbound: a ratchet too, the aim is 95
 
 
 def sources(folder: str) -> list[Path]:

@@ -35,8 +35,8 @@ from headbound.train.step import Recipe
 BLOCK = 2048  # tokens whose logits are held at once
 DIGITS = 5  # significant ones in a table
 TABLES = BOOK / "archive"
-# Where a run comes from; `last` is the day of its last checkpoint.
-ORIGIN = ["command", "steps_done", "core_hours", "last", "commit", "machine"]
+# Of where a run comes from, what its rows are given; `last` is the day of its last checkpoint.
+ORIGIN = ("command", "steps_done", "core_hours", "last", "commit", "machine", "finished")
 
 
 def _mixed_steps(steps: int, checkpoints: int) -> list[int]:
@@ -221,8 +221,7 @@ def _describe(
 
 
 def load() -> pd.DataFrame:
-    """All archived runs, a row a checkpoint, with the `parameters` of each, its `ORIGIN`,
-    and whether it is `finished`.
+    """All archived runs, a row a checkpoint, with the `parameters` and the `ORIGIN` of each.
 
     **Raises:** `FileNotFoundError` where there is none, as outside a checkout of the book.
     """
@@ -231,7 +230,7 @@ def load() -> pd.DataFrame:
         record = json.loads(path.read_text(encoding="utf-8"))
         recipe = record["recipe"]
         size = pythia.count(recipe["layers"], recipe["hidden_size"], recipe["vocab_size"])
-        origin = {name: record[name] for name in [*ORIGIN, "finished"]}
+        origin = {name: record[name] for name in ORIGIN}
         table = pd.read_csv(path.with_suffix(".csv"))
         tables.append(table.assign(parameters=size, **origin))
     if not tables:

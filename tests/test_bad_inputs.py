@@ -140,7 +140,10 @@ INPUTS = [
     ("diagnose sound --set nonsense=3", "unknown parameter 'nonsense'"),
     ("measure", "Missing argument"),
     ("measure nothing --text text.txt", "model = 'nothing'"),
-    ("measure nobody/nothing --text text.txt", "model = 'nobody/nothing': not found"),
+    (
+        "measure nobody/nothing --text text.txt",
+        "model = 'nobody/nothing': its config can't be read",
+    ),
     ("measure nobody/nothing --revisions step1 --text text.txt", "revision = 'step1'"),
     ("measure sound --revisions step1 --text text.txt", "of Hub ids only, none is given"),
     ("measure a/b/c/d --text text.txt", "model = 'a/b/c/d'"),
@@ -154,7 +157,7 @@ INPUTS = [
     ("measure code --text text.txt", "code of its own"),
     ("measure unknown --text text.txt", "model = 'unknown'"),
     ("measure encoder --text text.txt", "no LM head"),
-    ("measure adapter --text text.txt", "an adapter without its model"),
+    ("measure adapter --text text.txt", "it has an adapter"),
     ("measure bad.gguf --text text.txt", "model = 'bad.gguf'"),
     ("measure one.safetensors --text text.txt", "model = 'one.safetensors'"),
     ("measure text.txt --text text.txt", "model = 'text.txt'"),
@@ -209,7 +212,7 @@ EXECUTED = [
         "no LM head",
     ),
     ("diagnose nan --text text.txt", "NaN or Inf in lm_head.weight"),
-    ("diagnose adapter --text text.txt", "an adapter without its model"),
+    ("diagnose adapter --text text.txt", "it has an adapter"),
     ("diagnose sound --text short.txt --set length=32", "the text has only"),
 ]
 

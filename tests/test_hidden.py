@@ -35,9 +35,10 @@ def gathered(model, ids, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_states_are_the_models_own_with_the_norm_told_apart(kind):
+def test_states_are_the_models_own_with_the_norm_told_apart(kind, monkeypatch):
+    monkeypatch.setattr(hidden, "BATCH", 2)
     model, ids = tiny.network(kind), token_ids()
-    ours = gathered(model, ids, batch_size=2)
+    ours = gathered(model, ids)
     assert hidden.layer_names(model) == [
         "embeddings",
         "block 1",
@@ -90,10 +91,9 @@ def test_ids_outside_the_vocabulary(bad):
         next(hidden.stream(tiny.network("llama"), ids))
 
 
-@pytest.mark.parametrize(("texts", "batch_size"), [(0, 4), (3, 0)])
-def test_nothing_to_run(texts, batch_size):
-    with pytest.raises(ValueError, match="both must be at least one"):
-        next(hidden.stream(tiny.network("llama"), token_ids(texts), batch_size=batch_size))
+def test_nothing_to_run():
+    with pytest.raises(ValueError, match="no tokens: give at least one text"):
+        next(hidden.stream(tiny.network("llama"), token_ids(0)))
 
 
 def test_states_that_are_not_finite():
@@ -129,19 +129,21 @@ def short_of_memory(model, limit):
     return sizes
 
 
-def test_the_batch_is_halved_until_it_fits_and_nothing_is_computed_twice():
+def test_the_batch_is_halved_until_it_fits_and_nothing_is_computed_twice(monkeypatch):
+    monkeypatch.setattr(hidden, "BATCH", 8)
     model, ids = tiny.network("llama"), token_ids(11)
     expected = gathered(model, ids)
     sizes = short_of_memory(model, 3)
-    batches = list(hidden.stream(model, ids, batch_size=8))
+    batches = list(hidden.stream(model, ids))
     torch.testing.assert_close(torch.cat(batches, 1), expected)
     assert sizes == [8, 4, 2, 2, 2, 2, 2, 1]
 
 
-def test_memory_may_run_out_later_too():
+def test_memory_may_run_out_later_too(monkeypatch):
+    monkeypatch.setattr(hidden, "BATCH", 4)
     model, ids = tiny.network("gpt2"), token_ids(9)
     expected = gathered(model, ids)
-    batches = hidden.stream(model, ids, batch_size=4)
+    batches = hidden.stream(model, ids)
     first = next(batches)
     short_of_memory(model, 2)
     rest = list(batches)
@@ -166,7 +168,7 @@ def test_a_stream_left_halfway_leaves_no_hook():
     model = tiny.network("llama")
     model(token_ids(), output_hidden_states=True)  # transformers leaves hooks of its own
     before = [len(m._forward_hooks) for m in model.modules()]
-    batches = hidden.stream(model, token_ids(), batch_size=1)
+    batches = hidden.stream(model, token_ids())
     assert not next(batches).requires_grad
     assert [len(m._forward_hooks) for m in model.modules()] == before
     batches.close()

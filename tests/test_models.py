@@ -198,9 +198,9 @@ def test_weights_that_overflow_in_half_precision(altered):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("./nothing-here", "no such folder; give a Hub id, a folder, a .gguf file or"),
+        ("./nothing-here", "no such folder or .gguf file; give one, a Hub id or smollm2"),
         ("a/b/c", "no such folder"),
-        ("nothing-here.gguf", "'nothing-here.gguf': no such file"),
+        ("nothing-here.gguf", "'nothing-here.gguf': no such folder or .gguf file"),
     ],
 )
 def test_missing_paths(model, message):
@@ -226,7 +226,7 @@ def test_a_gguf_file_that_is_none(tmp_path):
 def test_a_hub_id_without_a_hub_fails_fast(no_hub, revision):
     start = time.monotonic()
     with pytest.raises(
-        ValueError, match=r"model = 'nobody/nothing'.*the hub is out of reach"
+        ValueError, match=r"model = 'nobody/nothing'.*can't be read .*that the hub is in reach"
     ) as error:
         models.load("nobody/nothing", revision)
     assert time.monotonic() - start < 8  # no chain of retries
@@ -308,7 +308,7 @@ def test_a_model_may_be_below_home(folder, monkeypatch):
 
 
 def test_one_file_of_a_model_is_not_the_model(folder):
-    with pytest.raises(ValueError, match="one file of a model; give the folder it lies in"):
+    with pytest.raises(ValueError, match=r"no such folder or \.gguf file; give one"):
         models.load(str(folder / "model.safetensors"))
 
 
@@ -343,9 +343,13 @@ def served(monkeypatch, tmp_path, folder):
 @pytest.mark.parametrize(
     ("model", "revision", "message"),
     [
-        ("org/gated", None, r"gated; accept its terms on the hub's page of it, then set HF_TOKEN"),
-        ("org/nowhere", None, "not found on the hub, or private; check the name"),
-        ("org/open", "step9", "revision = 'step9': the hub has the model but no such revision"),
+        ("org/gated", None, r"gated.*HF_TOKEN"),
+        ("org/nowhere", None, "RepositoryNotFoundError.*check its name"),
+        (
+            "org/open",
+            "step9",
+            "revision = 'step9': .*RevisionNotFoundError.*check its name and revision",
+        ),
     ],
 )
 def test_what_a_hub_refuses_is_said_in_one_line(served, model, revision, message):
@@ -355,15 +359,12 @@ def test_what_a_hub_refuses_is_said_in_one_line(served, model, revision, message
     assert model in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("alone", "message"),
-    [(True, "an adapter without its model"), (False, "a model and an adapter")],
-)
-def test_an_adapter_is_named_with_the_fix(folder, alone, message):
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_adapter_is_named_with_the_fix(folder, alone):
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     if alone:
         (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match=f"{message}; merge the adapter into its base model"):
+    with pytest.raises(ValueError, match="it has an adapter; merge it into its base model"):
         models.load(str(folder))
 
 

@@ -60,18 +60,17 @@ def test_loading_from_a_file_or_its_folder(tmp_path):
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"no tokenizer.json there; give a tokenizer.json or its folder"
-    ):
-        corpus.load_tokenizer(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no other.json there"):
-        corpus.load_tokenizer(tmp_path / "other.json")
+    for place in (tmp_path, tmp_path / "other.json"):
+        with pytest.raises(
+            ValueError, match=r"No such file.*; give a tokenizer.json or its folder"
+        ):
+            corpus.load_tokenizer(place)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"version": "1.0"}', b"\xff\xfe"])
 def test_a_broken_tokenizer(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"tokenizer = .*: not a tokenizer file") as error:
+    with pytest.raises(ValueError, match=r"tokenizer = .*; give a tokenizer.json") as error:
         corpus.load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
 

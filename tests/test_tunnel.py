@@ -129,6 +129,20 @@ def test_another_head(source, suites):
         tunnel.train([8], 6, source=source, build=with_bottleneck, **TINY)
 
 
+def test_a_broken_run_of_another_head_goes_on_bit_for_bit(source, suites, monkeypatch, stopped):
+    options = {"source": source, "build": with_bottleneck, "variant": "other"} | TINY
+    with monkeypatch.context() as patch:
+        patch.setattr(tunnel, "SAVE_EVERY", 0.0)
+        stopped(lambda: tunnel.train([8], 20, **options), at=13)
+    assert list(suites.rglob("other-d8/training.pt"))
+    resumed = tunnel.train([8], 20, **options)
+    monkeypatch.setenv("HEADBOUND_CACHE", str(suites.with_name("whole")))
+    whole = tunnel.train([8], 20, **options)
+    assert resumed.drop(columns="path").equals(whole.drop(columns="path"))
+    a, b = (load_file(f"{table.path.iloc[-1]}/model.safetensors") for table in (whole, resumed))
+    assert all(torch.equal(a[k], b[k]) for k in a | b)
+
+
 def test_epochs_cut_the_data_and_ties_tie(source, suites):
     options = TINY | {"epochs": 4.0, "tied": True}
     table = tunnel.train([8], 16, source=source, **options)
@@ -146,7 +160,6 @@ def test_epochs_cut_the_data_and_ties_tie(source, suites):
     ("change", "message"),
     [
         ({"hidden_sizes": [12]}, "hidden_size = 12: must be a multiple of 8"),
-        ({"hidden_sizes": []}, r"hidden_sizes = \[\]: must be multiples of 8, at least one"),
         ({"steps": 0}, "steps = 0, checkpoints = 4: both must be 1 or more"),
         ({"schedule": "linear"}, "schedule = 'linear': must be one of \\('cosine', 'constant'\\)"),
         ({"epochs": 1e9}, r"epochs = 1000000000.0: 0 windows of \d+; give more text"),

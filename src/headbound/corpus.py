@@ -89,13 +89,11 @@ def _file(source: str) -> list[str]:
 
 
 def _is_json(content: str) -> bool:
-    """Whether the first line is a JSON object, or the whole one or an array of them."""
-    start = content.lstrip()
-    parts = {"{": (start.partition("\n")[0], start), "[": (start,)}
-    for part in parts.get(start[:1], ()):
-        with suppress(ValueError, RecursionError):
-            found = json.loads(part)
-            return isinstance(found, dict) or isinstance(next(iter(found), None), dict)
+    """Whether it begins with a JSON object, or an array of them."""
+    with suppress(ValueError, RecursionError):
+        found, _ = json.JSONDecoder().raw_decode(content.lstrip())
+        first = found[:1] if isinstance(found, list) else [found]
+        return any(isinstance(item, dict) for item in first)
     return False
 
 
@@ -269,16 +267,14 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, or of a folder that has one.
 
-    **Raises:** `FileNotFoundError` without the file, `ValueError` if it can't be read.
+    **Raises:** `ValueError` if it can't be read.
     """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        fix = "give a tokenizer.json or its folder"
-        raise FileNotFoundError(f"tokenizer = {str(path)!r}: no {file.name} there; {fix}")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise ValueError(f"tokenizer = {str(path)!r}: not a tokenizer file ({error})") from error
+        fix = "give a tokenizer.json or its folder"
+        raise ValueError(f"tokenizer = {str(path)!r}: {error}; {fix}") from error
 
 
 def end_of_text(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> int:

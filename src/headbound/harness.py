@@ -4,11 +4,13 @@ import copy
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -25,6 +27,7 @@ _STEP = re.compile(r"(?i)(?:global_)?(?<![a-z])step[_=-]?(\d++)(?![a-z]|[.,]\d|_
 # Arguments that decide what is evaluated; others, such as a batch size, do not.
 _DECIDING = ("pretrained", "revision", "subfolder", "gguf_file", "peft", "delta")
 _DECIDING += ("load_in_4bit", "load_in_8bit", "autogptq")
+_UNSET = ("None", "False", "")
 
 
 def evaluate(
@@ -72,9 +75,12 @@ def _numbers(results: dict[str, Any]) -> Iterator[tuple[str, str, float, float]]
     """Each metric of a task, its filter, value and standard error: NaN where that is no number."""
     for name, value in results.items():
         metric, _, kind = name.partition(",")
-        if kind and not metric.endswith("_stderr") and _is_number(value):
-            error = results.get(f"{metric}_stderr,{kind}")
-            yield metric, kind, value, error if _is_number(error) else math.nan
+        if not kind or metric.endswith("_stderr") or not _is_number(value):
+            continue
+        error = results.get(f"{metric}_stderr,{kind}")
+        if not _is_number(error):
+            error = math.nan
+        yield metric, kind, value, error
 
 
 def _is_number(value: Any) -> bool:
@@ -94,7 +100,7 @@ def _interval(
 
 
 def _run(model, tokenizer, task, metadata, batch_size, options):
-    with progress.aside(), progress.environment({"DISABLE_MULTIPROC": "1"}):
+    with progress.aside(), patch.dict(os.environ, DISABLE_MULTIPROC="1"):
         from lm_eval import simple_evaluate  # slow to import
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
@@ -182,9 +188,11 @@ def _only(table: pd.DataFrame, by: list[str], column: str) -> None:
     values = table.drop_duplicates([*by, column])
     mixed = values[values.duplicated(by, keep=False)]
     for group, rows in mixed.groupby(by):
-        told = rows["path"] if column == "path" else rows[column] + " in " + rows["path"]
+        places = rows["path"]
+        if column != "path":
+            places = rows[column] + " in " + places
         curve = " ".join(map(str, group))
-        raise ValueError(f"{curve}: {', but '.join(told)}; keep one")
+        raise ValueError(f"{curve}: {', but '.join(places)}; keep one")
 
 
 def _origin(content: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -195,17 +203,14 @@ def _origin(content: dict[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         arguments = {}
     given = {name: str(arguments.get(name)) for name in _DECIDING}
-    given = {name: value for name, value in given.items() if value not in ("None", "False", "")}
-    told = " ".join(f"{name} {value}" for name, value in given.items())
-    named = _STEP.findall(told)
-    steps = sorted(set(map(int, named)))
+    told = [f"{name} {value}" for name, value in given.items() if value not in _UNSET]
+    steps = {int(step) for part in told for step in _STEP.findall(part)}
     if len(steps) != 1:
-        what = f"steps {steps}" if steps else "no step"
+        what = f"steps {sorted(steps)}" if steps else "no step"
         raise ValueError(f"{path}: {what} in its model_args; it needs one, as step1000")
-    # The last folder before the step is the model's name.
-    before_step = _STEP.split(given.get("pretrained", ""))[0]
-    parts = re.split(r"[/\\]", before_step.rstrip("/\\_- "))
-    model = parts[-1].replace("-v1.1", "")
+    # The last folder before the step is the model's name, on whatever system it lay.
+    before_step = _STEP.split(str(arguments.get("pretrained") or ""))[0]
+    model = PureWindowsPath(before_step).name.rstrip("_- ").replace("-v1.1", "")
     if not model:
         raise ValueError(f"{path}: no model in its model_args; name its folder by it")
-    return {"model": model, "step": steps[0], "form": _STEP.sub("", told)}
+    return {"model": model, "step": steps.pop(), "form": _STEP.sub("", " ".join(told))}

@@ -24,6 +24,7 @@ from headbound.cache import replacing
 from headbound.progress import bar
 
 Ids = Int[Tensor, "texts length"]
+BATCH = 16  # texts in one forward pass
 CHUNK = 1 << 14  # tokens whose states are kept at once: what a kill costs at most
 _VERIFIED: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 
@@ -41,10 +42,7 @@ def sequences(
         raise ValueError(f"count = {count}, length = {length}: give at least 1 text of 2 tokens")
     rows: list[list[int]] = []
     for text in texts:
-        # A long text is cut before it is tokenized, unless its tokens prove longer than most.
-        ids = _ids(tokenizer, text[: 16 * length])
-        if len(ids) < length and len(text) > 16 * length:
-            ids = _ids(tokenizer, text)
+        ids = _ids(tokenizer, text)
         if len(ids) >= length:
             rows.append(ids[:length])
         if len(rows) == count:
@@ -82,7 +80,6 @@ def stream(
     model: nn.Module,
     input_ids: Ids,
     layers: Sequence[int] | None = None,
-    batch_size: int = 16,
 ) -> Iterator[Float[Tensor, "layers batch length d"]]:
     """Hidden states batch by batch, on the model's device, in the model's precision.
 
@@ -93,23 +90,33 @@ def stream(
 
     The states are taken where they arise, for transformers' own lists begin with block 1 in some
     models (Mamba). On first use a batch shows that each block reads what the last one wrote.
-    `batch_size` texts at once are tried; halved until a batch fits in memory.
+    `BATCH` texts at once are tried, halved until they fit in memory.
 
     **Raises:** `ValueError` for a layer that is not there or can't be verified, NaN or Inf in the
     states, or ids outside the vocabulary; `MemoryError` if not even one text fits.
     """
     places = _places(model, layers)
-    _check(model, input_ids, batch_size)
-
+    _check(model, input_ids)
+    batch_size = BATCH
     while len(input_ids):
         batch_size = min(batch_size, len(input_ids))
-        states = _if_it_fits(model, places, input_ids[:batch_size])
+        states = None
+        try:
+            states, _ = _caught(model, places, input_ids[:batch_size])
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if batch_size == 1:
+                text = f"one text of {input_ids.shape[1]} tokens"
+                fix = "use shorter texts or a smaller model"
+                raise MemoryError(f"no memory for {text}; {fix}") from error
+        # Behind the block: the error would keep what fills the memory.
         if states is None:
             batch_size //= 2
             clear_device_cache(garbage_collection=True)
-            continue
-        yield states
-        input_ids = input_ids[batch_size:]
+        else:
+            yield states
+            input_ids = input_ids[batch_size:]
 
 
 def with_logits(
@@ -117,7 +124,7 @@ def with_logits(
 ) -> tuple[Float[Tensor, "layers texts length d"], Float[Tensor, "texts length vocab"]]:
     """The states of some layers, as of `stream`, and the logits, from one pass of one batch."""
     places = _places(model, layers)
-    _check(model, input_ids, 1)
+    _check(model, input_ids)
     return _caught(model, places, input_ids, stop=False)
 
 
@@ -132,7 +139,7 @@ def store(model: nn.Module, input_ids: Ids) -> Float[np.ndarray, "texts length d
 
     **Raises:** as `stream`; `OSError` before the work if the disk can't hold what is missing.
     """
-    _check(model, input_ids, 1)
+    _check(model, input_ids)
     length = input_ids.shape[1]
     names = [cache.key(row.cpu().long().numpy().tobytes()) for row in input_ids]
     rows = dict(zip(names, input_ids, strict=True))
@@ -194,10 +201,9 @@ def _places(model: nn.Module, layers: Sequence[int] | None) -> list[int]:
     return [layer % count for layer in chosen]
 
 
-def _check(model: nn.Module, input_ids: Tensor, batch_size: int) -> None:
-    if batch_size < 1 or not input_ids.numel():
-        given = f"batch_size = {batch_size}, {input_ids.numel()} tokens"
-        raise ValueError(f"{given}: both must be at least one")
+def _check(model: nn.Module, input_ids: Tensor) -> None:
+    if not input_ids.numel():
+        raise ValueError("no tokens: give at least one text of one")
     low, high = (int(end) for end in input_ids.aminmax())
     rows = model.get_input_embeddings().num_embeddings
     if low < 0 or high >= rows:
@@ -312,17 +318,3 @@ def _blocks(model: nn.Module, input_ids: Tensor) -> list[nn.Module]:
             raise _unnamed(model, f"block {number + 1} does not read {wrote}")
     _VERIFIED[model] = list(blocks)
     return _VERIFIED[model]
-
-
-def _if_it_fits(model: nn.Module, places: Sequence[int], batch: Tensor) -> Tensor | None:
-    """The states of a batch, or None where memory has run out."""
-    try:
-        return _caught(model, places, batch)[0]
-    except Exception as error:
-        if not should_reduce_batch_size(error):
-            raise
-        if len(batch) == 1:
-            text = f"one text of {batch.shape[1]} tokens"
-            fix = "use shorter texts or a smaller model"
-            raise MemoryError(f"no memory for {text}; {fix}") from error
-    return None

@@ -14,7 +14,7 @@ import transformers
 import xxhash
 from filelock import FileLock
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from jaxtyping import Float, Int
 from scipy.optimize import least_squares
 from torch import Tensor, nn
@@ -181,8 +181,9 @@ def readout(
     precision = max(torch.finfo(part.dtype).eps for part in parts)
     tolerance = max(1e-5, 8 * precision)
     where = devices.precise(model.device)
-    states, left, own = (part.to(where, torch.float64) for part in parts)
-    _refuse_foresight(model, texts, own, 10 * tolerance)
+    parts = [part.to(where, torch.float64) for part in parts]
+    _refuse_foresight(model, texts, parts[-1], 10 * tolerance)
+    states, left, own = (part.flatten(0, 1) for part in parts)
     left = left[:, : len(weight)]
     own = own[:, : len(weight)]
     scale, cap = _fit(left, own, tolerance)
@@ -210,33 +211,29 @@ def _refuse_foresight(model: nn.Module, texts: Tensor, own: Tensor, allowed: flo
     changed = texts.clone()
     changed[:, half:] = texts[:, :1]
     *_, other = _around_head(model, changed)
-    by_text = (len(texts), -1, own.shape[1])
-    before = own.view(by_text)[:, :half]
-    after = other.to(own).view(by_text)[:, :half]
+    before = own[:, :half]
+    after = other.to(own)[:, :half]
     moved = float((after - before).norm())
     if moved > allowed * float(before.norm()):
         why = "it reads the tokens that it is to predict; use a causal language model"
         raise ValueError(f"{type(model).__name__}: {why}")
 
 
-def _around_head(model: nn.Module, texts: Tensor) -> list[Float[Tensor, "tokens _"]]:
+def _around_head(model: nn.Module, texts: Tensor) -> list[Float[Tensor, "texts length _"]]:
     """What enters the head, what leaves it, and the logits; without the last token of each text."""
-    passed: list[Tensor] = []
+    entered: list[Tensor] = []
 
-    def catch(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        passed.append(inputs[0])
-        passed.append(output.clone())
+    def catch(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        entered.append(inputs[0])
 
-    ids = texts.to(model.device)
     head = model.get_output_embeddings()
-    with head.register_forward_hook(catch):
-        logits = model(ids, use_cache=False).logits
-    shapes = [part.shape[:2] for part in passed]
-    expected = [logits.shape[:2]] * 2
-    if shapes != expected:
+    with head.register_forward_pre_hook(catch):
+        logits = model(texts.to(model.device), use_cache=False).logits
+    shapes = [states.shape[:2] for states in entered]
+    if shapes != [logits.shape[:2]]:
         raise ValueError(f"{type(model).__name__}: its head is not applied once to every token")
-    passed.append(logits)
-    return [part[:, :-1].flatten(0, 1) for part in passed]
+    parts = [*entered, head(*entered), logits]
+    return [part[:, :-1] for part in parts]
 
 
 def _fit(left: Tensor, logits: Tensor, tolerance: float) -> tuple[float, float | None]:
@@ -340,23 +337,19 @@ def _locate(model: str, revision: str | None) -> tuple[str, dict[str, Any]]:
         if not isinstance(value, str):  # papermill's -p reads numbers, its -r does not
             raise ValueError(f"{name} = {value!r}: must be text; with papermill give it by -r")
     path = Path(model).expanduser()
-    what = f"model = {model!r}"
     if revision and (model in WHEELS or path.exists()):
         raise ValueError(f"revision = {revision!r}: only a Hub id has revisions; leave it out")
     if model in WHEELS:
         return str(_folder(model)), {}
     if path.is_dir():
-        _refuse_adapter(what, {file.name for file in path.iterdir()})
+        _refuse_adapter(model, {file.name for file in path.iterdir()})
         return str(path), {}
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"{what}: no such file")
+    gguf = path.suffix.lower() == ".gguf"
+    if gguf and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
-    if path.is_file():
-        raise ValueError(f"{what}: one file of a model; give the folder it lies in")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        known = f"a Hub id, a folder, a .gguf file or {', '.join(WHEELS)}"
-        raise ValueError(f"{what}: no such folder; give {known}")
+    if gguf or path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        known = f"give one, a Hub id or {', '.join(WHEELS)}"
+        raise ValueError(f"model = {model!r}: no such folder or .gguf file; {known}")
     return model, _on_hub(model, revision)
 
 
@@ -367,37 +360,29 @@ def _on_hub(model: str, revision: str | None) -> dict[str, Any]:
         raise ValueError(_explain(model, revision, "page", error)) from error
     except Exception:  # out of reach: what was downloaded before may do, and is asked for once
         return {"revision": revision or "main", "local_files_only": True}
-    _refuse_adapter(f"model = {model!r}", {file.rfilename for file in listed.siblings or []})
+    _refuse_adapter(model, {file.rfilename for file in listed.siblings or []})
     return {"revision": revision or "main"}
 
 
-def _refuse_adapter(what: str, files: set[str]) -> None:
+def _refuse_adapter(model: str, files: set[str]) -> None:
     if "adapter_config.json" in files:
-        found = (
-            "a model and an adapter" if "config.json" in files else "an adapter without its model"
-        )
-        fix = "merge the adapter into its base model (peft's merge_and_unload) and give that folder"
-        raise ValueError(f"{what}: {found}; {fix}")
+        fix = "merge it into its base model (peft's merge_and_unload) and give that folder"
+        raise ValueError(f"model = {model!r}: it has an adapter; {fix}")
 
 
 def _explain(model: str, revision: str | None, part: str, error: Exception) -> str:
     """One line: what could not be read, why, and what to do."""
     text = (str(error).strip().splitlines() or ["no message"])[0]
+    why = f"its {part} can't be read ({type(error).__name__}: {text})"
     if "trust_remote_code" in str(error):
-        why = "needs code of its own repository, which is never run here"
-        why += "; use a model transformers knows"
-    elif isinstance(error, RevisionNotFoundError):
-        why = "the hub has the model but no such revision"
-    elif isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
-        why = "not found on the hub, or private; check the name, or set HF_TOKEN"
-    elif "gated" in str(error):
-        why = "gated; accept its terms on the hub's page of it, then set HF_TOKEN"
+        why = "it needs code of its own repository, which is never run here"
+        fix = "use a model transformers knows"
     elif isinstance(error, pickle.UnpicklingError):
         why = "its pickled weights hold more than tensors, so they are not read"
-        why += "; use .safetensors weights"
-    elif isinstance(error, OSError) and not Path(model).expanduser().exists():
-        why = f"not found, or the hub is out of reach ({text}); check the name and HF_ENDPOINT"
+        fix = "use .safetensors weights"
+    elif Path(model).expanduser().exists() or model in WHEELS:
+        fix = "check the files"
     else:
-        why = f"its {part} can't be read ({type(error).__name__}: {text}); check the files"
+        fix = "check its name and revision, that the hub is in reach, and HF_TOKEN"
     at = f", revision = {revision!r}" if revision else ""
-    return f"model = {model!r}{at}: {why}"
+    return f"model = {model!r}{at}: {why}; {fix}"

@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 from joblib import cpu_count, wrap_non_picklable_objects
 from tqdm import tqdm
@@ -62,21 +63,6 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
-@contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables for the processes that are started inside."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def parallel(jobs: Iterable[Any], workers: int | None = None, description: str = "") -> list[Any]:
     """The results of `joblib.delayed` calls, in order, each in one of `workers` processes.
 
@@ -90,7 +76,8 @@ def parallel(jobs: Iterable[Any], workers: int | None = None, description: str =
     _begin()
     workers = min(len(jobs), workers or cpu_count())
     # Fresh processes: a copy of this one would share its threads' locks.
-    with environment(WORKER), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with patch.dict(os.environ, WORKER), ProcessPoolExecutor(workers, context) as pool:
         waiting = []
         for function, arguments, options in jobs:
             # A function of a notebook's own can only go to another process in this wrapping.

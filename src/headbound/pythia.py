@@ -23,16 +23,18 @@ STEP_TOKENS = 2**21  # tokens a step of the main runs
 DATA = BOOK / "data"
 
 
-def parameters(model: str, embeddings: bool = True) -> int:
-    """Parameters of a Pythia model of l layers, hidden size d and vocabulary V.
+def count(layers: int, d: int, vocabulary: int, embeddings: bool = True) -> int:
+    """Parameters of a GPT-NeoX of l layers, hidden size d and vocabulary V.
 
-        l (12 d² + 13 d) + 2 d,  and 2 V d of embeddings, the head being one
-
-    **Raises:** `ValueError` for a model whose name has no size of Pythia's.
+    l (12 d² + 13 d) + 2 d,  and 2 V d of embeddings, the head being one
     """
-    layers, d, vocabulary = PYTHIA[_size(model)]
     body = layers * (12 * d**2 + 13 * d) + 2 * d
     return body + 2 * vocabulary * d if embeddings else body
+
+
+def parameters(model: str, embeddings: bool = True) -> int:
+    """Those of a Pythia model; `ValueError` for a name that has no size of Pythia's."""
+    return count(*PYTHIA[_size(model)], embeddings)
 
 
 def nominal(model: str) -> float:

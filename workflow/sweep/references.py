@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from transformers import GPTNeoXForCausalLM
 
 from companion import diagnosis
 from headbound import cache, pythia
@@ -64,11 +65,10 @@ def long_run(width: int, share: float) -> str:
     archive.run("baseline", width, 0, folder / "tables", folder / "state", until)
     shape = (recipe.vocab_size, recipe.context, recipe.held_out_texts)
     tokenizer = tunnel.corpus(recipe.source, *shape).tokenizer
-    network = changes.build("baseline")(recipe.config(tokenizer.eos_token_id))
-    trainer = Trainer(network, recipe)
+    trainer = Trainer(GPTNeoXForCausalLM(recipe.config(tokenizer.eos_token_id)), recipe)
     (state,) = folder.glob("state/*/training.pt")
     trainer.restore(torch.load(state)[1])
-    network.save_pretrained(folder)
+    trainer.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

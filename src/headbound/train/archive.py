@@ -23,18 +23,20 @@ from filelock import FileLock
 from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from headbound import BOOK, cache, device
+from headbound import BOOK, cache, pythia
 from headbound.corpus import END_OF_TEXT
 from headbound.measure import checkpoint
 from headbound.measure.anisotropy import mean_cosine
 from headbound.train import changes, fast, tunnel
-from headbound.train.step import Recipe, Trainer, last_matrix
+from headbound.train.step import Recipe
 
 BLOCK = 2048  # tokens whose logits are held at once
 DIGITS = 5  # significant ones in a table
 TABLES = BOOK / "archive"
+# Of where a run comes from, what its rows are given; `last` is the day of its last checkpoint.
+ORIGIN = ("command", "steps_done", "core_hours", "last", "commit", "machine", "finished")
 
 
 def _mixed_steps(steps: int, checkpoints: int) -> list[int]:
@@ -46,7 +48,7 @@ def _mixed_steps(steps: int, checkpoints: int) -> list[int]:
 
 @torch.inference_mode()
 def _measure(
-    model: PreTrainedModel, rows: Int[Tensor, "texts length"]
+    model: GPTNeoXForCausalLM, rows: Int[Tensor, "texts length"]
 ) -> tuple[dict[str, float], Float[np.ndarray, " texts"]]:
     """A model's numbers on held-out texts, and the loss of each text, nats a token.
 
@@ -59,24 +61,20 @@ def _measure(
       the states that it reads, norms of the final norm's gain and bias.
     - `output_rank`: that of `checkpoint.measure`.
     - `mean_alignment`: the cosine of the mean state with the mean row.
-
-    A head of two layers is described by its last matrix and the states that this matrix reads.
     """
     parts = [fast.states(model, some[:, :-1]) for some in rows.split(16)]
-    before, after = (torch.cat(side).flatten(0, 1) for side in zip(*parts, strict=True))
-    head = model.get_output_embeddings()
-    inner, matrix = last_matrix(head, after)
-    weight = head.weight if isinstance(getattr(head, "weight", None), Tensor) else matrix
-    losses, logit_mean, logit_variance = _logits(inner, matrix, rows[:, 1:].flatten())
+    before, after = (torch.cat(side) for side in zip(*parts, strict=True))
+    states = after.flatten(0, 1)
+    weight = model.lm_head.weight
+    losses, logit_mean, logit_variance = _logits(states, weight, rows[:, 1:].flatten())
     texts = losses.view(len(rows), -1).mean(1).double().numpy()
     described = checkpoint.head(weight)
     norm = model.base_model.final_layer_norm
-    states = after if weight.shape[1] == after.shape[1] else inner
     numbers = {
         "loss": texts.mean(),
         "loss_se": texts.std(ddof=1) / math.sqrt(len(texts)),
-        "cosine_before_norm": mean_cosine(before).value,
-        "cosine_after_norm": mean_cosine(after).value,
+        "cosine_before_norm": mean_cosine(before.flatten(0, 1)).value,
+        "cosine_after_norm": mean_cosine(states).value,
         "entropy": described["singular_entropy"],
         "entropy_centred": described["singular_entropy_centred"],
         "mean_share": described["mean_row_share"],
@@ -86,7 +84,7 @@ def _measure(
         "state_norm": states.norm(dim=1).mean(),
         "gain_norm": norm.weight.norm(),
         "bias_norm": norm.bias.norm(),
-        "output_rank": _output_rank(inner.view(len(rows), rows.shape[1] - 1, -1), matrix),
+        "output_rank": _output_rank(after, weight),
         "mean_alignment": nn.functional.cosine_similarity(states.mean(0), weight.mean(0), 0),
     }
     return {name: float(value) for name, value in numbers.items()}, texts
@@ -96,7 +94,8 @@ def _output_rank(states: Float[Tensor, "texts length width"], weight: Tensor) ->
     last = states.shape[1] - 1
     places = torch.linspace(0, last, checkpoint.SHOWN).long().unique()
     shown = states[: checkpoint.SHOWN, places].flatten(0, 1)
-    return checkpoint.output_rank((shown @ weight.T).double())
+    logits = shown @ weight.T
+    return checkpoint.output_rank(logits.double())
 
 
 def _logits(
@@ -138,110 +137,38 @@ def run(
     `rise_se`: the loss over the least one so far, and its standard error paired over texts.
     """
     recipe = changes.recipe(arm, d, seed, **options)
-    name = _run_name(arm, d, seed)
+    text = text or tunnel.corpus(
+        recipe.source, recipe.vocab_size, recipe.context, recipe.held_out_texts
+    )
+    name = f"{re.sub(r'[^a-z0-9.]+', '-', arm.lower())}-d{d}-s{seed}"
     place = state / name
     place.mkdir(parents=True, exist_ok=True)
     table = folder / f"{name}.csv"
-    steps = _mixed_steps(recipe.steps, recipe.checkpoints)
-    wanted = [step for step in steps if until is None or step <= until]
-    with FileLock(place / ".lock"), tunnel.one_thread(device.pick("cpu")):
-        if not (place / "done").exists():
-            _run(arm, recipe, text or _text(recipe), place, table, wanted)
-        if wanted[-1] == recipe.steps:
-            (place / "done").touch()
+    with FileLock(place / ".lock"):
+        _run(arm, recipe, text, place, table, recipe.steps if until is None else until)
     return pd.read_csv(table)
 
 
-def load(folder: Path = TABLES) -> pd.DataFrame:
-    """All archived runs, a row a checkpoint, with `finished` and `core_hours` of each run.
-
-    **Raises:** `FileNotFoundError` where there is none, as outside a checkout of the book.
-    """
-    tables = []
-    for path in sorted(folder.glob("*-s*.csv")):
-        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        kept = {name: record[name] for name in ("finished", "core_hours")}
-        tables.append(pd.read_csv(path).assign(**kept))
-    if not tables:
-        raise FileNotFoundError(f"no archived run in {folder}; work in a checkout of the book")
-    return pd.concat(tables, ignore_index=True)
-
-
-def origins(folder: Path = TABLES) -> pd.DataFrame:
-    """Where each archived run comes from: command, commit, machine, last day, steps, core-hours."""
-    paths = sorted(folder.glob("*-s*.json"))
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    names = ["command", "steps_done", "core_hours", "last", "commit", "machine"]
-    return pd.DataFrame(records, columns=names)
-
-
-def first_text(folder: Path = TABLES) -> tunnel.Text:
-    """The archived runs' text as far as the first steps of seed 0 read it; the rest is zeros.
-
-    The text is made of installed packages' docstrings, so another version of one of them changes
-    it. What `first_text.py` of that folder kept lets the beginnings of the runs be made again
-    whatever is installed.
-    """
-    with np.load(folder / "first-text.npz") as kept:
-        stream = np.zeros(int(kept["length"]), np.int32)
-        stream[kept["places"]] = kept["tokens"]
-        said = str(kept["tokenizer"])
-        backend = Tokenizer.from_str(said)
-        held_out = torch.from_numpy(kept["held_out"].astype(np.int64))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
-    return tunnel.Text(tokenizer, stream, held_out)
-
-
-def differences(found: pd.DataFrame, kept: pd.DataFrame) -> pd.Series:
-    """How far two tables of one run are apart: each column's largest difference.
-
-    It is a share of the column's largest number in `kept`, over the steps that both have.
-
-    **Raises:** `ValueError` if they have no step in common.
-    """
-    names = [name for name in found.columns if name not in ("arm", "hidden_size", "seed", "step")]
-    both = found.merge(kept, on="step", suffixes=("", "_kept"))
-    if both.empty:
-        raise ValueError("the tables have no step in common")
-    largest = {}
-    for name in names:
-        other = both[f"{name}_kept"]
-        largest[name] = (both[name] - other).abs().max() / max(other.abs().max(), 1e-12)
-    return pd.Series(largest)
-
-
-def _run_name(arm: str, d: int, seed: int) -> str:
-    """A run's file name."""
-    return f"{re.sub(r'[^a-z0-9.]+', '-', arm.lower())}-d{d}-s{seed}"
-
-
-def _text(recipe: Recipe) -> tunnel.Text:
-    return tunnel.corpus(recipe.source, recipe.vocab_size, recipe.context, recipe.held_out_texts)
-
-
-def _run(
-    arm: str, recipe: Recipe, text: tunnel.Text, place: Path, table: Path, wanted: list[int]
-) -> None:
-    torch.manual_seed(recipe.seed)
-    trainer = Trainer(changes.build(arm)(recipe.config(text.tokenizer.eos_token_id)), recipe)
+def _run(arm: str, recipe: Recipe, text: tunnel.Text, place: Path, table: Path, until: int) -> None:
     kept = place / "measured.pt"
     measured = torch.load(kept, weights_only=False) if kept.exists() else {}
-    seconds = measured.pop("seconds", 0.0)
+    before = measured.pop("seconds", 0.0)
     started = time.process_time()
 
-    def keep(step: int) -> None:
-        measured[step] = _measure(trainer.model, text.held_out)
-        spent = seconds + time.process_time() - started
+    def keep(model: GPTNeoXForCausalLM, step: int) -> None:
+        measured[step] = _measure(model, text.held_out)
+        seconds = before + time.process_time() - started
         with cache.replacing(kept) as temporary:
-            torch.save({**measured, "seconds": spent}, temporary)
-        past = sorted(known for known in measured if known <= step)
-        done = {known: measured[known] for known in past}
+            torch.save({**measured, "seconds": seconds}, temporary)
+        done = {known: measured[known] for known in sorted(measured) if known <= step}
         rows = _table(arm, recipe, done)
         with cache.replacing(table) as temporary:
             rows.to_csv(temporary, index=False, float_format=f"%.{DIGITS}g")
-        _describe(table.with_suffix(".json"), arm, recipe, text, step, spent)
+        _describe(table.with_suffix(".json"), arm, recipe, text, step, seconds)
 
-    tunnel.fit(trainer, text, place / "training.pt", wanted, keep)
+    steps = _mixed_steps(recipe.steps, recipe.checkpoints)
+    wanted = [step for step in steps if step <= until]
+    tunnel.fit(recipe, text, place / "training.pt", wanted, keep)
 
 
 def _table(arm: str, recipe: Recipe, measured: dict[int, tuple]) -> pd.DataFrame:
@@ -269,16 +196,19 @@ def _table(arm: str, recipe: Recipe, measured: dict[int, tuple]) -> pd.DataFrame
 def _describe(
     path: Path, arm: str, recipe: Recipe, text: tunnel.Text, step: int, seconds: float
 ) -> None:
-    """Write beside a table where it comes from."""
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Write beside a table where it comes from; the commit is that of the first time."""
     today = datetime.date.today().isoformat()
-    command = f"headbound tunnel {shlex.quote(arm)} {recipe.hidden_size} {recipe.seed}"
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    first = {"commit": commit or "unknown", "begun": today}
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        first = {name: before[name] for name in first}
     record = {
-        "command": command,
-        "commit": before.get("commit") or _commit(),
-        "machine": f"{platform.machine()}, {_processor()}, one core",
+        "command": f"headbound tunnel {shlex.quote(arm)} {recipe.hidden_size} {recipe.seed}",
+        **first,
+        "machine": f"{platform.platform()}, one core",
         "software": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "begun": before.get("begun", today),
         "last": today,
         "core_hours": round(seconds / 3600, 3),
         "finished": step == recipe.steps,
@@ -290,16 +220,51 @@ def _describe(
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    found = subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
+def load() -> pd.DataFrame:
+    """All archived runs, a row a checkpoint, with the `parameters` and the `ORIGIN` of each.
+
+    **Raises:** `FileNotFoundError` where there is none, as outside a checkout of the book.
+    """
+    tables = []
+    for path in sorted(TABLES.glob("*-s*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        recipe = record["recipe"]
+        size = pythia.count(recipe["layers"], recipe["hidden_size"], recipe["vocab_size"])
+        origin = {name: record[name] for name in ORIGIN}
+        table = pd.read_csv(path.with_suffix(".csv"))
+        tables.append(table.assign(parameters=size, **origin))
+    if not tables:
+        raise FileNotFoundError(f"no archived run in {TABLES}; work in a checkout of the book")
+    return pd.concat(tables, ignore_index=True)
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8") if info.exists() else ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return found[1] if found else platform.processor()
+def first_text() -> tunnel.Text:
+    """The archived runs' text as far as the first steps of seed 0 read it; the rest is zeros.
+
+    The text is made of installed packages' docstrings, so another version of one of them changes
+    it. What `first_text.py` of that folder kept lets the beginnings of the runs be made again
+    whatever is installed.
+    """
+    with np.load(TABLES / "first-text.npz") as kept:
+        stream = np.zeros(int(kept["length"]), np.int32)
+        stream[kept["places"]] = kept["tokens"]
+        backend = Tokenizer.from_str(str(kept["tokenizer"]))
+        held_out = torch.from_numpy(kept["held_out"].astype(np.int64))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
+    return tunnel.Text(tokenizer, stream, held_out)
+
+
+def differences(found: pd.DataFrame, kept: pd.DataFrame) -> pd.Series:
+    """How far two tables of one run are apart: each column's largest difference.
+
+    It is a share of the column's largest number in `kept`, over the steps that both have.
+
+    **Raises:** `ValueError` if they have no step in common.
+    """
+    numbers = [table.set_index("step").select_dtypes("number") for table in (found, kept)]
+    one, other = numbers[0].align(numbers[1], join="inner")
+    if one.empty:
+        raise ValueError("the tables have no step in common")
+    apart = (one - other).abs().max()
+    largest = other.abs().max()
+    return apart / largest.clip(lower=1e-12)

@@ -1,27 +1,21 @@
 """One change at a time in the wind tunnel: the arms of the long runs, and what each moves."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from scipy.stats import binomtest
 from statsmodels.formula.api import ols
 from statsmodels.regression.linear_model import RegressionResultsWrapper
 from statsmodels.stats.multitest import multipletests
-from torch import Tensor, nn
-from torch.nn.functional import gelu
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from headbound import stats
+from headbound import pythia, stats
 from headbound.measure.rules import APART, NOTICEABLE, SEEDS, Ruling
 from headbound.measure.saturation import SEEN, late_rise
 from headbound.train.callback import ENTROPY_RATIO, LOSS_RISE
 from headbound.train.step import Recipe
-from headbound.train.tunnel import Build
 
 TOKENS_A_PARAMETER = 4000  # Pythia-70M's
 VOCAB = 1024
@@ -43,48 +37,8 @@ QUANTITIES = {
 }
 
 
-class _Factored(nn.Module):
-    """W = A·B, inner width k = `ratio` · d: of rank min(d, k) at most.
-
-    With an `activation` in between, the logits have rank k at most.
-    """
-
-    def __init__(
-        self,
-        d: int,
-        vocab: int,
-        ratio: float,
-        activation: Callable[[Tensor], Tensor] | None = None,
-    ):
-        super().__init__()
-        inner = max(1, round(ratio * d))
-        self.down = nn.Linear(d, inner, bias=False)
-        self.up = nn.Linear(inner, vocab, bias=False)
-        self.activation = activation
-        # The inner map keeps the size of what it is given; logits start as small as GPT-NeoX's.
-        nn.init.normal_(self.down.weight, std=d**-0.5)
-        nn.init.normal_(self.up.weight, std=0.02)
-
-    @property
-    def weight(self) -> Float[Tensor, "vocab d"] | None:
-        """The head as one matrix, None where it is not one."""
-        return None if self.activation else self.up.weight @ self.down.weight
-
-    def factors(
-        self, hidden_states: Float[Tensor, "*batch d"]
-    ) -> tuple[Float[Tensor, "*batch inner"], Float[Tensor, "vocab inner"]]:
-        """What is multiplied last: the inner states and A."""
-        inner = self.down(hidden_states)
-        return self.activation(inner) if self.activation else inner, self.up.weight
-
-    def forward(self, hidden_states: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
-        """Logits."""
-        inner, weight = self.factors(hidden_states)
-        return inner @ weight.T
-
-
-# An arm has fields of `Recipe`, and `head`. All arms of a width see the same number of tokens,
-# but for the one whose number of steps is said to be equal.
+# An arm changes fields of `Recipe`. All arms of a width see the same number of tokens, but for the
+# one whose number of steps is said to be equal.
 ARMS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "batch / 4": {"batch_size": 4},
@@ -105,8 +59,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},
     "rank cut, forward": {"cut": "forward"},
     "rank cut, backward": {"cut": "backward"},
-    "lifted head, two layers": {"head": partial(_Factored, ratio=4.0, activation=gelu)},
-    "lifted head, linear": {"head": partial(_Factored, ratio=4.0)},
     "10 epochs": {"epochs": 10.0},
     "100 epochs": {"epochs": 100.0},
     "unused tokens": {"unused": 0.2},
@@ -126,11 +78,6 @@ CURES = {
 ARMS |= CURES
 
 
-def parameters(d: int, vocab: int = VOCAB, layers: int = 2) -> int:
-    """Of a GPT-NeoX of width d: two tables, 12 d² + 13 d a layer, and the final norm."""
-    return 2 * vocab * d + layers * (12 * d**2 + 13 * d) + 2 * d
-
-
 def recipe(
     arm: str,
     d: int,
@@ -143,29 +90,14 @@ def recipe(
     **Raises:** `KeyError` for an unknown arm.
     """
     base = Recipe(d, 1, **{"vocab_size": VOCAB, "checkpoints": 60, "seed": seed, **options})
-    size = parameters(d, base.vocab_size, base.layers)
+    size = pythia.count(base.layers, d, base.vocab_size)
     steps = round(tokens_a_parameter * size / base.tokens_a_step)
     change = dict(ARMS[arm])
     equal = change.pop("equal", "tokens")
-    if change.pop("head", None) is not None:
-        change["variant"] = arm
     changed = replace(base, **change)
     if equal == "tokens":
         steps = round(steps * base.batch_size / changed.batch_size)
     return replace(changed, steps=steps)
-
-
-def build(arm: str) -> Build:
-    """How an arm's model is built."""
-    head = ARMS[arm].get("head")
-    return partial(_with_head, head=head) if head else GPTNeoXForCausalLM
-
-
-def _with_head(config: GPTNeoXConfig, head: Callable[[int, int], nn.Module]) -> GPTNeoXForCausalLM:
-    """A GPT-NeoX with another head; its other weights start as those of the usual model."""
-    model = GPTNeoXForCausalLM(config)
-    model.set_output_embeddings(head(config.hidden_size, config.vocab_size))
-    return model
 
 
 def signs(table: pd.DataFrame) -> pd.DataFrame:
@@ -233,25 +165,22 @@ def effects(
     runs = signs.assign(block=width + "/" + signs["seed"].astype(str))
     blocks = runs.groupby("arm", sort=False)["block"].apply(set)
     pairs = blocks.map(blocks[reference].intersection).map(len).drop(reference)
-    few = list(pairs.index[pairs < SEEDS])
-    fitted = [[arm] for arm in pairs.index.difference(few, sort=False)]
-    if few:
-        fitted.append(few)
+    fits = pairs.index.to_series().where(pairs >= SEEDS, "all with few pairs")
     rows = []
     for quantity in quantities:
-        for arms in fitted:
-            some = runs[runs["arm"].isin([reference, *arms])]
+        for _, arms in pairs.groupby(fits):
+            some = runs[runs["arm"].isin([reference, *arms.index])]
             coded = f"C(arm, Treatment({reference!r}))"
             fit = ols(f"{quantity} ~ {coded} + block", some).fit()
-            for arm in arms:
-                row = {"arm": arm, "quantity": quantity, "n": int(pairs[arm])}
-                rows.append(row | _effect(fit, f"{coded}[T.{arm}]", row["n"]))
+            for arm, count in arms.items():
+                row = {"arm": arm, "quantity": quantity, "n": count}
+                rows.append(row | _effect(fit, f"{coded}[T.{arm}]", count))
     table = pd.DataFrame(rows).sort_values("arm", kind="stable", ignore_index=True)
     known = table["p"].notna()
     table["adjusted"] = np.nan
     if known.any():
         table.loc[known, "adjusted"] = multipletests(table["p"][known], method="holm")[1]
-    return table.assign(outcome=[outcome(row) for _, row in table.iterrows()])
+    return table.assign(outcome=[_outcome(row) for _, row in table.iterrows()])
 
 
 def _effect(fit: RegressionResultsWrapper, term: str, pairs: int) -> dict[str, float]:
@@ -263,7 +192,7 @@ def _effect(fit: RegressionResultsWrapper, term: str, pairs: int) -> dict[str, f
     return row | {"low": low, "high": high, "p": fit.pvalues[term]}
 
 
-def outcome(effect: pd.Series) -> str:
+def _outcome(effect: pd.Series) -> str:
     """What an arm does to a quantity of `SAME`: `more`, `less`, `same`, or `open`.
 
     It does more or less where Holm's correction leaves the effect below 5 %, and the same where

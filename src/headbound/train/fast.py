@@ -6,7 +6,7 @@ weights. Both functions here keep these entries in the processor's cache and nev
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPTNeoXModel, PreTrainedModel
 
 SAFE = 60.0  # exp of numbers up to this neither overflows nor vanishes in a float32 sum
@@ -16,17 +16,10 @@ LOSS_SCALE = 2.0**12  # what the loss is multiplied by for float16, Pythia's fir
 
 def _rounded(numbers: Tensor, precision: torch.dtype) -> Tensor:
     """The nearest numbers of a 16-bit format, in their own one; the gradient passes as it is."""
-    return numbers if precision == torch.float32 else _Rounded.apply(numbers, precision)
-
-
-class _Rounded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, numbers, precision):
-        return numbers.to(precision).to(numbers.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
+    if precision == torch.float32:
+        return numbers
+    error = numbers.to(precision).to(numbers.dtype) - numbers
+    return numbers + error.detach()
 
 
 def states(
@@ -115,18 +108,22 @@ def cross_entropy(
     """The mean of −ln softmax(W h)[target] in nats, with both gradients, block by block.
 
     With E = exp(W h) and Z = ΣE a block yields ln Z, and E W / Z is the mean row that the
-    softmax expects: the gradient by h is that row minus the target's. The logits and their gradient
-    are rounded to `precision`. In float32, `z_loss` times the mean of (ln Z)² is added.
+    softmax expects: the gradient by h is that row minus the target's. `z_loss` times the mean of
+    (ln Z)² is added. In 16 bits it is not, nor are there blocks: the logits are rounded, and their
+    gradient at a loss scale.
 
     **Source:** of the z-loss Chowdhery et al. 2022.
     """
     if precision == torch.float32:
         return _CrossEntropy.apply(hidden, weight, targets, z_loss)
-    return _RoundedCrossEntropy.apply(hidden, weight, targets, precision)
+    scale = LOSS_SCALE if precision == torch.float16 else 1.0
+    logits = _rounded(hidden @ weight.T, precision)
+    logits.register_hook(lambda gradient: _rounded(gradient * scale, precision) / scale)
+    return nn.functional.cross_entropy(logits, targets)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """`cross_entropy` without rounding; the gradients are ready when the loss is."""
+    """`cross_entropy`; the gradients are ready when the loss is."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, z_loss):
@@ -165,30 +162,6 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, gradient):
         by_hidden, by_weight = ctx.gradients
         return gradient * by_hidden, gradient * by_weight, None, None
-
-
-class _RoundedCrossEntropy(_CrossEntropy):
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, precision):
-        tokens = len(hidden)
-        scale = LOSS_SCALE if precision == torch.float16 else 1.0
-        by_hidden = torch.empty_like(hidden)
-        by_weight = torch.zeros_like(weight)
-        loss = hidden.new_zeros(())
-        for start in range(0, tokens, TOKENS):
-            here = slice(start, start + TOKENS)
-            logits = _rounded(hidden[here] @ weight.T, precision)
-            known = torch.log_softmax(logits, 1)
-            target = targets[here, None]
-            loss -= known.gather(1, target).sum()
-            error = known.exp_()
-            ones = torch.ones_like(target, dtype=error.dtype)
-            error.scatter_add_(1, target, -ones)
-            error = _rounded(error.mul_(scale / tokens), precision).div_(scale)
-            by_hidden[here] = error @ weight
-            by_weight.addmm_(error.T, hidden[here])
-        ctx.gradients = by_hidden, by_weight
-        return loss / tokens
 
 
 def _bound(one: Tensor, other: Tensor) -> float:

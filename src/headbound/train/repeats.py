@@ -34,7 +34,15 @@ def learn(
     **Raises:** `FloatingPointError` if it diverges.
     """
     torch.manual_seed(seed)
-    model = _model(vocab, d, layers)
+    config = GPTNeoXConfig(
+        vocab_size=vocab,
+        hidden_size=d,
+        intermediate_size=4 * d,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        max_position_embeddings=1,
+    )
+    model = GPTNeoXForCausalLM(config).to(device.pick())
     if momentum is None:
         optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
     else:
@@ -61,15 +69,3 @@ def learn(
         "learned": (logits.argmax(1) == shown).double().mean().item(),
         "kept": float(squares.kept.sum() / squares.gradient.sum()),
     }
-
-
-def _model(vocab: int, d: int, layers: int) -> GPTNeoXForCausalLM:
-    config = GPTNeoXConfig(
-        vocab_size=vocab,
-        hidden_size=d,
-        intermediate_size=4 * d,
-        num_hidden_layers=layers,
-        num_attention_heads=1,
-        max_position_embeddings=1,
-    )
-    return GPTNeoXForCausalLM(config).to(device.pick())

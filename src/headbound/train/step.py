@@ -125,10 +125,9 @@ class Trainer:
         _, states = fast.states(self.model, inputs, self.precision)
         hidden = states.flatten(0, 1)
         head = self.model.get_output_embeddings()
-        parts = last_matrix(head, hidden)
-        if parts is None:
+        if not isinstance(head, nn.Linear) or head.bias is not None:
             return nn.functional.cross_entropy(head(hidden), targets)
-        hidden, weight = parts
+        weight = head.weight
         if self.recipe.cut != "none":
             hidden, weight = self._cut(hidden, weight)
         return fast.cross_entropy(hidden, weight, targets, self.recipe.z_loss, self.precision)
@@ -181,7 +180,11 @@ class Trainer:
         projection = kept @ kept.T
         if self.recipe.cut == "forward":
             return hidden @ projection, weight
-        return _cut_backward(hidden, projection), _cut_backward(weight, projection)
+        # Views, for a hook on the weight itself would stay.
+        cut = [part.view_as(part) for part in (hidden, weight)]
+        for part in cut:
+            part.register_hook(lambda gradient: gradient @ projection)
+        return tuple(cut)
 
 
 class _Flat:
@@ -246,19 +249,3 @@ class _CoupledAdamW(torch.optim.Optimizer):
             weights.mul_(1 - group["lr"] * group["weight_decay"])
             rate = group["lr"] / (1 - first ** state["step"])
             weights.addcdiv_(mean, shared.sqrt_().add_(group["eps"]), value=-rate)
-
-
-def _cut_backward(numbers: Tensor, projection: Tensor) -> Tensor:
-    """The numbers as they are; their gradient projected."""
-    passed = numbers.view_as(numbers)
-    passed.register_hook(lambda gradient: gradient @ projection)
-    return passed
-
-
-def last_matrix(
-    head: nn.Module, hidden: Float[Tensor, "tokens d"]
-) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, "vocab width"]] | None:
-    """What a head multiplies last, (states, matrix), or None where its outputs are no product."""
-    if isinstance(head, nn.Linear) and head.bias is None:
-        return hidden, head.weight
-    return head.factors(hidden) if hasattr(head, "factors") else None

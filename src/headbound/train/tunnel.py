@@ -80,29 +80,27 @@ def batch(
     **Raises:** `ValueError` if the text has fewer windows than `recipe.epochs` needs.
     """
     windows = (len(stream) - 1) // recipe.context
-    kept = recipe.epochs and round(recipe.steps * recipe.batch_size / recipe.epochs)
-    if not 1 <= (windows if kept is None else kept) <= windows:
+    kept = windows
+    if recipe.epochs is not None:
+        kept = round(recipe.steps * recipe.batch_size / recipe.epochs)
+    if not 1 <= kept <= windows:
         raise ValueError(
             f"epochs = {recipe.epochs}: {kept} windows of {windows}; "
             "give more text or choose other epochs"
         )
-    first = step * recipe.batch_size
-    running = np.arange(first, first + recipe.batch_size)
-    epochs, places = np.divmod(running, kept or windows)
-    chosen = []
-    for epoch in np.unique(epochs):
-        order = _order(windows, kept, int(epoch), recipe.seed)
-        chosen.append(order[places[epochs == epoch]])
-    starts = np.concatenate(chosen) * recipe.context
-    inside = np.arange(recipe.context + 1)
-    tokens = stream[starts[:, None] + inside]
-    return torch.from_numpy(tokens).long()
+    starts = []
+    for place in range(step * recipe.batch_size, (step + 1) * recipe.batch_size):
+        epoch, inside = divmod(place, kept)
+        window = _order(windows, kept, epoch, recipe.seed)[inside]
+        starts.append(window * recipe.context)
+    tokens = [stream[start : start + recipe.context + 1] for start in starts]
+    return torch.from_numpy(np.stack(tokens)).long()
 
 
 @functools.lru_cache(maxsize=4)
-def _order(windows: int, kept: int | None, epoch: int, seed: int) -> Int[np.ndarray, " windows"]:
-    order = np.random.default_rng([seed, epoch]).permutation(kept or windows)
-    if kept is None:
+def _order(windows: int, kept: int, epoch: int, seed: int) -> Int[np.ndarray, " windows"]:
+    order = np.random.default_rng([seed, epoch]).permutation(kept)
+    if kept == windows:
         return order
     return np.random.default_rng(seed).choice(windows, kept, replace=False)[order]
 
@@ -130,8 +128,6 @@ def train(
     the loss is not finite; the checkpoints before it are kept.
     """
     widest_first = sorted(set(hidden_sizes), reverse=True)
-    if not widest_first:
-        raise ValueError("hidden_sizes = []: must be multiples of 8, at least one")
     recipes = [Recipe(size, steps, **options) for size in widest_first]
     first = recipes[0]
     if (build is GPTNeoXForCausalLM) != (first.variant == "neox"):
@@ -140,88 +136,89 @@ def train(
         )
     text = corpus(first.source, first.vocab_size, first.context, first.held_out_texts)
     batch(text.stream, 0, first)  # refuses a text that is too short, before anything is written
-    root = _settle(first, text)
-    on = device.pick()
-    jobs = [delayed(_one)(root, recipe, text, build, on) for recipe in recipes]
-    workers = None if on.type == "cpu" else 1
+    root = _root(first, text)
+    jobs = [delayed(_one)(root, recipe, text, build) for recipe in recipes]
+    workers = None if device.pick().type == "cpu" else 1
     return pd.DataFrame([row for rows in progress.parallel(jobs, workers)[::-1] for row in rows])
 
 
 def fit(
-    trainer: Trainer, text: Text, state: Path, wanted: Collection[int], keep: Callable[[int], None]
+    recipe: Recipe,
+    text: Text,
+    state: Path,
+    wanted: Collection[int],
+    keep: Callable[[PreTrainedModel, int], None],
+    build: Build = GPTNeoXForCausalLM,
+    on: str = "cpu",
 ) -> None:
     """Train to the last `wanted` step, from a kept `state` where there is one.
 
-    `keep` is called with each `wanted` step, before its update; after a kill perhaps once more.
+    `keep` gets the model at each `wanted` step, before its update; after a kill perhaps once more.
     """
-    recipe = trainer.recipe
-    first = 0
-    if state.exists():
-        first, before = torch.load(state, map_location=trainer.model.device)
-        trainer.restore(before)
-    saved = time.monotonic()
-    name = state.parent.name
-    last = max(wanted)
-    for step in progress.bar(range(first, last + 1), name, last + 1 - first):
-        torch.manual_seed(recipe.seed * 1_000_003 + step)  # for a head with dropout
-        rows = batch(text.stream, step, recipe).to(trainer.model.device)
-        loss = trainer.loss(rows)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(
-                f"loss = {loss.item()} at step {step} of {name}: lower peak or lengthen warmup; "
-                "the checkpoints before it are kept"
-            )
-        if step in wanted:
-            keep(step)
-        if step in wanted or time.monotonic() - saved > SAVE_EVERY:
-            with cache.replacing(state) as temporary:
-                torch.save((step, trainer.state()), temporary)
-            saved = time.monotonic()
-        if step < last:
-            trainer.apply(loss, recipe.learning_rate(step))
+    with _one_thread(device.pick(on)) as where:
+        torch.manual_seed(recipe.seed)
+        trainer = Trainer(build(recipe.config(text.tokenizer.eos_token_id)).to(where), recipe)
+        first = 0
+        if state.exists():
+            first, before = torch.load(state, map_location=where)
+            trainer.restore(before)
+        saved = time.monotonic()
+        name = state.parent.name
+        last = max(wanted)
+        for step in progress.bar(range(first, last + 1), name, last + 1 - first):
+            torch.manual_seed(recipe.seed * 1_000_003 + step)  # for a head with dropout
+            loss = trainer.loss(batch(text.stream, step, recipe).to(where))
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(
+                    f"loss = {loss.item()} at step {step} of {name}: lower peak or lengthen "
+                    "warmup; the checkpoints before it are kept"
+                )
+            if step in wanted:
+                keep(trainer.model, step)
+            if step in wanted or time.monotonic() - saved > SAVE_EVERY:
+                with cache.replacing(state) as temporary:
+                    torch.save((step, trainer.state()), temporary)
+                saved = time.monotonic()
+            if step < last:
+                trainer.apply(loss, recipe.learning_rate(step))
 
 
 @contextmanager
-def one_thread(on: torch.device) -> Iterator[None]:
+def _one_thread(on: torch.device) -> Iterator[torch.device]:
     """One thread inside, on a CPU: what the last bit of a sum depends on."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if on.type == "cpu" else threads)
     try:
-        yield
+        yield on
     finally:
         torch.set_num_threads(threads)
 
 
-def _settle(recipe: Recipe, text: Text) -> Path:
-    """The suite's folder, with its recipe in it."""
-    options = asdict(recipe)
+def _root(recipe: Recipe, text: Text) -> Path:
+    """The suite's folder: all that decides it but the width is in its name."""
+    options = asdict(recipe) | {"data": text.digest()}
     del options["hidden_size"]
-    record = json.dumps({**options, "data": text.digest()}, indent=1, sort_keys=True)
-    key = hashlib.sha256(record.encode()).hexdigest()[:16]
-    root = cache.cache_dir() / "suites" / key
-    with cache.replacing(root / f"{recipe.variant}.json") as temporary:
-        temporary.write_text(record, encoding="utf-8")
-    return root
+    record = json.dumps(options, indent=1, sort_keys=True)
+    return cache.cache_dir() / "suites" / hashlib.sha256(record.encode()).hexdigest()[:16]
 
 
-def _one(root: Path, recipe: Recipe, text: Text, build: Build, on: torch.device) -> list[dict]:
+def _one(root: Path, recipe: Recipe, text: Text, build: Build) -> list[dict]:
     """Train a model, or what is missing of it, and read its rows."""
     folder = root / f"{recipe.variant}-d{recipe.hidden_size}"
     steps = _checkpoint_steps(recipe.steps, recipe.checkpoints)
     wanted = {step: folder / f"step{step}" for step in steps}
     state = folder / "training.pt"
-    folder.mkdir(exist_ok=True)
+
+    def keep(model: PreTrainedModel, step: int) -> None:
+        if not wanted[step].exists():
+            _publish(wanted[step], model, text, step * recipe.tokens_a_step)
+
+    with cache.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     # The lock ends with its process: of two chapters that ask for a suite at once, one trains it.
-    with FileLock(folder / ".lock"), one_thread(on):
+    with FileLock(folder / ".lock"):
         if not all(path.exists() for path in wanted.values()):
-            torch.manual_seed(recipe.seed)
-            model = build(recipe.config(text.tokenizer.eos_token_id)).to(on)
-
-            def keep(step: int) -> None:
-                if not wanted[step].exists():
-                    _publish(wanted[step], model, text, step * recipe.tokens_a_step)
-
-            fit(Trainer(model, recipe), text, state, wanted, keep)
+            fit(recipe, text, state, wanted, keep, build, "auto")
             state.unlink()
     name = {"variant": recipe.variant, "hidden_size": recipe.hidden_size, "seed": recipe.seed}
     rows = []

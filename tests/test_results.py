@@ -152,19 +152,6 @@ def test_smoke_is_exempt_and_an_unsigned_preset_has_one_line(book):
     assert "PRESET=paper has no signed verdicts yet (2 findings)" in fault
 
 
-def test_a_list_covers_what_a_machine_may_lack_and_outlives_signing(book):
-    verdicts = {"a.one": [GOOD, OPEN, "absent"], "a.two": OPEN}
-    results.SIGNED.write_text(yaml.safe_dump({"laptop": {"verdicts": verdicts, "made": {}}}))
-    without = book._replace(findings=book.findings[1:])
-    lacking = book._replace(findings=[finding("a.one", OPEN), book.findings[1]])
-    for state in (book, lacking, without):
-        assert results.faults("laptop", [state]) == []
-        assert results.sign("laptop", [state]) == 0
-        assert results.load(results.SIGNED)["laptop"]["verdicts"] == verdicts
-    against = book._replace(findings=[finding("a.one", BAD), book.findings[1]])
-    assert len(results.faults("laptop", [against])) == 1
-
-
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -81,10 +81,18 @@ def facts(notebook: NotebookNode) -> dict[str, Any]:
     - `provenance`: versions, device, run time, sample sizes.
     """
     told = results.collect(notebook, "report")
-    figures = [{k: v for k, v in f.items() if k != "png"} for f in told.figures.values()]
-    parts = {"parameters": told.parameters, "answer": told.answer or None}
-    parts |= {"findings": told.findings, "figures": figures, "provenance": told.provenance}
-    return {"format": FORMAT, **parts}
+    figures = [
+        {"name": name, "caption": about["caption"], "alt": about["alt"]}
+        for name, about in told.figures.items()
+    ]
+    return {
+        "format": FORMAT,
+        "parameters": told.parameters,
+        "answer": told.answer,
+        "findings": told.findings,
+        "figures": figures,
+        "provenance": told.provenance,
+    }
 
 
 def _parts(cells: Sequence[NotebookNode]) -> list[tuple[str, list[NotebookNode]]]:

@@ -114,7 +114,7 @@ def texts(part: object) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "book/findings").glob("*.yaml")), ids=lambda p: p.stem
+    "path", sorted((ROOT / "book/words").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_a_chapters_words_are_used_and_their_braces_name_what_it_has(path):
     code = ast.parse("\n".join(notebook_code()[f"{path.stem}.ipynb"]))

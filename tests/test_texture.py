@@ -113,9 +113,7 @@ def texts(part: object) -> list[str]:
     return [text for piece in inner for text in texts(piece)]
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "book/words").glob("*.yaml")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted((ROOT / "book/words").glob("*.yaml")), ids=lambda p: p.stem)
 def test_a_chapters_words_are_used_and_their_braces_name_what_it_has(path):
     code = ast.parse("\n".join(notebook_code()[f"{path.stem}.ipynb"]))
     nodes = list(ast.walk(code))

@@ -171,18 +171,18 @@ def findings(run: Run, told: Mapping[str, Sequence[Any]], **fields: Any) -> None
     as of `Run.words`.
     """
     kept = []
-    numbers = []
+    rows = []
     for key, (measured, agrees, *comments) in told.items():
         texts = run.words(key, **fields)
+        quantity = texts["quantity"]
+        paper = str(texts["paper"])
         comment = "; ".join(filter(None, [texts.get("comment"), *comments]))
-        about = {"key": key, "quantity": texts["quantity"], "paper": str(texts["paper"])}
-        verdict = _verdict(agrees, run.texts[key].get("one_of_many", False))
-        kept.append(about | {"comment": comment, "measured": _plain(measured), "verdict": verdict})
-        numbers.append(number(measured))
-    columns = {"quantity": "quantity", "paper": "the paper (cited)", "measured": "measured here"}
-    columns |= {"verdict": "verdict", "comment": "comment"}
-    frame = pd.DataFrame(kept).assign(measured=numbers)[[*columns]].rename(columns=columns)
-    _show(frame, "This chapter's findings", {"findings": kept})
+        verdict = _verdict(agrees, texts.get("one_of_many", False))
+        rows.append((quantity, paper, number(measured), verdict, comment))
+        finding = {"key": key, "quantity": quantity, "paper": paper, "comment": comment}
+        kept.append(finding | {"measured": _plain(measured), "verdict": verdict})
+    columns = ["quantity", "the paper (cited)", "measured here", "verdict", "comment"]
+    _show(pd.DataFrame(rows, columns=columns), "This chapter's findings", {"findings": kept})
 
 
 def _verdict(agrees: bool | None, one_of_many: bool) -> str:

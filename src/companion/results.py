@@ -77,9 +77,11 @@ def read(path: Path) -> Chapter:
 
 def collect(content: nbformat.NotebookNode, name: str) -> Chapter:
     """The same of a notebook that is read already."""
-    lines = [line for cell in content.cells for line in cell.source.splitlines()]
-    titles = [line.removeprefix("# ").strip() for line in lines if line.startswith("# ")]
-    findings, figures, kept = [], {}, {}
+    title, _, opening = content.cells[0].source.partition("\n")
+    asked = re.search(r"[^.?!]*\?", " ".join(opening.split()))
+    findings = []
+    figures = {}
+    kept = {}
     for _, output, about in execute.outputs(content.cells):
         kept |= about
         findings += about.get("findings", [])
@@ -87,11 +89,9 @@ def collect(content: nbformat.NotebookNode, name: str) -> Chapter:
             png = base64.b64decode(output["data"]["image/png"])
             figures[about["name"]] = {**about, "png": png}
     own = content.metadata.get("companion", {})
-    opening = " ".join(content.cells[0].source.partition("\n")[2].split())
-    asked = re.search(r"[^.?!]*\?", opening)
     return Chapter(
         name=name,
-        title=[*titles, name][0],
+        title=title.removeprefix("# ").strip(),
         question=own.get("question") or (asked[0].strip() if asked else ""),
         answer=kept.get("answer", ""),
         parameters=execute.parameters(content),

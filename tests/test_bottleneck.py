@@ -251,7 +251,7 @@ def test_a_vocabulary_smaller_than_the_width_has_no_rank_bottleneck(tmp_path):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("report.ipynb", "the executed notebook goes there; end it with .html"),
+        ("report.ipynb", "executed notebook .* need a place each"),
         ("folder", "it is a folder; name a file"),
         ("file/report.html", "name another file"),
         ("/proc/report.html", "name another file"),

@@ -281,6 +281,8 @@ def report_failure(name: str, work: Callable[[], int | None]) -> int:
     except (OSError, ValueError) as error:
         status = 2
         why = str(error)
+        if getattr(error, "filename", None):
+            why = f"{error.filename}: {error.strerror}"
     except Exception as error:
         if os.environ.get("HEADBOUND_DEBUG"):
             raise

@@ -267,11 +267,14 @@ def _legend(fig: Figure) -> None:
     """One legend above all panels, where it covers no curve."""
     entries = {}
     for ax in fig.axes:
-        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    columns = max(1, 80 // (8 + max(map(len, entries), default=0)))
-    if entries:
-        fig.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
-        fig.set_figheight(fig.get_figheight() + 0.25 * math.ceil(len(entries) / columns))
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    if not entries:
+        return
+    columns = max(1, 80 // (8 + max(map(len, entries))))
+    rows = math.ceil(len(entries) / columns)
+    fig.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
+    fig.set_figheight(fig.get_figheight() + 0.25 * rows)
 
 
 def _lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:

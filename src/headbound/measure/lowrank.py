@@ -1,7 +1,7 @@
 """Heads of bounded rank: cut from a trained head in closed form, or trained by gradient."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -240,16 +240,26 @@ def train(
     where = heads[0].A.device
     rows = _Rows(data.targets, len(heads[0].A), sampled, seed)
     pupils = [_Pupil(head, rows, learning_rate) for head in heads]
+    following = np.searchsorted(rows.seen, data.targets)
+    places = _batches(len(following), batch, epochs, seed)
+    parts = device.feed([data.hidden_states, following], places, where)
+    history = _descend(pupils, progress.bar(parts, "training heads", steps), steps)
+    _check_convergence(history, heads)
+    return [pupil.finished() for pupil in pupils]
+
+
+def _descend(
+    pupils: Sequence["_Pupil"], parts: Iterable[list[Tensor]], steps: int
+) -> Float[Tensor, "steps heads"]:
+    """Train on these parts; the losses. Adam's moments, twice the heads' size, are let go here."""
     dense = [group for pupil in pupils for group in pupil.dense]
     sparse = [pupil.sparse for pupil in pupils]
     optimizers = [torch.optim.Adam(dense, fused=True), torch.optim.SparseAdam(sparse)]
     decays = [LinearLR(optimizer, 1, 1 / steps, steps) for optimizer in optimizers]
-    following = np.searchsorted(rows.seen, data.targets)
-    places = _batches(len(following), batch, epochs, seed)
-    parts = device.feed([data.hidden_states, following], places, where)
-    history = torch.zeros(steps, len(heads), device=where)  # read at the end: no step waits for it
-    for step, (states, targets) in enumerate(progress.bar(parts, "training heads", steps)):
-        drawn = rows.draw(where)
+    where = pupils[0].B.device
+    history = torch.zeros(steps, len(pupils), device=where)  # read at the end: no step waits for it
+    for step, (states, targets) in enumerate(parts):
+        drawn = pupils[0].rows.draw(where)
         for number, pupil in enumerate(pupils):
             loss = cross_entropy(pupil.logits(states, *drawn), targets)
             loss.backward()
@@ -258,8 +268,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             decay.step()
-    _check_convergence(history.cpu(), heads)
-    return [pupil.finished() for pupil in pupils]
+    return history.cpu()
 
 
 class _Rows:

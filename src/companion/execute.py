@@ -21,7 +21,6 @@ import nbformat
 import papermill
 import psutil
 import yaml
-from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
@@ -129,10 +128,10 @@ def commit() -> str:
     """The commit of this checkout, and whether anything differs from it."""
     command = ["git", "describe", "--always", "--dirty=, changed"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return "unknown (no git)"
-    return told.stdout.strip() if told.returncode == 0 else "unknown (not a git checkout)"
+        told = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (not a git checkout)"
+    return told.stdout.strip()
 
 
 def describe_figures(notebook: nbformat.NotebookNode) -> None:
@@ -194,16 +193,10 @@ def _run(notebook: Path, finished: Path, parameters: dict[str, Any], kernel: Con
     try:
         papermill.execute_notebook(notebook, finished, parameters, **how)
     except PapermillExecutionError as error:
-        why = f"{error.ename}: {error.evalue}"
-    except DeadKernelError:
-        why = "its kernel was killed; it may have run out of memory"
-    except RuntimeError as error:
-        if "Kernel died" not in str(error):  # before it has answered once
-            raise
-        why = "its kernel did not start; run `make install` again"
-    else:
-        return
-    raise ChapterError(f"{notebook.stem}: {why}")
+        raise ChapterError(f"{notebook.stem}: {error.ename}: {error.evalue}") from error
+    except RuntimeError as error:  # the kernel's, while it works or before it has answered once
+        why = f"its kernel was killed or did not answer ({error}); is there memory enough?"
+        raise ChapterError(f"{notebook.stem}: {why}") from error
 
 
 def check_place(place: Path) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from companion import chapter
+from companion import chapter, results
 
 
 class Estimate(NamedTuple):
@@ -186,7 +186,7 @@ def test_one_model_that_meets_a_claim_about_all_is_consistent(agrees, key, verdi
     chapter.findings(run, {key: (1.0, agrees)})
     (kept,) = shown[0][1]["companion"]["findings"]
     assert kept["verdict"] == verdict
-    assert verdict in chapter.VERDICTS
+    assert verdict in results.WORDS
 
 
 def test_an_answer_is_shown_and_kept(run, monkeypatch):

@@ -48,20 +48,6 @@ def test_a_figure_is_shown_with_its_texts_and_closed(shown):
     assert not plt.fignum_exists(fig.number)
 
 
-@pytest.mark.parametrize("field", TEXTS)
-@pytest.mark.parametrize("empty", ["", "  \n"])
-def test_no_figure_without_its_texts(field, empty):
-    fig, _ = plt.subplots()
-    with pytest.raises(ValueError, match=f"{field} = "):
-        figures.show(fig, **{**TEXTS, field: empty})
-
-
-def test_a_name_is_a_label():
-    fig, _ = plt.subplots()
-    with pytest.raises(ValueError, match="name = 'fig x': must be letters"):
-        figures.show(fig, **{**TEXTS, "name": "fig x"})
-
-
 def test_caption_and_alt_text_come_from_the_names(shown):
     told = frame(low=[0, 0.4, 0.1], high=[0.2, 0.6, 0.3])
     figures.plot(told, "fig-x", "layer", "mean cosine", see="Highest in block 1 (0.5)")

@@ -399,7 +399,7 @@ def test_the_pace_counts_what_a_page_shows(tmp_path):
         ("markdown", "# A title\n\nFour words of prose: $x^2$ and `code`.", []),
         ("code", "seed = 0", ["parameters"]),
         ("code", "a = 1\n\n# why\nb = 2", []),
-        ("code", "chapter.plot(frame)", ["hide-input"]),
+        ("code", "chapter.figure(run, frame)", ["hide-input"]),
         ("markdown", "Exercises are not counted.", []),
     ]
     cells = [

@@ -28,11 +28,10 @@ from jinja2 import Environment, FileSystemLoader
 from pandas.io.formats.style import Styler
 
 from companion import figures
-from companion.figures import plot, show
-from companion.words import VERDICTS, Estimate, markdown, number, visible
+from companion.words import Estimate, markdown, number, visible
 
-__all__ = ["VERDICTS", "Run", "answer", "begin", "end", "explore", "figure", "findings"]
-__all__ += ["markdown", "number", "plot", "say", "show", "table"]
+__all__ = ["Run", "answer", "begin", "end", "explore", "figure", "findings", "markdown"]
+__all__ += ["number", "say", "table"]
 
 
 class _Filling(Formatter):
@@ -157,7 +156,7 @@ def figure(run: Run, frame: pd.DataFrame | Mapping[Any, Any], name: str, **given
     and fields of `Run.words`.
     """
     computed = {part: given.pop(part) for part in figures.PARTS & given.keys()}
-    plot(frame, name, **run.words(name, **given), **computed)
+    figures.plot(frame, name, **run.words(name, **given), **computed)
 
 
 def findings(run: Run, told: Mapping[str, Sequence[Any]], **fields: Any) -> None:
@@ -186,7 +185,7 @@ def findings(run: Run, told: Mapping[str, Sequence[Any]], **fields: Any) -> None
 
 
 def _verdict(agrees: bool | None, one_of_many: bool) -> str:
-    """One of `VERDICTS`; one model of many can at best be consistent with a claim about all."""
+    """The word; one model of many can at best be consistent with a claim about all."""
     if agrees is None:
         return "not testable here"
     good = "consistent" if one_of_many else "reproduced"

@@ -1,7 +1,6 @@
 """The figures of a book: one verb for what most of them are, and what every figure must say."""
 
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
@@ -188,15 +187,8 @@ def show(fig: Figure, name: str, caption: str, alt: str) -> None:
     Texts are plain: what would be Markdown is shown as it is. What would keep a reader from seeing
     the figure is kept with it: the weakest contrast of its lines, and how many panels stand side by
     side.
-
-    **Raises:** `ValueError` if a text is missing, or the name is none.
     """
-    if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"name = {name!r}: must be letters, digits and hyphens, like fig-loss")
     about = {"name": name, "caption": visible(caption), "alt": visible(alt)}
-    for field in ("caption", "alt"):
-        if not about[field]:
-            raise ValueError(f"{field} = '': a figure needs a caption and an alt text")
     panels = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
     columns = {round(ax.get_position().x0, 1) for ax in panels}
     seen = {"contrast": round(contrast(fig), 2), "columns": len(columns)}

@@ -78,11 +78,9 @@ class Listing(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A head as stored, padding rows included; its tensor's name; how its bytes were checked."""
+    """A head as stored, padding rows included, and the revision that it was read from."""
 
     weight: Float[Tensor, "rows d"]
-    name: str
-    checked: str
     listed: Listing
 
 
@@ -162,12 +160,14 @@ def head(model: str, revision: str = "main", keep: bool = False) -> Head:
     if path not in listed.files:
         where = json.loads(small_file(listed, f"{path}.index.json"))["weight_map"]
         path = where[_head_name(listed, where)]
-    ranged = kind == "safetensors" and authenticated()
-    name, weight = _ranged_head(listed, path) if ranged else _whole_head(listed, path, keep)
+    if kind == "safetensors" and authenticated():
+        name, weight = _ranged_head(listed, path)
+    else:
+        name, weight = _whole_head(listed, path, keep)
     if weight.ndim != 2 or not weight.is_floating_point() or not weight.isfinite().all():
         why = f"{name} is no finite matrix; choose another revision"
         raise ValueError(f"{model} at {revision}: {why}")
-    return Head(weight, name, "ranges" if ranged else "whole files", listed)
+    return Head(weight, listed)
 
 
 def authenticated() -> bool:

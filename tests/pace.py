@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ("chapter.figure(", "chapter.plot(", "chapter.show(", "chapter.say(", "chapter.table(")
+RESULTS = ("chapter.figure(", "chapter.say(", "chapter.table(")
 RESULTS += ("print(", "display(")
 FENCED = re.compile(r"^(`{3,})\{prf:proof\}.*?^\1$|^\$\$.*?\$\$$", re.MULTILINE | re.DOTALL)
 MARKUP = re.compile(r"^`{3,}.*$|^:\w+:.*$|^\(\S+\)=$|\$[^$]*\$|\{[\w:]+\}|[`*#|]", re.MULTILINE)

@@ -1,6 +1,7 @@
 """The diagnosis: its rule, its experiment on planted cases, the report on new architectures."""
 
 import json
+import runpy
 from pathlib import Path
 
 import nbformat
@@ -13,15 +14,17 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from sweep import references
 
 from companion import diagnosis
+from headbound import pythia
 from headbound.measure import bottleneck, lowrank
 from headbound.stats import Estimate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "09_diagnose.ipynb"
+REFERENCES = runpy.run_path(str(pythia.DATA / "references.py"))  # makes the table
+SMOL = REFERENCES["SMOL"]
 
 WORDS = [tiny.TEXT.split()[i % 18] for i in np.random.default_rng(0).integers(0, 18, 60_000)]
 PARAGRAPHS = [" ".join(WORDS[i : i + 500]) for i in range(0, len(WORDS), 500)]
@@ -217,7 +220,7 @@ def test_a_vocabulary_smaller_than_the_width_has_no_rank_bottleneck(tmp_path):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("report.ipynb", "the executed notebook goes there; end it with .html"),
+        ("report.ipynb", "executed notebook .* need a place each"),
         ("folder", "it is a folder; name a file"),
         ("file/report.html", "name another file"),
         ("/proc/report.html", "name another file"),
@@ -271,23 +274,22 @@ def test_the_bundled_references_hold_the_planted_cases_and_the_papers_models():
     known = bottleneck._references("", 0.0)
     cited = known["verdict"] == "cited"
     verdicts = known[~cited].drop_duplicates("reference").set_index("reference")["verdict"]
-    assert set(verdicts.index) <= set(references.PARAMETERS)
-    assert verdicts[f"{references.SMOL}, head cut to 64"] == "bottleneck"
-    assert verdicts[references.SMOL] != "bottleneck"
+    assert set(verdicts.index) <= set(REFERENCES["PARAMETERS"])
+    assert verdicts[f"{SMOL}, head cut to 64"] == "bottleneck"
+    assert verdicts[SMOL] != "bottleneck"
     shown = known[cited].reset_index(drop=True)[["reference", "quantity", "value"]]
-    pd.testing.assert_frame_equal(
-        shown, references.cited()[["reference", "quantity", "value"]], rtol=1e-5
-    )
+    cited = REFERENCES["cited"]()[["reference", "quantity", "value"]]
+    pd.testing.assert_frame_equal(shown, cited, rtol=1e-5)
 
 
 def test_a_model_is_not_its_own_company():
     known = bottleneck._references("", 0.0)
-    row = known[(known["reference"] == references.SMOL) & (known["quantity"] == "perplexity")]
+    row = known[(known["reference"] == SMOL) & (known["quantity"] == "perplexity")]
     same = bottleneck._references(row["fingerprint"].iloc[0], row["value"].iloc[0])
-    assert references.SMOL in set(known["reference"])
-    assert references.SMOL not in set(same["reference"])
+    assert SMOL in set(known["reference"])
+    assert SMOL not in set(same["reference"])
     other = bottleneck._references("another text", row["value"].iloc[0])
-    assert references.SMOL in set(other["reference"])
+    assert SMOL in set(other["reference"])
 
 
 def test_a_number_lies_between_its_neighbours(monkeypatch):

@@ -259,4 +259,6 @@ def test_a_preset_gives_a_chapter_its_values_and_another_notebook_none(tmp_path)
     assert execute.of_preset(notebooks / "01_one.ipynb", "small") == {"n": 3}
     assert execute.of_preset(notebooks / "02_two.ipynb", "small") == {}
     assert execute.of_preset(notebooks / "03_three.ipynb", "small") == {}
-    assert execute.of_preset(notebooks / "01_one.ipynb", "large") == {}
+    with pytest.raises(ValueError, match="PRESET = large: must be one of small"):
+        execute.of_preset(notebooks / "01_one.ipynb", "large")
+    assert execute.of_preset(tmp_path / "alone" / "notebooks" / "01_one.ipynb", "large") == {}

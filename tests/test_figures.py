@@ -48,20 +48,6 @@ def test_a_figure_is_shown_with_its_texts_and_closed(shown):
     assert not plt.fignum_exists(fig.number)
 
 
-@pytest.mark.parametrize("field", TEXTS)
-@pytest.mark.parametrize("empty", ["", "  \n"])
-def test_no_figure_without_its_texts(field, empty):
-    fig, _ = plt.subplots()
-    with pytest.raises(ValueError, match=f"{field} = "):
-        figures.show(fig, **{**TEXTS, field: empty})
-
-
-def test_a_name_is_a_label():
-    fig, _ = plt.subplots()
-    with pytest.raises(ValueError, match="name = 'fig x': must be letters"):
-        figures.show(fig, **{**TEXTS, "name": "fig x"})
-
-
 def test_caption_and_alt_text_come_from_the_names(shown):
     told = frame(low=[0, 0.4, 0.1], high=[0.2, 0.6, 0.3])
     figures.plot(told, "fig-x", "layer", "mean cosine", see="Highest in block 1 (0.5)")
@@ -90,9 +76,11 @@ def test_numbers_by_curve_and_place_are_drawn_as_they_are(shown):
     assert "bars are 95 % intervals" in dot[1]["caption"]
 
 
-def test_a_single_point_is_seen_with_its_interval():
+def test_a_single_point_is_seen_with_its_interval(shown):
     told = pd.DataFrame({"size": [1, 1], "cosine": [0.2, 0.3], "model": ["a", "b"]})
-    fig = figures.draw(told.assign(low=0.1, high=0.4), "size", "cosine", by="model")
+    told = told.assign(low=0.1, high=0.4)
+    figures.plot(told, "fig-x", "size", "cosine", by="model", see="Two")
+    ((fig, _),) = shown
     lines = [part for part in fig.axes[0].collections if hasattr(part, "get_segments")]
     assert [line.get_segments()[0][:, 1].tolist() for line in lines] == [[0.1, 0.4]] * 2
     assert fig.axes[0].lines[0].get_markersize() == 9
@@ -182,9 +170,10 @@ def test_what_cannot_be_drawn_is_named(change, message):
         figures.plot(**{**asked, **change})
 
 
-def test_lines_are_told_apart_without_colour_and_seen_on_white():
+def test_lines_are_told_apart_without_colour_and_seen_on_white(shown):
     told = pd.concat([frame(model=name) for name in "abcdef"])
-    fig = figures.draw(told, "layer", "mean cosine", by="model")
+    figures.plot(told, "fig-x", "layer", "mean cosine", by="model", see="Six")
+    ((fig, _),) = shown
     lines = fig.axes[0].lines[:6]
     assert len({line.get_marker() for line in lines}) == 6
     assert len({str(line._unscaled_dash_pattern) for line in lines}) == 6

@@ -43,7 +43,11 @@ sections:
          tolerance: a tenth, findings: [orbit.power]}
 """
 TEXTS = {
-    "01_fall": 'fall.time: {quantity: "{name}", paper: "{name}"}',
+    "01_fall": """\
+fall.time: {quantity: "{name}", paper: "{name}"}
+fig-fall: {x: height (m), y: time (s), by: apple}
+fig-all: {x: height (m), y: time (s), panels: where}
+""",
     "02_orbit": """\
 orbit.power: {quantity: "{name}", paper: "{name}"}
 orbit.moon: {quantity: "{name}", paper: "{name}", comment: "{name}"}
@@ -72,10 +76,10 @@ FALL = """\
 import pandas as pd
 heights = {"height (m)": [1, 2], "time (s)": [0.45, 0.64]}
 frame = pd.concat(pd.DataFrame(heights).assign(apple=name) for name in NAMES[:6])
-chapter.plot(frame, "fig-fall", "height (m)", "time (s)", by="apple", see=NAME)"""
+chapter.figure(run, frame, "fig-fall", see=NAME)"""
 PANELS = """\
 frame = pd.concat(frame.assign(where=name) for name in NAMES[6:])
-chapter.plot(frame, "fig-all", "height (m)", "time (s)", panels="where", see=NAME)"""
+chapter.figure(run, frame, "fig-all", see=NAME)"""
 TOLD = """\
 chapter.table(pd.DataFrame({name: NAMES for name in NAMES[:4]}), NAME)
 for name in NAMES:

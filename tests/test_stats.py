@@ -34,18 +34,6 @@ def test_no_unit_is_an_error():
         bootstrap(lambda w: w.sum(1), 0)
 
 
-@pytest.mark.parametrize(
-    ("estimate", "text"),
-    [
-        (Estimate(0.12345, 0.1, 0.2, 1000), "0.123 [0.100, 0.200] (n = 1,000)"),
-        (Estimate(1234.5, 1200.0, 1300.0, 3), "1234 [1200, 1300] (n = 3)"),
-        (Estimate(1.0, math.nan, math.nan, 1), "1.00 [nan, nan] (n = 1)"),
-    ],
-)
-def test_an_estimate_prints_its_interval_and_size(estimate, text):
-    assert str(estimate) == text
-
-
 def test_jackknife_of_a_mean_is_the_textbook_interval():
     x = np.random.default_rng(2).normal(size=30)
     estimate = jackknife([float(np.delete(x, i).mean()) for i in range(30)], float(x.mean()))

@@ -41,7 +41,7 @@ GRADES = ("Warm-up", "Standard", "Project")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md"))]
 PAGES += sorted([*(ROOT / "book").glob("*.md.j2"), *(ROOT / "book").glob("lab/*.md")])
 PROSE = {path: path.read_text("utf-8") for path in PAGES}
-PLACE = re.compile(r"\{\{ (figure|findings)\(\"([\w-]+)\"\) \}\}")
+PLACE = re.compile(r"\{\{ figure\(\"([\w-]+)\"\) \}\}")
 
 
 def exercise(name: str):
@@ -236,14 +236,14 @@ def test_every_term_is_linked_from_its_first_use():
         )
 
 
-def test_the_deck_names_figures_and_chapters_that_exist():
+def test_the_deck_names_figures_that_exist():
     sources = "".join(
         "".join(c["source"]) for p in NOTEBOOKS for c in json.loads(p.read_text())["cells"]
     )
     places = PLACE.findall(PROSE[ROOT / "book" / "slides.md.j2"])
     assert len(places) > 10
-    for kind, name in places:
-        assert f'"{name}"' in sources if kind == "figure" else name in {p.stem for p in NOTEBOOKS}
+    for name in places:
+        assert f'"{name}"' in sources
 
 
 def test_no_prose_counts_chapters_that_a_new_one_would_shift():
@@ -370,7 +370,7 @@ def test_a_slide_has_at_most_one_figure_and_few_words():
     deck = slides()
     assert len(deck) > 15
     for title, body in deck.items():
-        assert body.count("figure(") + body.count("findings(") <= 1, title
+        assert body.count("figure(") <= 1, title
         words = re.sub(
             r"\$\$.*?\$\$|\{%.*?%\}|\{\{.*?\}\}|\{[\w:]+\}`.*?`", " ", body, flags=re.DOTALL
         )
@@ -401,7 +401,7 @@ def test_the_pace_counts_what_a_page_shows(tmp_path):
         ("markdown", "# A title\n\nFour words of prose: $x^2$ and `code`.", []),
         ("code", "seed = 0", ["parameters"]),
         ("code", "a = 1\n\n# why\nb = 2", []),
-        ("code", "chapter.plot(frame)", ["hide-input"]),
+        ("code", "chapter.figure(run, frame)", ["hide-input"]),
         ("markdown", "Exercises are not counted.", []),
     ]
     cells = [

@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FIGURE = """
 import matplotlib.pyplot as plt
-from companion import chapter
+from companion import figures
 fig, ax = plt.subplots(figsize=(2, 1))
 ax.plot([1, 2])
-chapter.show(fig, name="fig-line", caption=f"Line {n}.", alt=f"A line rising {n} times.")
+figures.show(fig, name="fig-line", caption=f"Line {n}.", alt=f"A line rising {n} times.")
 """
 
 

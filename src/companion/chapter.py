@@ -28,11 +28,10 @@ from jinja2 import Environment, FileSystemLoader
 from pandas.io.formats.style import Styler
 
 from companion import figures
-from companion.figures import plot, show
-from companion.words import VERDICTS, Estimate, markdown, number, visible
+from companion.words import Estimate, markdown, number, visible
 
-__all__ = ["VERDICTS", "Run", "answer", "begin", "end", "explore", "figure", "findings"]
-__all__ += ["markdown", "number", "plot", "say", "show", "table"]
+__all__ = ["Run", "answer", "begin", "end", "explore", "figure", "findings", "markdown"]
+__all__ += ["number", "say", "table"]
 
 
 class _Filling(Formatter):
@@ -82,16 +81,8 @@ def begin(namespace: Mapping[str, Any], texts: Path | None = None) -> Run:
     **Arguments:** `namespace`: the notebook's `globals()`, right after its parameters cell and its
     imports; it must hold `seed` and `preset`. `texts`: the file of the chapter's words, as
     `book/words/NN_name.yaml`.
-
-    **Raises:** `ValueError` if `seed` or `preset` is missing or of the wrong type.
     """
-    for name, kind in {"seed": int, "preset": str}.items():
-        if not isinstance(namespace.get(name), kind):
-            told = f"{name} = {namespace.get(name)!r}"
-            raise ValueError(f"{told}: the parameters cell must set it to a {kind.__name__}")
     seed = namespace["seed"]
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed = {seed}: must be between 0 and {2**32 - 1}")
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (libraries below still draw from it)
     if "torch" in sys.modules:
@@ -165,7 +156,7 @@ def figure(run: Run, frame: pd.DataFrame | Mapping[Any, Any], name: str, **given
     and fields of `Run.words`.
     """
     computed = {part: given.pop(part) for part in figures.PARTS & given.keys()}
-    plot(frame, name, **run.words(name, **given), **computed)
+    figures.plot(frame, name, **run.words(name, **given), **computed)
 
 
 def findings(run: Run, told: Mapping[str, Sequence[Any]], **fields: Any) -> None:
@@ -179,22 +170,22 @@ def findings(run: Run, told: Mapping[str, Sequence[Any]], **fields: Any) -> None
     as of `Run.words`.
     """
     kept = []
-    numbers = []
+    rows = []
     for key, (measured, agrees, *comments) in told.items():
         texts = run.words(key, **fields)
+        quantity = texts["quantity"]
+        paper = str(texts["paper"])
         comment = "; ".join(filter(None, [texts.get("comment"), *comments]))
-        about = {"key": key, "quantity": texts["quantity"], "paper": str(texts["paper"])}
-        verdict = _verdict(agrees, run.texts[key].get("one_of_many", False))
-        kept.append(about | {"comment": comment, "measured": _plain(measured), "verdict": verdict})
-        numbers.append(number(measured))
-    columns = {"quantity": "quantity", "paper": "the paper (cited)", "measured": "measured here"}
-    columns |= {"verdict": "verdict", "comment": "comment"}
-    frame = pd.DataFrame(kept).assign(measured=numbers)[[*columns]].rename(columns=columns)
-    _show(frame, "This chapter's findings", {"findings": kept})
+        verdict = _verdict(agrees, texts.get("one_of_many", False))
+        rows.append((quantity, paper, number(measured), verdict, comment))
+        finding = {"key": key, "quantity": quantity, "paper": paper, "comment": comment}
+        kept.append(finding | {"measured": _plain(measured), "verdict": verdict})
+    columns = ["quantity", "the paper (cited)", "measured here", "verdict", "comment"]
+    _show(pd.DataFrame(rows, columns=columns), "This chapter's findings", {"findings": kept})
 
 
 def _verdict(agrees: bool | None, one_of_many: bool) -> str:
-    """One of `VERDICTS`; one model of many can at best be consistent with a claim about all."""
+    """The word; one model of many can at best be consistent with a claim about all."""
     if agrees is None:
         return "not testable here"
     good = "consistent" if one_of_many else "reproduced"

@@ -34,20 +34,18 @@ def report(
     **Raises:** `ValueError` for bad parameters or a place that can't be written, before the run;
     `execute.ChapterError` for what the notebook can't do.
     """
-    output = output.expanduser()
     executed = output.with_suffix(".ipynb")
-    data = data and data.expanduser()
-    if output == executed:
-        raise ValueError(f"output = {output}: the executed notebook goes there; end it with .html")
-    if data and os.path.realpath(data) in map(os.path.realpath, (output, executed)):
-        raise ValueError(f"output = {output}, json = {data}: one place for both; name another")
-    for place in filter(None, (output, executed, data)):
+    places = [place.expanduser() for place in (output, executed, data) if place]
+    if len({os.path.realpath(place) for place in places}) < len(places):
+        why = "page, executed notebook (.ipynb) and JSON need a place each; name another"
+        raise ValueError(f"output = {output}, json = {data}: {why}")
+    for place in places:
         execute.check_place(place)
     execute.execute(notebook, executed, "laptop", parameters)
-    made = nbformat.read(executed, as_version=4)
-    write_whole(output, page(made))
+    made = nbformat.read(places[1], as_version=4)
+    write_whole(places[0], page(made))
     if data:
-        write_whole(data, json.dumps(facts(made), indent=1, ensure_ascii=False) + "\n")
+        write_whole(places[2], json.dumps(facts(made), indent=1, ensure_ascii=False) + "\n")
 
 
 def page(notebook: NotebookNode) -> str:
@@ -81,10 +79,18 @@ def facts(notebook: NotebookNode) -> dict[str, Any]:
     - `provenance`: versions, device, run time, sample sizes.
     """
     told = results.collect(notebook, "report")
-    figures = [{k: v for k, v in f.items() if k != "png"} for f in told.figures.values()]
-    parts = {"parameters": told.parameters, "answer": told.answer or None}
-    parts |= {"findings": told.findings, "figures": figures, "provenance": told.provenance}
-    return {"format": FORMAT, **parts}
+    figures = [
+        {"name": name, "caption": about["caption"], "alt": about["alt"]}
+        for name, about in told.figures.items()
+    ]
+    return {
+        "format": FORMAT,
+        "parameters": told.parameters,
+        "answer": told.answer,
+        "findings": told.findings,
+        "figures": figures,
+        "provenance": told.provenance,
+    }
 
 
 def _parts(cells: Sequence[NotebookNode]) -> list[tuple[str, list[NotebookNode]]]:

@@ -21,7 +21,6 @@ import nbformat
 import papermill
 import psutil
 import yaml
-from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
@@ -44,18 +43,16 @@ class ChapterError(RuntimeError):
     """A notebook that could not be executed to its end, in one line with its name."""
 
 
-def literals(source: str) -> dict[str, Any]:
-    """The names that a cell sets, and their values, which are plain literals."""
-    lines = [line for line in ast.parse(source).body if isinstance(line, ast.Assign)]
-    return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
-
-
 def parameters(notebook: nbformat.NotebookNode) -> dict[str, Any]:
-    """The parameters of an executed notebook, with the values that they had."""
+    """A notebook's parameters: the plain values that its cells of them set, the last one's count.
+
+    These cells are tagged `parameters` or, by papermill, `injected-parameters`.
+    """
     values = {}
     for cell in notebook.cells:
         if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
-            values |= literals(cell.source)
+            lines = [line for line in ast.parse(cell.source).body if isinstance(line, ast.Assign)]
+            values |= {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
     return values
 
 
@@ -67,25 +64,20 @@ def outputs(cells: Iterable[nbformat.NotebookNode]) -> Iterator[tuple]:
 
 
 def defaults(notebook: Path) -> dict[str, Any]:
-    """A notebook's parameters: what the cell tagged `parameters` sets.
+    """The parameters of a notebook that has not run.
 
-    **Raises:** `ValueError` for a file that is no notebook, or has no such cell.
+    **Raises:** `ValueError` for a file that is no notebook, or has no cell of parameters.
     """
     if not notebook.is_file():
         raise ValueError(f"notebook = {notebook}: no such file")
     try:
-        cells = nbformat.read(notebook, as_version=4).cells
+        found = parameters(nbformat.read(notebook, as_version=4))
     except Exception as error:  # nbformat has a kind for each way of being none
-        why = type(error).__name__
-        raise ValueError(f"notebook = {notebook}: not a notebook ({why})") from error
-    for cell in cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            try:
-                return literals(cell.source)
-            except (ValueError, SyntaxError, AttributeError) as error:
-                why = "the cell tagged `parameters` must set names to plain values"
-                raise ValueError(f"notebook = {notebook}: {why}") from error
-    raise ValueError(f"notebook = {notebook}: no cell of it is tagged `parameters`")
+        why = f"not a notebook whose parameters are plain values ({type(error).__name__})"
+        raise ValueError(f"notebook = {notebook}: {why}") from error
+    if not found:
+        raise ValueError(f"notebook = {notebook}: no cell of it is tagged `parameters`")
+    return found
 
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -136,10 +128,10 @@ def commit() -> str:
     """The commit of this checkout, and whether anything differs from it."""
     command = ["git", "describe", "--always", "--dirty=, changed"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return "unknown (no git)"
-    return told.stdout.strip() if told.returncode == 0 else "unknown (not a git checkout)"
+        told = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (not a git checkout)"
+    return told.stdout.strip()
 
 
 def describe_figures(notebook: nbformat.NotebookNode) -> None:
@@ -156,11 +148,16 @@ def _book(notebook: Path) -> Path:
 
 
 def of_preset(notebook: Path, preset: str) -> dict[str, Any]:
-    """What a preset changes of a chapter: nothing where no preset names it."""
-    path = _book(notebook) / "presets" / f"{preset}.yaml"
-    if not path.is_file():
+    """What a preset changes of a chapter: nothing where the book has no presets.
+
+    **Raises:** `ValueError` for a preset that is not among those that the book has.
+    """
+    presets = {path.stem: path for path in _book(notebook).glob("presets/*.yaml")}
+    if not presets:
         return {}
-    chapters = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if preset not in presets:
+        raise ValueError(f"PRESET = {preset}: must be one of {', '.join(sorted(presets))}")
+    chapters = yaml.safe_load(presets[preset].read_text(encoding="utf-8")) or {}
     return chapters.get(notebook.stem) or {}
 
 
@@ -171,9 +168,6 @@ def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any
     `ChapterError` for a cell that failed, or a kernel that was killed.
     """
     parameters = check_parameters(notebook, parameters)
-    presets = [path.stem for path in _book(notebook).glob("presets/*.yaml")]
-    if presets and preset not in presets:
-        raise ValueError(f"PRESET = {preset}: must be one of {', '.join(sorted(presets))}")
     if preset != "laptop":  # laptop is what the notebooks say themselves
         parameters = {"preset": preset, **parameters}
     output = output.expanduser()
@@ -199,16 +193,10 @@ def _run(notebook: Path, finished: Path, parameters: dict[str, Any], kernel: Con
     try:
         papermill.execute_notebook(notebook, finished, parameters, **how)
     except PapermillExecutionError as error:
-        why = f"{error.ename}: {error.evalue}"
-    except DeadKernelError:
-        why = "its kernel was killed; it may have run out of memory"
-    except RuntimeError as error:
-        if "Kernel died" not in str(error):  # before it has answered once
-            raise
-        why = "its kernel did not start; run `make install` again"
-    else:
-        return
-    raise ChapterError(f"{notebook.stem}: {why}")
+        raise ChapterError(f"{notebook.stem}: {error.ename}: {error.evalue}") from error
+    except RuntimeError as error:  # the kernel's, while it works or before it has answered once
+        why = f"its kernel was killed or did not answer ({error}); is there memory enough?"
+        raise ChapterError(f"{notebook.stem}: {why}") from error
 
 
 def check_place(place: Path) -> None:
@@ -257,11 +245,8 @@ def _own_kernel() -> Iterator[Config]:
     It finds its kernel file, its configuration and its start-up files in an empty folder. It
     listens on no network port where `SOCKETS` can be written.
     """
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        mock.patch.dict(os.environ),
-        _sockets() as config,
-    ):
+    place = SOCKETS if os.access(SOCKETS, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=place) as scratch, mock.patch.dict(os.environ):
         folder = Path(scratch) / "kernels" / "python3"
         folder.mkdir(parents=True)
         quiet = ["--log-level=CRITICAL", "--InteractiveShellApp.ignore_cwd=True"]
@@ -275,16 +260,8 @@ def _own_kernel() -> Iterator[Config]:
             os.environ.pop(name, None)
         if not os.access(Path.home(), os.W_OK):
             os.environ.setdefault("MPLCONFIGDIR", scratch)
-        yield config
-
-
-@contextmanager
-def _sockets() -> Iterator[Config]:
-    if not os.access(SOCKETS, os.W_OK):
-        yield Config(KernelManager={"transport": "tcp"})
-        return
-    with tempfile.TemporaryDirectory(dir=SOCKETS) as folder:
-        yield Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})
+        sockets = {"transport": "ipc", "ip": f"{scratch}/socket"} if place else {}
+        yield Config(KernelManager=sockets)
 
 
 def report_failure(name: str, work: Callable[[], int | None]) -> int:
@@ -292,17 +269,17 @@ def report_failure(name: str, work: Callable[[], int | None]) -> int:
     try:
         return work() or 0
     except ChapterError as error:
-        status, why = 1, str(error)
-    except OSError as error:
-        status, why = 2, str(error)
-        if error.filename is not None and error.strerror is not None:
+        status = 1
+        why = str(error)
+    except (OSError, ValueError) as error:
+        status = 2
+        why = str(error)
+        if getattr(error, "filename", None):
             why = f"{error.filename}: {error.strerror}"
-    except ValueError as error:
-        status, why = 2, str(error)
     except Exception as error:
         if os.environ.get("HEADBOUND_DEBUG"):
             raise
-        where = "not foreseen; HEADBOUND_DEBUG=1 shows where"
-        status, why = 1, f"{name}: {type(error).__name__}: {error} ({where})"
+        status = 1
+        why = f"{name}: {type(error).__name__}: {error} (HEADBOUND_DEBUG=1 shows where)"
     print("headbound:", *why.split(), file=sys.stderr)
     return status

@@ -33,27 +33,26 @@ def feedback(function: Function, exercise: ModuleType) -> str:
 
 def mistakes(exercise: ModuleType) -> list[Function]:
     """The functions of an exercise that make a mistake, in their order."""
-    known = []
-    for name, value in vars(exercise).items():
-        public = inspect.isfunction(value) and not name.startswith("_")
-        own = public and value.__module__ == exercise.__name__
-        if own and value is not exercise.right:
-            known.append(value)
-    return known
+    functions = filter(inspect.isfunction, vars(exercise).values())
+    own = [each for each in functions if each.__module__ == exercise.__name__]
+    return [each for each in own if each.__name__ != "right" and each.__name__[0] != "_"]
 
 
 def _from_outside(
     found: Sequence[np.ndarray], expected: Sequence[np.ndarray], inputs: Sequence[tuple]
 ) -> str:
-    tried = zip(inputs, found, expected, strict=True)
-    asked, yours, mine = next(part for part in tried if not _same(part[1:2], part[2:]))
+    wrong = 0
+    while _same(found[wrong : wrong + 1], expected[wrong : wrong + 1]):
+        wrong += 1
+    yours = found[wrong]
+    mine = expected[wrong]
     if mine.shape != yours.shape:
         return f"your result has the shape {yours.shape}, it should have {mine.shape}"
     factor = float(yours.sum() / mine.sum())
     scaled = [np.asarray(factor * part) for part in expected]
     if np.isfinite(factor) and _same(found, scaled):
         return f"right but for a constant factor: your results are {factor:.4g} times as large"
-    arguments = ", ".join(map(str, asked))
+    arguments = ", ".join(map(str, inputs[wrong]))
     return f"not yet: for {arguments} it should give {mine}, yours gives {yours}"
 
 

@@ -1,7 +1,6 @@
 """The figures of a book: one verb for what most of them are, and what every figure must say."""
 
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
@@ -24,6 +23,7 @@ COLORS = ["#0b4f99", "#b34700", "#00705a", "#8f2d7a", "#5c5c00", "#333333"]
 MARKERS = ["o", "s", "^", "D", "v", "P"]
 DASHES = [(1, 0), (5, 2), (1.5, 1.5), (7, 2, 2, 2), (3, 1), (1, 1, 4, 1)]
 CITED = "#6b6b6b"
+CITED_DASHES = DASHES[1:] + DASHES[:1]
 MOST_CURVES = 6
 LABEL = 40  # characters of a name in a figure; its table has the whole
 
@@ -35,8 +35,7 @@ class Look(TypedDict, total=False):
     - `panels`: the column whose values are the panels, one above the other.
     - `kind`: `line` (the usual), `dot` (a point and its interval a row), or `scatter` (points).
     - `log`: the axes that are logarithmic: `x`, `y` or `xy`.
-    - `marks`: lines across the figure, label to value on the y axis (on the x axis for `dot`).
-    - `upright`: the same on the x axis.
+    - `marks`: lines across the figure, label to value on the y axis; `upright`: on the x axis.
     - `limits`: of the y axis.
     - `along`: the places along x where each curve of a mapping has its sequence of numbers.
     - `cited`: curves of another, drawn in grey behind ours. Its columns may be called `curve`, `x`
@@ -84,9 +83,10 @@ def tidy(values: Mapping[Any, Any], *names: str) -> pd.DataFrame:
     rows = []
     for key, value in values.items():
         parts = key if isinstance(key, tuple) else (key,)
-        number = getattr(value, "value", value)
-        interval = (getattr(value, "low", number), getattr(value, "high", number))
-        rows.append((*parts, number, *interval))
+        if isinstance(value, Estimate):
+            rows.append((*parts, value.value, value.low, value.high))
+        else:
+            rows.append((*parts, value, value, value))
     frame = pd.DataFrame(rows, columns=[*names, "low", "high"])
     known = any(isinstance(value, Estimate) for value in values.values())
     return frame if known else frame.drop(columns=["low", "high"])
@@ -121,13 +121,11 @@ def plot(
     **Raises:** `ValueError` for a column that is not there, more than six curves, or no row.
     """
     frame = _whole(frame, x, y, look)
-    fig = draw(frame, x, y, **look)
-    if not see:
-        see = _values(frame, x, y, look["by"], at)
+    fig = draw(frame, x, y, look)
+    see = see or _values(frame, x, y, look["by"], at)
     what = y
     if "panels" in look and y == "value":
-        panels = frame[look["panels"]].unique()
-        what = ", ".join(map(str, panels))
+        what = ", ".join(map(str, frame[look["panels"]].unique()))
     caption = _caption(frame, x, what, look)
     alt = _alt(frame, x, what, look)
     show(fig, name, f"{caption} {see}.", f"{alt} {see}.")
@@ -145,30 +143,39 @@ def _whole(frame: pd.DataFrame | Mapping[Any, Any], x: str, y: str, look: Look) 
         names = [look[part] for part in ("panels", "by") if part in look]
         names += [y, x] if look.get("kind") == "dot" else [x, y]
         frame = tidy(frame, *names)
-    if "cited" not in look:
-        return frame
-    cited = look["cited"].assign(cited=True)
-    named = {"x": x, "y": y, "curve": look.get("by", "curve")}
-    missing = {old: new for old, new in named.items() if new not in cited}
-    cited = cited.rename(columns=missing)
-    return pd.concat([frame, cited]) if len(frame) else cited
+    if "cited" in look:
+        cited = look["cited"].assign(cited=True)
+        named = {"x": x, "y": y, "curve": look.get("by", "curve")}
+        missing = {old: new for old, new in named.items() if new not in cited}
+        cited = cited.rename(columns=missing)
+        frame = pd.concat([frame, cited]) if len(frame) else cited
+    marked = frame["cited"].eq(True) if "cited" in frame else False
+    return frame.assign(cited=marked)
 
 
-def draw(frame: pd.DataFrame, x: str, y: str, **look: Unpack[Look]) -> Figure:
+def draw(frame: pd.DataFrame, x: str, y: str, look: Look) -> Figure:
     """The figure that `plot` shows."""
     by = look.get("by")
     panels = look.get("panels")
     columns = [column for column in (x, y, by, panels) if column]
-    _check(frame, columns, by)
+    missing = [column for column in columns if column not in frame]
+    if missing:
+        raise ValueError(f"columns {missing}: not in the frame, which has {', '.join(frame)}")
+    if frame.empty:
+        raise ValueError("the frame has no row, so there is nothing to draw")
+    curves = frame.loc[~frame["cited"], by].nunique() if by else 0
+    if curves > MOST_CURVES:
+        raise ValueError(f"{curves} curves by {by!r}: show {MOST_CURVES} at most, or use panels")
     frame = _labelled(frame, columns)
-    parts = list(frame.groupby(panels, sort=False)) if panels else [("", frame)]
+    parts = _parts(frame, panels)
     height = 4.2 if len(parts) == 1 else 2.8 * len(parts)
     if look.get("kind") == "dot":
         height = max(height, 0.35 * frame[y].nunique())
     fig, axes = plt.subplots(len(parts), sharex=True, figsize=(7.0, height), squeeze=False)
-    for ax, (title, part) in zip(axes[:, 0], parts, strict=True):
+    for ax, (title, part) in zip(axes[:, 0], parts.items(), strict=True):
         _fill(ax, part, x, y, look)
-        ax.set_title(str(title))
+        if panels:
+            ax.set_title(str(title))
         ax.label_outer()
     _legend(fig)
     return fig
@@ -180,15 +187,8 @@ def show(fig: Figure, name: str, caption: str, alt: str) -> None:
     Texts are plain: what would be Markdown is shown as it is. What would keep a reader from seeing
     the figure is kept with it: the weakest contrast of its lines, and how many panels stand side by
     side.
-
-    **Raises:** `ValueError` if a text is missing, or the name is none.
     """
-    if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"name = {name!r}: must be letters, digits and hyphens, like fig-loss")
     about = {"name": name, "caption": visible(caption), "alt": visible(alt)}
-    for field in ("caption", "alt"):
-        if not about[field]:
-            raise ValueError(f"{field} = '': a figure needs a caption and an alt text")
     panels = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
     columns = {round(ax.get_position().x0, 1) for ax in panels}
     seen = {"contrast": round(contrast(fig), 2), "columns": len(columns)}
@@ -201,17 +201,6 @@ def contrast(fig: Figure) -> float:
     lines = [line for ax in fig.axes for line in ax.lines]
     ratios = [1.05 / (relative_luminance(line.get_color()) + 0.05) for line in lines]
     return min(ratios, default=21.0)
-
-
-def _check(frame: pd.DataFrame, columns: Sequence[str], by: str | None) -> None:
-    missing = [column for column in columns if column not in frame]
-    if missing:
-        raise ValueError(f"columns {missing}: not in the frame, which has {', '.join(frame)}")
-    if frame.empty:
-        raise ValueError("the frame has no row, so there is nothing to draw")
-    curves = frame.loc[~_cited(frame), by].nunique() if by else 0
-    if curves > MOST_CURVES:
-        raise ValueError(f"{curves} curves by {by!r}: show {MOST_CURVES} at most, or use panels")
 
 
 def _labelled(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
@@ -235,107 +224,100 @@ def _labelled(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     return frame
 
 
-def _cited(frame: pd.DataFrame) -> "pd.Series[bool]":
-    if "cited" in frame:
-        return frame["cited"].fillna(False).astype(bool)
-    return pd.Series(data=False, index=frame.index)
-
-
 def _fill(ax: Axes, frame: pd.DataFrame, x: str, y: str, look: Look) -> None:
     by = look.get("by")
     kind = look.get("kind", "line")
-    cited = _cited(frame)
+    cited = frame["cited"]
     if not cited.all():
         {"line": _lines, "dot": _dots, "scatter": _points}[kind](ax, frame[~cited], x, y, by)
-    if cited.any():
-        _lines_cited(ax, frame[cited], x, y, by)
+    for (key, part), dash in zip(_parts(frame[cited], by).items(), CITED_DASHES, strict=False):
+        label = f"{key} (cited)" if by else "cited"
+        ax.plot(part[x], part[y], label=label, color=CITED, lw=1.2, ls=(0, dash), marker="")
         ax.set(xlabel=x, ylabel=y)
     for axis in look.get("log", ""):
-        ax.set(**{f"{axis}scale": "log"})
-        chosen = ax.xaxis if axis == "x" else ax.yaxis
-        chosen.set_major_formatter(power)
-        low, high = ax.get_xlim() if axis == "x" else ax.get_ylim()
-        narrow = low > 1e-3 and high < min(1e4, 100 * low)
-        chosen.set_minor_locator(LogLocator(subs=[2, 5] if narrow else "auto"))
-        chosen.set_minor_formatter(power if narrow else "")
-    flat = ax.axvline if kind == "dot" else ax.axhline
-    for label, value in look.get("marks", {}).items():
-        flat(value, color=CITED, lw=1, ls=":", label=label)
-    for label, value in look.get("upright", {}).items():
-        ax.axvline(value, color=CITED, lw=1, ls=":", label=label)
+        _logarithmic(ax, axis)
+    for across, lines in ((ax.axhline, "marks"), (ax.axvline, "upright")):
+        for label, value in look.get(lines, {}).items():
+            across(value, color=CITED, lw=1, ls=":", label=label)
     if "limits" in look:
         ax.set_ylim(*look["limits"])
     if ax.get_legend():
         ax.get_legend().remove()
 
 
+def _logarithmic(ax: Axes, axis: str) -> None:
+    ax.set(**{f"{axis}scale": "log"})
+    chosen = ax.xaxis if axis == "x" else ax.yaxis
+    low, high = chosen.get_view_interval()
+    narrow = low > 1e-3 and high < min(1e4, 100 * low)
+    chosen.set_major_formatter(power)
+    chosen.set_minor_locator(LogLocator(subs=[2, 5] if narrow else "auto"))
+    chosen.set_minor_formatter(power if narrow else "")
+
+
 def _legend(fig: Figure) -> None:
     """One legend above all panels, where it covers no curve."""
     entries = {}
     for ax in fig.axes:
-        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    columns = max(1, 80 // (8 + max(map(len, entries), default=0)))
-    if entries:
-        fig.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
-        fig.set_figheight(fig.get_figheight() + 0.25 * math.ceil(len(entries) / columns))
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    if not entries:
+        return
+    columns = max(1, 80 // (8 + max(map(len, entries))))
+    rows = math.ceil(len(entries) / columns)
+    fig.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
+    fig.set_figheight(fig.get_figheight() + 0.25 * rows)
 
 
 def _lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
     parts = _parts(frame, by)
-    style: dict[str, Any] = {}
+    style = _style(parts, by)
     if by:
         keys = list(parts)
-        count = len(keys)
-        style = {"hue": by, "hue_order": keys, "style": by, "style_order": keys}
-        style |= {"palette": COLORS[:count], "dashes": DASHES[:count], "markers": MARKERS[:count]}
+        style |= {"hue_order": keys, "style": by, "style_order": keys}
+        style["dashes"] = DASHES[: len(keys)]
     if len(frame) == len(parts):
         style["markersize"] = 9  # single points, which no line makes seen
     sns.lineplot(frame, x=x, y=y, ax=ax, estimator=None, errorbar=None, **style)
-    if {"low", "high"} <= set(frame):
-        for part, color in zip(parts.values(), COLORS, strict=False):
-            part = part.sort_values(x)
-            ax.fill_between(part[x], part["low"], part["high"], color=color, alpha=0.2, lw=0)
-            if len(part) == 1:
-                ax.vlines(part[x], part["low"], part["high"], color=color, lw=2)
-
-
-def _lines_cited(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
-    parts = _parts(frame, by)
-    dashes = DASHES[1:] + DASHES[:1]
-    for (key, part), dash in zip(parts.items(), dashes, strict=False):
-        label = f"{key} (cited)" if by else "cited"
-        style = {"color": CITED, "lw": 1.2, "ls": (0, dash), "marker": ""}
-        ax.plot(part[x], part[y], label=label, **style)
+    if "low" not in frame:
+        return
+    for part, color in zip(parts.values(), COLORS, strict=False):
+        part = part.sort_values(x)
+        ax.fill_between(part[x], part["low"], part["high"], color=color, alpha=0.2, lw=0)
+        if len(part) == 1:
+            ax.vlines(part[x], part["low"], part["high"], color=color, lw=2)
 
 
 def _dots(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
-    if not pd.api.types.is_numeric_dtype(frame[x]):
-        raise ValueError(f"x = {x!r}: the numbers of a dot figure lie along x, its names along y")
-    parts = list(_parts(frame, by).values())
-    count = len(parts)
-    width = 0.4 if count > 1 else 0.0
-    style: dict[str, Any] = {"errorbar": None, "linestyle": "none", "dodge": width}
-    if by:
-        style["markers"] = MARKERS[:count]
-        style["palette"] = COLORS[:count]
-    sns.pointplot(frame, x=x, y=y, hue=by, ax=ax, **style)
-    if not {"low", "high"} <= set(frame):
+    parts = _parts(frame, by)
+    width = 0.4 if len(parts) > 1 else 0.0
+    style = {"errorbar": None, "linestyle": "none", "dodge": width, **_style(parts, by)}
+    sns.pointplot(frame, x=x, y=y, ax=ax, **style)
+    if "low" not in frame:
         return
     rows = list(dict.fromkeys(frame[y]))
-    shifts = np.linspace(-width / 2, width / 2, count)
-    for part, shift, color in zip(parts, shifts, COLORS, strict=False):
+    shifts = np.linspace(-width / 2, width / 2, len(parts))
+    for part, shift, color in zip(parts.values(), shifts, COLORS, strict=False):
         places = part[y].map(rows.index) + shift
         ax.hlines(places, part["low"], part["high"], color=color, lw=2)
 
 
 def _points(ax: Axes, frame: pd.DataFrame, x: str, y: str, by: str | None) -> None:
-    count = len(_parts(frame, by))
-    style = {"palette": COLORS[:count], "markers": MARKERS[:count]} if by else {}
-    sns.scatterplot(frame, x=x, y=y, hue=by, style=by, ax=ax, s=40, **style)
+    style = _style(_parts(frame, by), by)
+    sns.scatterplot(frame, x=x, y=y, style=by, ax=ax, s=40, **style)
 
 
 def _parts(frame: pd.DataFrame, by: str | None) -> dict[Any, pd.DataFrame]:
-    return dict(list(frame.groupby(by, sort=False))) if by else {None: frame}
+    """The curves of a frame, or its panels."""
+    if by:
+        return dict(list(frame.groupby(by, sort=False)))
+    return {None: frame} if len(frame) else {}
+
+
+def _style(parts: Mapping[Any, pd.DataFrame], by: str | None) -> dict[str, Any]:
+    """How seaborn tells the curves apart."""
+    count = len(parts)
+    return {"hue": by, "palette": COLORS[:count], "markers": MARKERS[:count]} if by else {}
 
 
 def power(value: float, _place: int = 0) -> str:
@@ -349,14 +331,12 @@ def power(value: float, _place: int = 0) -> str:
 
 def _values(frame: pd.DataFrame, x: str, y: str, by: str, at: float | None) -> str:
     """What our own curves are at the drawn place that is nearest to `at`."""
-    own = frame[~_cited(frame)].reset_index(drop=True)
     told = []
-    for curve, part in own.groupby(by, sort=False):
-        distance = (part[x] - at).abs()
-        nearest = part.loc[distance.idxmin()]
+    for curve, part in _parts(frame[~frame["cited"]], by).items():
+        ordered = part.iloc[(part[x] - at).abs().argsort(kind="stable")]
+        nearest = ordered.iloc[0]
         told.append(f"{nearest[y]:.2g} {curve}")
-    place = f"{nearest[x]:,.4g}"
-    return f"At {x} = {place}: {'; '.join(told)}"
+    return f"At {x} = {nearest[x]:,.4g}: {'; '.join(told)}"
 
 
 def _caption(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:
@@ -366,9 +346,9 @@ def _caption(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:
     if look.get("by"):
         caption += f", {'a line for each' if line else 'by'} {look['by']}"
     notes = []
-    if {"low", "high"} <= set(frame):
+    if "low" in frame:
         notes.append(f"{'bands' if line else 'bars'} are 95 % intervals")
-    if _cited(frame).any():
+    if frame["cited"].any():
         notes.append("grey is cited, not computed here")
     return f"{caption} ({'; '.join(notes)})." if notes else f"{caption}."
 
@@ -376,16 +356,17 @@ def _caption(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:
 def _alt(frame: pd.DataFrame, x: str, y: str, look: Look) -> str:
     """The shape of what is drawn, in one sentence."""
     by = look.get("by")
-    cited = _cited(frame)
-    shape = "line" if look.get("kind", "line") == "line" else "point"
-    curves = (~cited).sum()
-    if shape == "line" and curves:
-        curves = len(_parts(frame[~cited], by))
-    grey = len(_parts(frame[cited], by)) if cited.any() else 0
-    shown = curves or grey
+    own = frame[~frame["cited"]]
+    grey = len(_parts(frame[frame["cited"]], by))
+    shape = "point"
+    count = len(own)
+    if look.get("kind", "line") == "line":
+        shape = "line"
+        count = len(_parts(own, by))
+    shown = count or grey
     alt = f"{shown} {shape}{'' if shown == 1 else 's'} of {y} against {x}"
     if look.get("panels"):
         alt += f" in {frame[look['panels']].nunique()} panels"
     if grey:
-        alt += f", beside {grey} cited in grey" if curves else ", cited, in grey"
+        alt += f", beside {grey} cited in grey" if count else ", cited, in grey"
     return f"{alt}."

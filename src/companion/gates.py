@@ -32,5 +32,5 @@ def _fault(output: nbformat.NotebookNode) -> str:
         return f"text on standard error: {output.text.strip().partition(chr(10))[0]}"
     pictures = [kind for kind in output.get("data", {}) if kind.startswith("image/")]
     if pictures and not output.metadata.get("companion", {}).get("alt", "").strip():
-        return "a figure without alt text; show it with companion.chapter.show"
+        return "a figure without alt text; show it with companion.chapter.figure"
     return ""

@@ -1,8 +1,7 @@
 """The pages that are computed from all chapters together: the templates here, and the book's own.
 
 A book's own template is `book/NAME.md.j2`; it becomes `book/generated/NAME.md`. It may use
-`figure("fig-…")`, `findings("01_name")`, the data of each `book/NAME.yaml` by its name, and the
-names that `write` gives.
+`figure("fig-…")`, the data of each `book/NAME.yaml` by its name, and the names that `write` gives.
 
 Whatever a template puts into a page is shown as it is: a text that holds Markdown or HTML does
 nothing. Only `| safe` lets it through.
@@ -11,7 +10,7 @@ nothing. Only `| safe` lets it through.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from companion.words import markdown, number
 
 BOOK = Path("book")
 COMPUTED = ("measured", "status", "figure", "answer", "map")
-ABSENT = Markup("*This edition had no data for this.*")
 
 
 def write(chapters: Sequence[Chapter], preset: str, folder: Path) -> None:
@@ -59,7 +57,7 @@ def write(chapters: Sequence[Chapter], preset: str, folder: Path) -> None:
     shutil.copy(Path(__file__).with_name("claims.schema.json"), extra)
     if about["front"]:
         (extra / "front.png").write_bytes(about["front"][1]["png"])
-    templates = environment(chapters, folder)
+    templates = environment(figures, folder)
     own = [path.stem for path in sorted(BOOK.glob("*.md.j2"))]
     for name in [*(f"{name}.md" for name in COMPUTED), *own]:
         page = templates.get_template(f"{name}.j2").render(about)
@@ -91,7 +89,7 @@ def published(about: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def environment(chapters: Sequence[Chapter], folder: Path) -> Environment:
+def environment(figures: Mapping[str, tuple[Chapter, dict]], folder: Path) -> Environment:
     """Templates whose every expression becomes text that shows as it is."""
     made = Environment(
         loader=ChoiceLoader([FileSystemLoader(BOOK), PackageLoader("companion")]),
@@ -103,21 +101,14 @@ def environment(chapters: Sequence[Chapter], folder: Path) -> Environment:
     verbs = (badge, counts, link, number, scale, versions)
     made.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     made.filters |= {verb.__name__: verb for verb in verbs}
-    figures = {name: figure for chapter in chapters for name, figure in chapter.figures.items()}
-    every = {chapter.name: chapter.findings for chapter in chapters}
 
     def figure(name: str) -> Markup:
-        if name not in figures:
-            return ABSENT
-        (folder / f"{name}.png").write_bytes(figures[name]["png"])
+        about = figures[name][1]
+        (folder / f"{name}.png").write_bytes(about["png"])
         page = made.get_template("figure_on_slide.md.j2")
-        return Markup(page.render(name=name, figure=figures[name]))
+        return Markup(page.render(name=name, figure=about))
 
-    def findings(name: str) -> Markup:
-        page = made.get_template("findings_on_slide.md.j2")
-        return Markup(page.render(findings=every[name])) if every.get(name) else ABSENT
-
-    made.globals |= {"figure": figure, "findings": findings}
+    made.globals["figure"] = figure
     return made
 
 

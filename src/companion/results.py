@@ -77,9 +77,11 @@ def read(path: Path) -> Chapter:
 
 def collect(content: nbformat.NotebookNode, name: str) -> Chapter:
     """The same of a notebook that is read already."""
-    lines = [line for cell in content.cells for line in cell.source.splitlines()]
-    titles = [line.removeprefix("# ").strip() for line in lines if line.startswith("# ")]
-    findings, figures, kept = [], {}, {}
+    title, _, opening = content.cells[0].source.partition("\n")
+    asked = re.search(r"[^.?!]*\?", " ".join(opening.split()))
+    findings = []
+    figures = {}
+    kept = {}
     for _, output, about in execute.outputs(content.cells):
         kept |= about
         findings += about.get("findings", [])
@@ -87,11 +89,9 @@ def collect(content: nbformat.NotebookNode, name: str) -> Chapter:
             png = base64.b64decode(output["data"]["image/png"])
             figures[about["name"]] = {**about, "png": png}
     own = content.metadata.get("companion", {})
-    opening = " ".join(content.cells[0].source.partition("\n")[2].split())
-    asked = re.search(r"[^.?!]*\?", opening)
     return Chapter(
         name=name,
-        title=[*titles, name][0],
+        title=title.removeprefix("# ").strip(),
         question=own.get("question") or (asked[0].strip() if asked else ""),
         answer=kept.get("answer", ""),
         parameters=execute.parameters(content),
@@ -145,24 +145,21 @@ def changes(preset: str, chapters: Sequence[Chapter]) -> list[Change]:
     signed = load(SIGNED).get(preset)
     if preset in EXEMPT or signed is None:
         return []
+    before = signed["verdicts"]
     now = {f["key"]: (chapter, f["verdict"]) for chapter in chapters for f in chapter.findings}
     found = []
-    for key in sorted(signed["verdicts"].keys() | now.keys()):
+    for key in sorted(before.keys() | now.keys()):
         chapter, verdict = now.get(key, (None, "absent"))
-        before = _fine(signed["verdicts"].get(key, "absent"))
-        if verdict not in before:
-            name, reason = "no chapter", "a chapter that no longer has it"
-            if chapter:
-                name = chapter.name
-                reason = _reason(chapter, signed["made"].get(name, {}))
-                if key not in signed["verdicts"]:
-                    reason = "a finding that nobody has signed yet"
-            found.append(Change(key, name, " or ".join(before), verdict, reason))
+        if verdict == before.get(key):
+            continue
+        name, reason = "no chapter", "a chapter that no longer has it"
+        if chapter:
+            name = chapter.name
+            reason = "a finding that nobody has signed yet"
+        if chapter and key in before:
+            reason = _reason(chapter, signed["made"].get(name, {}))
+        found.append(Change(key, name, before.get(key, "absent"), verdict, reason))
     return found
-
-
-def _fine(words: str | list[str]) -> list[str]:
-    return [words] if isinstance(words, str) else words
 
 
 def _reason(chapter: Chapter, signed: dict[str, str]) -> str:
@@ -175,21 +172,17 @@ def faults(preset: str, chapters: Sequence[Chapter]) -> list[str]:
     keys = [finding["key"] for chapter in chapters for finding in chapter.findings]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     found = [f"{key}: two findings have this key; rename one" for key in twice]
-    everything = load(SIGNED)
-    known = set(keys)
-    for part in everything.values():
-        known |= {key for key, words in part["verdicts"].items() if "absent" in words}
     for path in sorted(TEXTS.glob("*.yaml")):
-        unused = sorted(key for key in load(path).keys() - known if "." in key)
+        unused = sorted(key for key in load(path).keys() - set(keys) if "." in key)
         found += [f"{path}: no chapter has the finding {key}; remove it" for key in unused]
     claims = [row.claim for _, rows in join(load(CLAIMS), chapters) for row in rows]
     for claim in claims:
         for key in claim.get("findings", []):
-            if key not in known:
+            if key not in keys:
                 told = f"{CLAIMS}: claim {claim['id']}: no chapter has the finding {key}"
                 found.append(f"{told}; correct one or the other")
     fix = f"look at it, then `make sign PRESET={preset}` and commit {SIGNED}"
-    if preset not in everything and preset not in EXEMPT:
+    if preset not in load(SIGNED) and preset not in EXEMPT:
         found.append(f"PRESET={preset} has no signed verdicts yet ({len(keys)} findings): {fix}")
     for change in changes(preset, chapters):
         found.append(f"{change}: {fix}")
@@ -197,26 +190,17 @@ def faults(preset: str, chapters: Sequence[Chapter]) -> list[str]:
 
 
 def sign(preset: str, chapters: Sequence[Chapter]) -> int:
-    """Write the verdicts as they are now, and say how many changed.
+    """Write the verdicts as they are now, below the comments that the file begins with.
 
-    A list that covers the present verdict stays, and so do the comments that the file begins with.
+    Returns how many changed.
     """
     everything = load(SIGNED)
-    signed = everything.get(preset, {"verdicts": {}})
-    before = signed["verdicts"]
-    now = {key: "absent" for key, words in before.items() if "absent" in words}
-    for chapter in chapters:
-        now |= {finding["key"]: finding["verdict"] for finding in chapter.findings}
-    after = {}
-    for key, word in sorted(now.items()):
-        covered = word in _fine(before.get(key, []))
-        after[key] = before[key] if covered else word
+    before = everything.get(preset, {"verdicts": {}})["verdicts"]
+    now = {finding["key"]: finding["verdict"] for c in chapters for finding in c.findings}
     made = {chapter.name: chapter.made for chapter in chapters}
-    everything[preset] = {"verdicts": after, "made": made}
-    style = {"allow_unicode": True, "default_flow_style": None, "sort_keys": False}
+    everything[preset] = {"verdicts": dict(sorted(now.items())), "made": made}
     old = SIGNED.read_text("utf-8") if SIGNED.exists() else ""
     comments = re.match(r"(#.*\n)*", old)[0]
-    text = yaml.safe_dump(everything, width=200, **style)
+    text = yaml.safe_dump(everything, width=200, allow_unicode=True, sort_keys=False)
     execute.write_whole(SIGNED, comments + text)
-    every = before.keys() | after.keys()
-    return sum(before.get(key) != after.get(key) for key in every)
+    return sum(before.get(key) != now.get(key) for key in before.keys() | now.keys())

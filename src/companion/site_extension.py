@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from docutils import nodes
 from sphinx.application import Sphinx
 
 KEPT = ("tex-chtml.js", "output/chtml/fonts", "input/tex/extensions")  # of MathJax, 24 MB otherwise
@@ -61,22 +60,6 @@ def trim_page(app: Sphinx, page: str, template: str, context: dict, doctree: Any
     context["header_buttons"] = buttons
 
 
-def excuse_missing_figures(
-    app: Sphinx, env: Any, node: nodes.Element, content: nodes.Element
-) -> nodes.Node | None:
-    """A figure that a chapter can make and did not, for want of data, is named where it is missed.
-
-    A figure that no chapter knows stays an error.
-    """
-    name = node.get("reftarget", "")
-    if node.get("reftype") not in ("numref", "ref") or not name.startswith("fig-"):
-        return None
-    chapters = (Path(app.srcdir) / "chapters").glob("*.ipynb")
-    if any(f'\\"{name}\\"' in chapter.read_text("utf-8") for chapter in chapters):
-        return nodes.inline("", "a figure that this build could not make")
-    return None
-
-
 def prune_mathjax(app: Sphinx, exception: Exception | None) -> None:
     """Keep the parts of MathJax that the pages load."""
     folder = Path(app.outdir) / "_static" / "mathjax"
@@ -108,6 +91,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", set_up_site, priority=1)
     app.connect("builder-inited", write_one_page_alike)
     app.connect("html-page-context", trim_page, priority=999)
-    app.connect("missing-reference", excuse_missing_figures)
     app.connect("build-finished", prune_mathjax, priority=999)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,4 +1,4 @@
-"""What is written in one way everywhere: verdicts, numbers, and text that comes from elsewhere."""
+"""What is written in one way everywhere: numbers, and text that comes from elsewhere."""
 
 import math
 import re
@@ -7,7 +7,6 @@ from numbers import Integral, Real
 from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
-VERDICTS = ("reproduced", "consistent", "not reproduced", "not testable here")
 LONGEST = 1_000  # characters of a text from elsewhere that are shown
 
 

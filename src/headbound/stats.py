@@ -33,16 +33,6 @@ class Estimate(NamedTuple):
             return True
         return False if self.high < low or self.low > high else None
 
-    def __str__(self) -> str:
-        width = abs(self.high - self.low)
-        scale = max(abs(self.value), width, 1e-12)
-        digits = 3
-        if math.isfinite(scale):
-            power = math.floor(math.log10(scale))
-            digits = max(0, 2 - power)
-        value, low, high = (f"{number:.{digits}f}" for number in self[:3])
-        return f"{value} [{low}, {high}] (n = {self.n:,})"
-
 
 def bootstrap(
     statistic: Callable[[Float[np.ndarray, "sets units"]], Float[np.ndarray, " sets"]],

@@ -58,12 +58,10 @@ def read(path: str | Path) -> tuple[dict[str, list[str]], Settings]:
     for error in Draft202012Validator(schema).iter_errors(given):
         where = ".".join(map(str, error.path))
         raise ValueError(f"{path}: {where}: {error.message}")
-    steps = set(given.pop("steps", []))
-    every = given.pop("every", None)
-    last = given.pop("last", 0)
-    if every:
-        steps |= set(range(every, last + 1, every))
-    models = given.pop("models", [])
-    if not models or not steps:
-        raise ValueError(f"{path}: no models or no steps; give models, and steps or every and last")
-    return {model: [f"step{step}" for step in sorted(steps)] for model in models}, Settings(**given)
+    every = given.pop("every", 1)
+    regular = range(every, given.pop("last", 0) + 1, every)
+    steps = sorted({*given.pop("steps", []), *regular})
+    if not steps:
+        raise ValueError(f"{path}: no steps; give steps, or every and last")
+    models = given.pop("models")
+    return {model: [f"step{step}" for step in steps] for model in models}, Settings(**given)

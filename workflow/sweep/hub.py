@@ -21,7 +21,7 @@ import httpx2
 import tenacity
 import torch
 from filelock import FileLock
-from huggingface_hub import HfApi, HfFileSystem, constants, errors, snapshot_download
+from huggingface_hub import HfApi, HfFileSystem, constants, errors
 from huggingface_hub.utils import disable_progress_bars
 from jaxtyping import Float
 from safetensors import safe_open
@@ -78,11 +78,9 @@ class Listing(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A head as stored, padding rows included; its tensor's name; how its bytes were checked."""
+    """A head as stored, padding rows included, and the revision that it was read from."""
 
     weight: Float[Tensor, "rows d"]
-    name: str
-    checked: str
     listed: Listing
 
 
@@ -92,7 +90,7 @@ def listing(model: str, revision: str = "main", tries: int | None = None) -> Lis
     **Raises:** `FileNotFoundError` or `PermissionError` for a model or revision that is missing,
     private or gated; `ConnectionError` if the Hub gave no good answer in `tries` (or `TRIES`).
     """
-    api = HfApi(endpoint=constants.ENDPOINT)
+    api = HfApi()
 
     def read() -> Listing:
         info = api.model_info(model, revision=revision, files_metadata=True)
@@ -162,12 +160,14 @@ def head(model: str, revision: str = "main", keep: bool = False) -> Head:
     if path not in listed.files:
         where = json.loads(small_file(listed, f"{path}.index.json"))["weight_map"]
         path = where[_head_name(listed, where)]
-    ranged = kind == "safetensors" and authenticated()
-    name, weight = _ranged_head(listed, path) if ranged else _whole_head(listed, path, keep)
+    if kind == "safetensors" and authenticated():
+        name, weight = _ranged_head(listed, path)
+    else:
+        name, weight = _whole_head(listed, path, keep)
     if weight.ndim != 2 or not weight.is_floating_point() or not weight.isfinite().all():
         why = f"{name} is no finite matrix; choose another revision"
         raise ValueError(f"{model} at {revision}: {why}")
-    return Head(weight, name, "ranges" if ranged else "whole files", listed)
+    return Head(weight, listed)
 
 
 def authenticated() -> bool:
@@ -176,8 +176,8 @@ def authenticated() -> bool:
 
 
 def _ranged_head(listed: Listing, path: str) -> tuple[str, Tensor]:
-    api = HfApi(endpoint=constants.ENDPOINT)
-    system = HfFileSystem(endpoint=constants.ENDPOINT, skip_instance_cache=True)
+    api = HfApi()
+    system = HfFileSystem(skip_instance_cache=True)
     where = {"revision": listed.commit}
     told = partial(api.parse_safetensors_file_metadata, listed.model, path, **where)
     header = _asked(listed.model, listed.revision, told).tensors
@@ -251,13 +251,13 @@ def _files(listed: Listing, paths: Sequence[str], keep: bool) -> Iterator[Path]:
 
 
 def _download(listed: Listing, paths: Sequence[str], folder: Path) -> None:
-    api = HfApi(endpoint=constants.ENDPOINT)
+    api = HfApi()
     where = {"revision": listed.commit, "local_dir": folder}
     wanted = {"allow_patterns": [glob.escape(path) for path in paths]}
 
     def fetch() -> None:
         try:
-            snapshot_download(listed.model, endpoint=constants.ENDPOINT, **where, **wanted)
+            api.snapshot_download(listed.model, **where, **wanted)
             checked = api.verify_repo_checksums(listed.model, **where)
         except errors.GatedRepoError:
             raise

@@ -57,8 +57,8 @@ def measure(
     """Measure one checkpoint, or read its result; one that is not `ok` gets no numbers.
 
     **Returns:** model, revision, step, the audit's status, detail and commit, a fingerprint of the
-    vocabulary, how the bytes were checked, and the numbers: those of `checkpoint.head`, and of
-    whole checkpoints those of `checkpoint.measure`.
+    vocabulary, and the numbers: those of `checkpoint.head`, and of whole checkpoints those of
+    `checkpoint.measure`.
 
     **Raises:** as `hub.listing` does; `ValueError` if the checkpoint changed since the audit.
     """
@@ -78,7 +78,7 @@ def measure(
         some = head.weight.flatten()[::step][:SAMPLE]
         row |= {**numbers, "d": head.weight.shape[1], "sample_of_head": some.float().tolist()}
         digest = hashlib.sha256(vocabulary.encode()).hexdigest()
-        row |= {"checked": head.checked, "vocabulary": digest[:12]}
+        row["vocabulary"] = digest[:12]
     row["made_by"] = settings.made_by()
     _write(settings.folder(model) / f"{revision}.json", row)
     return row
@@ -161,8 +161,7 @@ def _whole(model: str, revision: str, settings: Settings, keep: bool):
         rows = hidden.sequences(tokenizer, held_out, settings.texts, settings.length)
         numbers = checkpoint.measure(network, rows, tokenizer)
         weight = models.head_weight(network, tokenizer)
-    head = hub.Head(weight, "of the model", "whole files", listed)
-    return head, numbers
+    return hub.Head(weight, listed), numbers
 
 
 def _write(path: Path, value: object) -> None:

@@ -1,4 +1,7 @@
-"""`python -m sweep.references [NAME…]` makes book/data/references.csv, read in chapter 9."""
+"""Make references.csv, the known models of chapter 9: measure some again, or all.
+
+Use: python book/data/references.py [NAME…]
+"""
 
 import json
 import re
@@ -96,7 +99,7 @@ def measure(name: str) -> pd.DataFrame:
         fingerprint=made["sample: fingerprint of the text"],
         tokens=int(made["sample: tokens learnt from"].replace(",", "")),
         date=f"{datetime.now(UTC):%Y-%m-%d}",
-        source=f'python -m sweep.references "{name}"',
+        source=f'python book/data/references.py "{name}"',
         **{package: made[package] for package in PACKAGES},
     )
 

@@ -2,6 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 from transformers import GPTNeoXForCausalLM
@@ -26,6 +28,42 @@ def test_arms_share_tokens_and_first_weights():
         assert model.num_parameters() == pythia.count(2, d, changes.VOCAB)
         seen = recipe.steps * recipe.tokens_a_step / model.num_parameters()
         assert seen == pytest.approx(changes.TOKENS_A_PARAMETER, rel=1e-4)
+
+
+LIFTED = ("lifted head, two layers", "lifted head, linear")
+
+
+@settings(max_examples=10)
+@given(d=st.integers(1, 6), seed=st.integers(0, 99))
+def test_only_a_bent_head_exceeds_the_rank_of_a_linear_one(d, seed):
+    torch.manual_seed(seed)
+    states = 3 * torch.randn(60, d, dtype=torch.float64)
+
+    def rank(bent):
+        head = changes.LiftedHead(d, 40, bent).double()
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter)
+        logits = head(states).detach()
+        inner = head.down(states)
+        layers = head.up(torch.nn.functional.gelu(inner) if bent else inner)
+        torch.testing.assert_close(logits, layers)
+        return int(torch.linalg.matrix_rank(logits))
+
+    assert rank(bent=False) == d
+    assert rank(bent=True) > d
+
+
+@pytest.mark.parametrize("name", LIFTED)
+def test_another_head_leaves_the_body_and_the_first_guess_alone(name):
+    config = changes.recipe(name, 16, 0).config(0)
+    models = []
+    for arm in ("baseline", name):
+        torch.manual_seed(3)
+        models.append(changes.build(arm, config))
+    bodies = [model.gpt_neox.state_dict() for model in models]
+    assert all(torch.equal(bodies[0][key], bodies[1][key]) for key in bodies[0])
+    guess = torch.log_softmax(models[1](torch.arange(8)[None]).logits, -1)
+    assert guess.detach().numpy() == pytest.approx(-np.log(1024), abs=1)
 
 
 def planted(shift, seeds=4):

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,16 @@ def _measure(
       the states that it reads, norms of the final norm's gain and bias.
     - `output_rank`: that of `checkpoint.measure`.
     - `mean_alignment`: the cosine of the mean state with the mean row.
+
+    A bent head is described by its last matrix, and by the states that this matrix reads.
     """
     parts = [fast.states(model, some[:, :-1]) for some in rows.split(16)]
     before, after = (torch.cat(side) for side in zip(*parts, strict=True))
-    states = after.flatten(0, 1)
-    weight = model.lm_head.weight
+    head = model.get_output_embeddings()
+    read, weight = (
+        head.last(after) if isinstance(head, changes.LiftedHead) else (after, head.weight)
+    )
+    states = read.flatten(0, 1)
     losses, logit_mean, logit_variance = _logits(states, weight, rows[:, 1:].flatten())
     texts = losses.view(len(rows), -1).mean(1).double().numpy()
     described = checkpoint.head(weight)
@@ -74,7 +80,7 @@ def _measure(
         "loss": texts.mean(),
         "loss_se": texts.std(ddof=1) / math.sqrt(len(texts)),
         "cosine_before_norm": mean_cosine(before.flatten(0, 1)).value,
-        "cosine_after_norm": mean_cosine(states).value,
+        "cosine_after_norm": mean_cosine(after.flatten(0, 1)).value,
         "entropy": described["singular_entropy"],
         "entropy_centred": described["singular_entropy_centred"],
         "mean_share": described["mean_row_share"],
@@ -84,7 +90,7 @@ def _measure(
         "state_norm": states.norm(dim=1).mean(),
         "gain_norm": norm.weight.norm(),
         "bias_norm": norm.bias.norm(),
-        "output_rank": _output_rank(after, weight),
+        "output_rank": _output_rank(read, weight),
         "mean_alignment": nn.functional.cosine_similarity(states.mean(0), weight.mean(0), 0),
     }
     return {name: float(value) for name, value in numbers.items()}, texts
@@ -168,7 +174,8 @@ def _run(arm: str, recipe: Recipe, text: tunnel.Text, place: Path, table: Path, 
 
     steps = _mixed_steps(recipe.steps, recipe.checkpoints)
     wanted = [step for step in steps if step <= until]
-    tunnel.fit(recipe, text, place / "training.pt", wanted, keep)
+    build = partial(changes.build, arm)
+    tunnel.fit(recipe, text, place / "training.pt", wanted, keep, build)
 
 
 def _table(arm: str, recipe: Recipe, measured: dict[int, tuple]) -> pd.DataFrame:

@@ -6,10 +6,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from scipy.stats import binomtest
 from statsmodels.formula.api import ols
 from statsmodels.regression.linear_model import RegressionResultsWrapper
 from statsmodels.stats.multitest import multipletests
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from headbound import pythia, stats
 from headbound.measure.rules import APART, NOTICEABLE, SEEDS, Ruling
@@ -37,8 +41,35 @@ QUANTITIES = {
 }
 
 
-# An arm changes fields of `Recipe`. All arms of a width see the same number of tokens, but for the
-# one whose number of steps is said to be equal.
+class LiftedHead(nn.Module):
+    """A head of two layers, 4 d wide between them. Bent by a GELU, its logits' rank may exceed d.
+
+    Without the bend it has as many weights, and rank d.
+    """
+
+    def __init__(self, d: int, vocab: int, bent: bool):
+        super().__init__()
+        self.down = nn.Linear(d, 4 * d, bias=False)
+        self.up = nn.Linear(4 * d, vocab, bias=False)
+        self.bent = bent
+        # The inner layer keeps the size of what it is given; logits start as small as GPT-NeoX's.
+        nn.init.normal_(self.down.weight, std=d**-0.5)
+        nn.init.normal_(self.up.weight, std=0.02)
+
+    def last(self, states: Float[Tensor, "*batch d"]) -> tuple[Tensor, Tensor]:
+        """What is multiplied to logits: states, and one matrix for all of the head that is flat."""
+        if self.bent:
+            return gelu(self.down(states)), self.up.weight
+        return states, self.up.weight @ self.down.weight
+
+    def forward(self, states: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
+        """Logits."""
+        inner, weight = self.last(states)
+        return inner @ weight.T
+
+
+# An arm changes fields of `Recipe`, or has a `LiftedHead`, bent or not. All arms of a width see the
+# same number of tokens, but for the one whose number of steps is said to be equal.
 ARMS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "batch / 4": {"batch_size": 4},
@@ -59,6 +90,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},
     "rank cut, forward": {"cut": "forward"},
     "rank cut, backward": {"cut": "backward"},
+    "lifted head, two layers": {"bent": True},
+    "lifted head, linear": {"bent": False},
     "10 epochs": {"epochs": 10.0},
     "100 epochs": {"epochs": 100.0},
     "unused tokens": {"unused": 0.2},
@@ -94,10 +127,21 @@ def recipe(
     steps = round(tokens_a_parameter * size / base.tokens_a_step)
     change = dict(ARMS[arm])
     equal = change.pop("equal", "tokens")
+    if change.pop("bent", None) is not None:
+        change["variant"] = arm
     changed = replace(base, **change)
     if equal == "tokens":
         steps = round(steps * base.batch_size / changed.batch_size)
     return replace(changed, steps=steps)
+
+
+def build(arm: str, config: GPTNeoXConfig) -> GPTNeoXForCausalLM:
+    """An arm's model; beside a lifted head its weights start as those of the usual model."""
+    model = GPTNeoXForCausalLM(config)
+    if "bent" in ARMS[arm]:
+        head = LiftedHead(config.hidden_size, config.vocab_size, ARMS[arm]["bent"])
+        model.set_output_embeddings(head)
+    return model
 
 
 def signs(table: pd.DataFrame) -> pd.DataFrame:

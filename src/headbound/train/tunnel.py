@@ -137,9 +137,9 @@ def train(
     text = corpus(first.source, first.vocab_size, first.context, first.held_out_texts)
     batch(text.stream, 0, first)  # refuses a text that is too short, before anything is written
     root = _root(first, text)
-    jobs = [delayed(_one)(root, recipe, text, build) for recipe in recipes]
-    workers = None if device.pick().type == "cpu" else 1
-    return pd.DataFrame([row for rows in progress.parallel(jobs, workers)[::-1] for row in rows])
+    jobs = [delayed(_one)(root, recipe, text, build) for recipe in recipes if _lacks(root, recipe)]
+    progress.parallel(jobs, None if device.pick().type == "cpu" else 1)
+    return pd.DataFrame([row for recipe in recipes[::-1] for row in _rows(root, recipe)])
 
 
 def fit(
@@ -202,11 +202,21 @@ def _root(recipe: Recipe, text: Text) -> Path:
     return cache.cache_dir() / "suites" / hashlib.sha256(record.encode()).hexdigest()[:16]
 
 
-def _one(root: Path, recipe: Recipe, text: Text, build: Build) -> list[dict]:
-    """Train a model, or what is missing of it, and read its rows."""
+def _places(root: Path, recipe: Recipe) -> dict[int, Path]:
+    """Where a model's checkpoints lie, by step."""
     folder = root / f"{recipe.variant}-d{recipe.hidden_size}"
     steps = _checkpoint_steps(recipe.steps, recipe.checkpoints)
-    wanted = {step: folder / f"step{step}" for step in steps}
+    return {step: folder / f"step{step}" for step in steps}
+
+
+def _lacks(root: Path, recipe: Recipe) -> bool:
+    return not all(path.exists() for path in _places(root, recipe).values())
+
+
+def _one(root: Path, recipe: Recipe, text: Text, build: Build) -> None:
+    """Train a model, or what is missing of it."""
+    wanted = _places(root, recipe)
+    folder = wanted[0].parent
     state = folder / "training.pt"
 
     def keep(model: PreTrainedModel, step: int) -> None:
@@ -217,12 +227,15 @@ def _one(root: Path, recipe: Recipe, text: Text, build: Build) -> list[dict]:
         folder.mkdir(parents=True, exist_ok=True)
     # The lock ends with its process: of two chapters that ask for a suite at once, one trains it.
     with FileLock(folder / ".lock"):
-        if not all(path.exists() for path in wanted.values()):
+        if _lacks(root, recipe):
             fit(recipe, text, state, wanted, keep, build, "auto")
             state.unlink()
+
+
+def _rows(root: Path, recipe: Recipe) -> list[dict]:
     name = {"variant": recipe.variant, "hidden_size": recipe.hidden_size, "seed": recipe.seed}
     rows = []
-    for step, path in wanted.items():
+    for step, path in _places(root, recipe).items():
         numbers = json.loads((path / "measurements.json").read_text(encoding="utf-8"))
         rows.append({**name, "step": step, **numbers, "path": str(path)})
     return rows

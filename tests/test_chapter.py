@@ -48,6 +48,22 @@ def test_begin_seeds_every_generator():
     assert draws[0] == draws[1]
 
 
+@pytest.mark.parametrize(
+    ("namespace", "message"),
+    [
+        ({"preset": "smoke"}, "seed = None: the parameters cell must set it to a int"),
+        ({"seed": 0}, "preset = None: the parameters cell must set it to a str"),
+        ({"seed": "0", "preset": "smoke"}, "seed = '0'"),
+        ({"seed": 0, "preset": 1}, "preset = 1"),
+        ({"seed": -1, "preset": "smoke"}, "seed = -1: must be between 0 and 4294967295"),
+    ],
+)
+def test_begin_needs_seed_and_preset(namespace, message, shown):
+    with pytest.raises(ValueError, match=message):
+        chapter.begin(namespace)
+    assert not shown
+
+
 TEXTS = """\
 anisotropy.last: {quantity: "A, {blocks} blocks", paper: high}
 spectrum.entropy: {quantity: KL, paper: "0.1", comment: "model {model}"}

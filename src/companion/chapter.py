@@ -81,8 +81,16 @@ def begin(namespace: Mapping[str, Any], texts: Path | None = None) -> Run:
     **Arguments:** `namespace`: the notebook's `globals()`, right after its parameters cell and its
     imports; it must hold `seed` and `preset`. `texts`: the file of the chapter's words, as
     `book/words/NN_name.yaml`.
+
+    **Raises:** `ValueError` if `seed` or `preset` is missing or of the wrong type.
     """
+    for name, kind in {"seed": int, "preset": str}.items():
+        if not isinstance(namespace.get(name), kind):
+            told = f"{name} = {namespace.get(name)!r}"
+            raise ValueError(f"{told}: the parameters cell must set it to a {kind.__name__}")
     seed = namespace["seed"]
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed}: must be between 0 and {2**32 - 1}")
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (libraries below still draw from it)
     if "torch" in sys.modules:

@@ -221,19 +221,19 @@ def _refuse_foresight(model: nn.Module, texts: Tensor, own: Tensor, allowed: flo
 
 def _around_head(model: nn.Module, texts: Tensor) -> list[Float[Tensor, "texts length _"]]:
     """What enters the head, what leaves it, and the logits; without the last token of each text."""
-    entered: list[Tensor] = []
+    passed: list[Tensor] = []
 
-    def catch(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        entered.append(inputs[0])
+    def catch(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        passed.append(inputs[0])
+        passed.append(output.clone())  # as it is computed, in mixed precision too
 
     head = model.get_output_embeddings()
-    with head.register_forward_pre_hook(catch):
+    with head.register_forward_hook(catch):
         logits = model(texts.to(model.device), use_cache=False).logits
-    shapes = [states.shape[:2] for states in entered]
-    if shapes != [logits.shape[:2]]:
+    expected = logits.shape[:2]
+    if [part.shape[:2] for part in passed] != [expected, expected]:
         raise ValueError(f"{type(model).__name__}: its head is not applied once to every token")
-    parts = [*entered, head(*entered), logits]
-    return [part[:, :-1] for part in parts]
+    return [part[:, :-1] for part in (*passed, logits)]
 
 
 def _fit(left: Tensor, logits: Tensor, tolerance: float) -> tuple[float, float | None]:

@@ -61,6 +61,7 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+        gc.collect()
 
 
 def parallel(jobs: Iterable[Any], workers: int | None = None, description: str = "") -> list[Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import nbformat
+import requests
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image, ImageChops, ImageFilter
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -247,12 +248,18 @@ def problems(
         "a[href]", "links => links.map(a => a.href.split('#')[0].split('?')[0])"
     )
     for link in sorted({link for link in links if link.startswith(address)}):
-        if context.request.head(link).status >= 400:
+        if broken(link):
             found.append(f"broken link {link.removeprefix(address)}")
     if axe:
         found += accessibility(page)
     context.close()
     return [f"{page_name} at {width}, {theme}: {problem}" for problem in dict.fromkeys(found)]
+
+
+@functools.cache
+def broken(link: str) -> bool:
+    """Whether a link of a served site leads nowhere. Pages share most: each is asked once."""
+    return requests.head(link, timeout=120).status_code >= 400
 
 
 def accessibility(page: Page) -> list[str]:

@@ -16,7 +16,7 @@ DENSITY = 15  # syntax nodes a code line, in functions of MINIMUM lines or more
 MINIMUM = 4
 WIDTH = 100
 NOTEBOOK_WIDTH = 84  # what a page shows
-NOTEBOOK_LINES = 1810  # code lines of all notebooks: a ratchet too; the aim was 1,900
+NOTEBOOK_LINES = 1812  # code lines of all notebooks: a ratchet too; the aim was 1,900
 NAMES = 137  # public ones of headbound: a ratchet too, the aim is 95
 
 

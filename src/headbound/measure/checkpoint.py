@@ -14,7 +14,7 @@ from headbound import hidden, models, stats
 from headbound.measure import anisotropy, gradients, spectrum
 from headbound.measure.lowrank import Examples
 
-LOGITS = 1 << 25  # held at once: what bounds the memory
+LOGITS = 1 << 23  # held at once: what bounds the memory
 SHOWN = 16  # texts, and places in each, whose logits the output rank is of
 
 

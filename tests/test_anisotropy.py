@@ -152,6 +152,12 @@ def test_bad_states_are_named(h, message):
         mean_cosine(h)
 
 
+@pytest.mark.parametrize("size", [1e-36, 1e-24, 1e24, 1e37])
+def test_a_state_whose_squares_leave_float32_is_neither_zero_nor_infinite(size):
+    h = states(50, 4)
+    assert mean_cosine(h * size).value == pytest.approx(mean_cosine(h).value, rel=1e-5)
+
+
 def test_the_index_of_a_bad_state_counts_from_the_first_block():
     h = states(10_000, 2)
     h[9_000] = 0

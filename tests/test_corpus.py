@@ -229,7 +229,18 @@ def test_json_is_refused_for_its_syntax_is_no_text(tmp_path, layout):
     (tmp_path / "t.json").write_text(content[layout], encoding="utf-8")
     with pytest.raises(ValueError, match="it is JSON, whose syntax is no text"):
         corpus.load(str(tmp_path / "t.json"))
-    (tmp_path / "t.txt").write_text("[1] A list of references.\n\n{x} is a set.", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "prose",
+    [
+        "[1] A list of references.\n\n{x} is a set.",
+        '{"name": "bert"} is how a configuration begins.\n\nThis text explains it.',
+        '[{"name": "bert"}] is a list of configurations.',
+    ],
+)
+def test_prose_that_begins_with_json_is_text(tmp_path, prose):
+    (tmp_path / "t.txt").write_text(prose, encoding="utf-8")
     assert len(corpus.load(str(tmp_path / "t.txt"))) == 1
 
 

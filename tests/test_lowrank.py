@@ -110,6 +110,20 @@ def test_one_pass_equals_one_rank_after_another(world, sampled, cap):
         assert loss(head, world) < loss(start, world)
 
 
+def test_heads_trained_and_measured_one_by_one_lose_what_they_lose_together(world):
+    data = examples(world)
+    tests = {"all": data, "some": lowrank.Examples(*(part[:64] for part in data))}
+    ranks = (1, 4)
+    options = {"epochs": 1, "batch": 64, "learning_rate": 0.02}
+    starts = [lowrank.Head.random(world[0], rank) for rank in ranks]
+    together = lowrank.train(data, starts, **options)
+    found = lowrank.trained_losses(data, iter(starts), tests, **options)
+    assert found.keys() == tests.keys()
+    for name, test in tests.items():
+        alone = [lowrank.token_losses(test, [head])[0] for head in together]
+        np.testing.assert_array_equal(found[name], alone)
+
+
 def test_a_step_is_adams_step(world):
     """One step, by hand: each entry moves by its rate, against its gradient's sign."""
     data = lowrank.Examples(*(part[:64] for part in examples(world)))

@@ -57,6 +57,9 @@ def test_a_bar_is_rare_in_a_log(monkeypatch):
 def test_no_more_workers_than_the_environment_allows(monkeypatch):
     jobs = [delayed(os.getpid)() for _ in range(8)]
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
-    (worker,) = set(progress.parallel(jobs))
-    assert worker != os.getpid()
+    assert set(progress.parallel(jobs)) == {os.getpid()}  # one worker needs no process
     assert set(progress.parallel(jobs, 1)) == {os.getpid()}
+    assert progress.parallel([], 2) == []
+    others = set(progress.parallel(jobs, 2))
+    assert os.getpid() not in others
+    assert len(others) <= 2

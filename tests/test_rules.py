@@ -120,8 +120,11 @@ def test_signs_and_readings():
     assert rules.positive(Estimate(0.4, 0.2, 0.6, 5)).agrees is True
     assert rules.positive(Estimate(0.4, -0.2, 0.9, 5)).agrees is None
     assert rules.positive(Estimate(-0.4, -0.6, -0.2, 5)).agrees is False
-    assert rules.near([30.47, 33.45], [30.47, 33.4], 0.1).agrees is True
-    assert rules.near([30.47, 33.9], [30.47, 33.4], 0.1).agrees is False
+    assert rules.within([0.0, 0.05], -0.1, 0.1).agrees is True
+    assert rules.within([0.0, -0.5], -0.1, 0.1).agrees is False
+    assert rules.within([1400, 15_499], 2000.0, 15_000.0, unit=1000.0).comment.endswith(
+        "1,400 to 15,499; allowed: 1,500 to 15,500"
+    )
 
 
 def test_a_number_inside_its_interval():

@@ -61,7 +61,6 @@ def use_style() -> None:
     # A name in a script that the font lacks shows boxes; its table has it whole.
     warnings.filterwarnings("ignore", "Glyph .* missing from")
     settings = {
-        "figure.figsize": (7.0, 4.2),
         "figure.constrained_layout.use": True,
         "savefig.dpi": 144,
         "axes.prop_cycle": cycler(color=COLORS) + cycler(marker=MARKERS),
@@ -188,11 +187,11 @@ def show(fig: Figure, name: str, caption: str, alt: str) -> None:
     the figure is kept with it: the weakest contrast of its lines, and how many panels stand side by
     side.
     """
-    about = {"name": name, "caption": visible(caption), "alt": visible(alt)}
     panels = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
     columns = {round(ax.get_position().x0, 1) for ax in panels}
-    seen = {"contrast": round(contrast(fig), 2), "columns": len(columns)}
-    display(fig, metadata={"companion": {**about, **seen}})
+    about = {"name": name, "caption": visible(caption), "alt": visible(alt)}
+    about |= {"contrast": round(contrast(fig), 2), "columns": len(columns)}
+    display(fig, metadata={"companion": about})
     plt.close(fig)
 
 
@@ -332,9 +331,9 @@ def power(value: float, _place: int = 0) -> str:
 def _values(frame: pd.DataFrame, x: str, y: str, by: str, at: float | None) -> str:
     """What our own curves are at the drawn place that is nearest to `at`."""
     told = []
-    for curve, part in _parts(frame[~frame["cited"]], by).items():
-        ordered = part.iloc[(part[x] - at).abs().argsort(kind="stable")]
-        nearest = ordered.iloc[0]
+    own = frame[~frame["cited"]]
+    for curve, part in _parts(own, by).items():
+        nearest = part.iloc[(part[x] - at).abs().argmin()]
         told.append(f"{nearest[y]:.2g} {curve}")
     return f"At {x} = {nearest[x]:,.4g}: {'; '.join(told)}"
 

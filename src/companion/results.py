@@ -196,7 +196,8 @@ def sign(preset: str, chapters: Sequence[Chapter]) -> int:
     """
     everything = load(SIGNED)
     before = everything.get(preset, {"verdicts": {}})["verdicts"]
-    now = {finding["key"]: finding["verdict"] for c in chapters for finding in c.findings}
+    findings = [finding for chapter in chapters for finding in chapter.findings]
+    now = {finding["key"]: finding["verdict"] for finding in findings}
     made = {chapter.name: chapter.made for chapter in chapters}
     everything[preset] = {"verdicts": dict(sorted(now.items())), "made": made}
     old = SIGNED.read_text("utf-8") if SIGNED.exists() else ""

@@ -89,11 +89,13 @@ def _file(source: str) -> list[str]:
 
 
 def _is_json(content: str) -> bool:
-    """Whether it begins with a JSON object, or an array of them."""
+    """Whether it is a JSON object, an array of them, or a list of either, and no prose follows."""
+    start = content.lstrip()
     with suppress(ValueError, RecursionError):
-        found, _ = json.JSONDecoder().raw_decode(content.lstrip())
+        found, end = json.JSONDecoder().raw_decode(start)
         first = found[:1] if isinstance(found, list) else [found]
-        return any(isinstance(item, dict) for item in first)
+        follows = start[end:].lstrip()[:1]
+        return any(isinstance(item, dict) for item in first) and follows in ("", "{", "[")
     return False
 
 

@@ -48,11 +48,9 @@ def feed(
         return [part.pin_memory() for part in parts] if where.type == "cuda" else parts
 
     with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for place in places:
-            last = waiting
-            waiting = pool.submit(load, place)
-            if last is not None:
-                yield [part.to(where, non_blocking=True) for part in last.result()]
-        if waiting is not None:
-            yield [part.to(where, non_blocking=True) for part in waiting.result()]
+        loads = (pool.submit(load, place) for place in places)
+        following = next(loads, None)
+        while following is not None:
+            current = following
+            following = next(loads, None)
+            yield [part.to(where, non_blocking=True) for part in current.result()]

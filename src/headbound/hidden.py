@@ -77,9 +77,7 @@ def layer_names(model: nn.Module) -> list[str]:
 
 
 def stream(
-    model: nn.Module,
-    input_ids: Ids,
-    layers: Sequence[int] | None = None,
+    model: nn.Module, input_ids: Ids, layers: Sequence[int] | None = None
 ) -> Iterator[Float[Tensor, "layers batch length d"]]:
     """Hidden states batch by batch, on the model's device, in the model's precision.
 

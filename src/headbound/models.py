@@ -160,9 +160,7 @@ class Readout(NamedTuple):
 
 @torch.inference_mode()
 def readout(
-    model: nn.Module,
-    tokenizer: Tokenizer | None,
-    input_ids: Int[Tensor, "texts length"],
+    model: nn.Module, tokenizer: Tokenizer | None, input_ids: Int[Tensor, "texts length"]
 ) -> Readout:
     """What turns the final hidden states of any causal model into its logits.
 

@@ -67,15 +67,15 @@ def uncollected() -> Iterator[None]:
 def parallel(jobs: Iterable[Any], workers: int | None = None, description: str = "") -> list[Any]:
     """The results of `joblib.delayed` calls, in order, each in one of `workers` processes.
 
-    `workers` None is one a core, of which `LOKY_MAX_CPU_COUNT` may allow fewer. With `workers` 1,
-    or 1 job, the calls run here. With a `description`, a bar counts the results. The processes end
-    here.
+    `workers` None is one a core, of which `LOKY_MAX_CPU_COUNT` may allow fewer. One alone works
+    here. With a `description`, a bar counts the results. The processes end here.
     """
     jobs = list(jobs)
-    if workers == 1 or len(jobs) < 2:
-        return [function(*arguments, **options) for function, arguments, options in jobs]
-    _begin()
     workers = min(len(jobs), workers or cpu_count())
+    if workers < 2:
+        shown = bar(jobs, description) if description else jobs
+        return [function(*arguments, **options) for function, arguments, options in shown]
+    _begin()
     # Fresh processes: a copy of this one would share its threads' locks.
     context = get_context("spawn")
     with patch.dict(os.environ, WORKER), ProcessPoolExecutor(workers, context) as pool:

@@ -80,17 +80,16 @@ def sinks(hidden_states: States, ratio: float = 10.0) -> Bool[Tensor, " tokens"]
 
 
 def sum_of_units(hidden_states: States) -> Float[Tensor, " d"]:
-    """Σ hᵢ / ‖hᵢ‖, blocks in float32 (float64 if they come so) and their sum in float64.
+    """Σ hᵢ / ‖hᵢ‖, in float64: the squares of a state's numbers may be out of float32's range.
 
     **Raises:** `ValueError` for NaN, Inf or a zero state.
     """
     where = device.precise(hidden_states.device)
     total = torch.zeros(hidden_states.shape[1], dtype=torch.float64, device=where)
     for place, block in enumerate(hidden_states.split(ROWS)):
-        precision = torch.promote_types(block.dtype, torch.float32)
-        rows = block.to(precision)
+        rows = block.to(where, torch.float64)
         norms = _norms(rows, place * ROWS)
-        total += ((1 / norms) @ rows).to(total)
+        total += (1 / norms) @ rows
     return total
 
 

@@ -1,7 +1,7 @@
 """Heads of bounded rank: cut from a trained head in closed form, or trained by gradient."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -242,6 +242,21 @@ def train(
     history = _descend(pupils, progress.bar(parts, "training heads", steps), steps)
     _check_convergence(history, heads)
     return [pupil.finished() for pupil in pupils]
+
+
+def trained_losses(
+    data: Examples, heads: Iterable[Head], tests: Mapping[str, Examples], **training: Any
+) -> dict[str, Losses]:
+    """`token_losses` on each of the tests, of heads that `train` has trained with these options.
+
+    One head after another is trained and measured, so that memory holds one.
+    """
+    losses: dict[str, list] = {name: [] for name in tests}
+    for head in heads:
+        trained = train(data, [head], **training)
+        for name, test in tests.items():
+            losses[name] += [*token_losses(test, trained)]
+    return {name: np.stack(rows) for name, rows in losses.items()}
 
 
 class _Rows:

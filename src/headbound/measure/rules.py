@@ -185,17 +185,11 @@ def positive(measured: Estimate) -> Ruling:
     return Ruling(agrees, "the interval lies on one side of zero")
 
 
-def near(measured: ArrayLike, claim: ArrayLike, tolerance: float) -> Ruling:
-    """Numbers read off a figure are those of the text, within the error of reading."""
-    off = float(np.abs(np.subtract(measured, claim)).max())
-    return Ruling(off <= tolerance, f"off by {off:.2g}; allowed: {tolerance:g}")
-
-
-def within(values: ArrayLike, low: float, high: float, unit: float) -> Ruling:
-    """Numbers read off a figure lie in the range that the text gives, rounded to a unit."""
+def within(values: ArrayLike, low: float, high: float, unit: float = 0.0) -> Ruling:
+    """Numbers read off a figure lie in a range, whose ends may be rounded to a unit."""
     least = float(np.min(values))
     most = float(np.max(values))
-    slack = unit / 2
-    agrees = low - slack <= least and most <= high + slack
-    comment = f"{least:,.0f} to {most:,.0f}; the text rounds to {unit:,.0f}"
-    return Ruling(agrees, comment)
+    low -= unit / 2
+    high += unit / 2
+    comment = f"{least:,.5g} to {most:,.5g}; allowed: {low:,.5g} to {high:,.5g}"
+    return Ruling(low <= least and most <= high, comment)

@@ -91,21 +91,25 @@ def frequency_link(
     **Returns:** the correlation and the loadings.
     """
     group = np.random.default_rng(0).integers(groups, size=len(weight))
-    first = _first_direction(weight)
+    grams = [_gram(weight[torch.from_numpy(group == g)]) for g in range(groups)]
+    gram = sum(grams)
+    first = _first_direction(gram)
     rows = weight.double().cpu()
     occurs = counts > 0
 
-    def link(kept: np.ndarray) -> float:
-        direction = _first_direction(weight[torch.from_numpy(kept)])
-        direction *= torch.sign(direction @ first)
-        loadings = (rows @ direction).numpy()
+    def link(direction: Float64[Tensor, " d"], kept: np.ndarray) -> float:
         seen = kept & occurs
+        loadings = (rows @ direction).numpy()
         return float(spearmanr(loadings[seen], counts[seen]).statistic)
 
-    whole = link(group >= 0)
-    turned = -1 if whole < 0 else 1
-    without = [turned * link(group != g) for g in range(groups)]
-    return stats.jackknife(without, turned * whole), turned * (rows @ first).numpy()
+    if link(first, occurs) < 0:
+        first = -first
+    without = []
+    for g in range(groups):
+        direction = _first_direction(gram - grams[g])
+        direction *= torch.sign(direction @ first)
+        without.append(link(direction, group != g))
+    return stats.jackknife(without, link(first, occurs)), (rows @ first).numpy()
 
 
 def _probabilities(singular_values: Values) -> Values:
@@ -127,5 +131,5 @@ def _gram(weight: Float[Tensor, "rows d"]) -> Float64[Tensor, "d d"]:
     return total
 
 
-def _first_direction(weight: Float[Tensor, "rows d"]) -> Float64[Tensor, " d"]:
-    return torch.linalg.eigh(_gram(weight)).eigenvectors[:, -1].cpu()
+def _first_direction(gram: Float64[Tensor, "d d"]) -> Float64[Tensor, " d"]:
+    return torch.linalg.eigh(gram).eigenvectors[:, -1].cpu()

@@ -72,8 +72,10 @@ def _measure(
         head.last(after) if isinstance(head, changes.LiftedHead) else (after, head.weight)
     )
     states = read.flatten(0, 1)
-    losses, logit_mean, logit_variance = _logits(states, weight, rows[:, 1:].flatten())
+    losses = _losses(states, weight, rows[:, 1:].flatten())
     texts = losses.view(len(rows), -1).mean(1).double().numpy()
+    # A context's logits W h have the mean w̄·h and the variance hᵀ C h over the vocabulary.
+    variances = (states @ torch.cov(weight.T, correction=0) * states).sum(1)
     described = checkpoint.head(weight)
     norm = model.base_model.final_layer_norm
     numbers = {
@@ -84,8 +86,8 @@ def _measure(
         "entropy": described["singular_entropy"],
         "entropy_centred": described["singular_entropy_centred"],
         "mean_share": described["mean_row_share"],
-        "logit_mean": logit_mean,
-        "logit_sd": math.sqrt(logit_variance),
+        "logit_mean": states.mean(0) @ weight.mean(0),
+        "logit_sd": variances.mean().sqrt(),
         "head_norm": weight.norm(),
         "state_norm": states.norm(dim=1).mean(),
         "gain_norm": norm.weight.norm(),
@@ -104,20 +106,12 @@ def _output_rank(states: Float[Tensor, "texts length width"], weight: Tensor) ->
     return checkpoint.output_rank(logits.double())
 
 
-def _logits(
-    states: Tensor, weight: Tensor, targets: Tensor
-) -> tuple[Float[Tensor, " tokens"], float, float]:
-    """Losses, the mean logit, and the mean variance of the logits within a context."""
+def _losses(states: Tensor, weight: Tensor, targets: Tensor) -> Float[Tensor, " tokens"]:
     losses = []
-    variances = []
-    parts = zip(states.split(BLOCK), targets.split(BLOCK), strict=True)
-    for some, following in parts:
+    for some, following in zip(states.split(BLOCK), targets.split(BLOCK), strict=True):
         logits = some @ weight.T
         losses.append(nn.functional.cross_entropy(logits, following, reduction="none"))
-        variances.append(logits.var(1, correction=0))
-    mean = states.mean(0) @ weight.mean(0)
-    variance = torch.cat(variances).mean()
-    return torch.cat(losses), float(mean), float(variance)
+    return torch.cat(losses)
 
 
 def run(
@@ -159,6 +153,7 @@ def _run(arm: str, recipe: Recipe, text: tunnel.Text, place: Path, table: Path, 
     kept = place / "measured.pt"
     measured = torch.load(kept, weights_only=False) if kept.exists() else {}
     before = measured.pop("seconds", 0.0)
+    data = text.digest()
     started = time.process_time()
 
     def keep(model: GPTNeoXForCausalLM, step: int) -> None:
@@ -170,7 +165,7 @@ def _run(arm: str, recipe: Recipe, text: tunnel.Text, place: Path, table: Path, 
         rows = _table(arm, recipe, done)
         with cache.replacing(table) as temporary:
             rows.to_csv(temporary, index=False, float_format=f"%.{DIGITS}g")
-        _describe(table.with_suffix(".json"), arm, recipe, text, step, seconds)
+        _describe(table.with_suffix(".json"), arm, recipe, data, step, seconds)
 
     steps = _mixed_steps(recipe.steps, recipe.checkpoints)
     wanted = [step for step in steps if step <= until]
@@ -200,9 +195,7 @@ def _table(arm: str, recipe: Recipe, measured: dict[int, tuple]) -> pd.DataFrame
     return pd.DataFrame(rows)
 
 
-def _describe(
-    path: Path, arm: str, recipe: Recipe, text: tunnel.Text, step: int, seconds: float
-) -> None:
+def _describe(path: Path, arm: str, recipe: Recipe, data: str, step: int, seconds: float) -> None:
     """Write beside a table where it comes from; the commit is that of the first time."""
     today = datetime.date.today().isoformat()
     asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -220,7 +213,7 @@ def _describe(
         "core_hours": round(seconds / 3600, 3),
         "finished": step == recipe.steps,
         "steps_done": step,
-        "data": text.digest(),
+        "data": data,
         "recipe": asdict(recipe),
     }
     with cache.replacing(path) as temporary:

@@ -210,15 +210,15 @@ def effects(
     blocks = runs.groupby("arm", sort=False)["block"].apply(set)
     pairs = blocks.map(blocks[reference].intersection).map(len).drop(reference)
     fits = pairs.index.to_series().where(pairs >= SEEDS, "all with few pairs")
+    coded = f"C(arm, Treatment({reference!r}))"
     rows = []
-    for quantity in quantities:
-        for _, arms in pairs.groupby(fits):
-            some = runs[runs["arm"].isin([reference, *arms.index])]
-            coded = f"C(arm, Treatment({reference!r}))"
+    for _, arms in pairs.groupby(fits):
+        some = runs[runs["arm"].isin([reference, *arms.index])]
+        for quantity in quantities:
             fit = ols(f"{quantity} ~ {coded} + block", some).fit()
             for arm, count in arms.items():
-                row = {"arm": arm, "quantity": quantity, "n": count}
-                rows.append(row | _effect(fit, f"{coded}[T.{arm}]", count))
+                row = {"arm": arm, "quantity": quantity, "n": int(count)}
+                rows.append(row | _effect(fit, f"{coded}[T.{arm}]", row["n"]))
     table = pd.DataFrame(rows).sort_values("arm", kind="stable", ignore_index=True)
     known = table["p"].notna()
     table["adjusted"] = np.nan
@@ -229,11 +229,12 @@ def effects(
 
 def _effect(fit: RegressionResultsWrapper, term: str, pairs: int) -> dict[str, float]:
     """One term of a fit, without an interval if it rests on one pair."""
-    row = {"value": fit.params[term], "freedom": fit.df_resid}
-    if pairs < 2:
-        return row | {"low": np.nan, "high": np.nan, "p": np.nan}
-    low, high = fit.conf_int().loc[term]
-    return row | {"low": low, "high": high, "p": fit.pvalues[term]}
+    low = high = p = np.nan
+    if pairs > 1:
+        low, high = fit.conf_int().loc[term]
+        p = fit.pvalues[term]
+    value = fit.params[term]
+    return {"value": value, "freedom": fit.df_resid, "low": low, "high": high, "p": p}
 
 
 def _outcome(effect: pd.Series) -> str:

@@ -106,11 +106,7 @@ def _order(windows: int, kept: int, epoch: int, seed: int) -> Int[np.ndarray, " 
 
 
 def train(
-    hidden_sizes: Sequence[int],
-    steps: int,
-    *,
-    build: Build = GPTNeoXForCausalLM,
-    **options: Any,
+    hidden_sizes: Sequence[int], steps: int, *, build: Build = GPTNeoXForCausalLM, **options: Any
 ) -> pd.DataFrame:
     """Train the suite, or what is missing of it; called again, it only reads.
 

@@ -70,6 +70,7 @@ def _head_on_hub(model: str, revision: str):
     """A Hub id's head without rows that no token has; its own bytes alone are fetched."""
     from sweep import hub
 
+    hub.listing(model, revision, tries=3)  # who sits before a screen learns soon of a silent hub
     found = hub.head(model, revision)
     return found.weight[: hub.tokenizer(found.listed).get_vocab_size()]
 

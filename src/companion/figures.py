@@ -248,10 +248,11 @@ def _logarithmic(ax: Axes, axis: str) -> None:
     ax.set(**{f"{axis}scale": "log"})
     chosen = ax.xaxis if axis == "x" else ax.yaxis
     low, high = chosen.get_view_interval()
-    narrow = low > 1e-3 and high < min(1e4, 100 * low)
-    chosen.set_major_formatter(power)
+    ticks = "{x:g}" if low > 1e-3 and high < 1e4 else power  # one way for all of an axis
+    narrow = high < 100 * low and ticks != power
+    chosen.set_major_formatter(ticks)
     chosen.set_minor_locator(LogLocator(subs=[2, 5] if narrow else "auto"))
-    chosen.set_minor_formatter(power if narrow else "")
+    chosen.set_minor_formatter(ticks if narrow else "")
 
 
 def _legend(fig: Figure) -> None:
@@ -321,10 +322,7 @@ def _style(parts: Mapping[Any, pd.DataFrame], by: str | None) -> dict[str, Any]:
 
 def power(value: float, _place: int = 0) -> str:
     """A tick of a logarithmic axis in plain characters, such as 10⁶."""
-    exponent = math.log10(value)
-    if -3 < exponent < 4:
-        return f"{value:g}"
-    digits = f"{exponent:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    digits = f"{math.log10(value):.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"10{digits}"
 
 

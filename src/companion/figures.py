@@ -249,7 +249,7 @@ def _logarithmic(ax: Axes, axis: str) -> None:
     chosen = ax.xaxis if axis == "x" else ax.yaxis
     low, high = chosen.get_view_interval()
     ticks = "{x:g}" if low > 1e-3 and high < 1e4 else power  # one way for all of an axis
-    narrow = high < 100 * low and ticks != power
+    narrow = high < 100 * low
     chosen.set_major_formatter(ticks)
     chosen.set_minor_locator(LogLocator(subs=[2, 5] if narrow else "auto"))
     chosen.set_minor_formatter(ticks if narrow else "")
@@ -321,9 +321,11 @@ def _style(parts: Mapping[Any, pd.DataFrame], by: str | None) -> dict[str, Any]:
 
 
 def power(value: float, _place: int = 0) -> str:
-    """A tick of a logarithmic axis in plain characters, such as 10⁶."""
-    digits = f"{math.log10(value):.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"10{digits}"
+    """A tick of a logarithmic axis in plain characters, such as 10⁶ or 2·10⁶."""
+    first, exponent = f"{value:.0e}".split("e")
+    times = "" if first == "1" else f"{first}·"
+    digits = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{times}10{digits}"
 
 
 def _values(frame: pd.DataFrame, x: str, y: str, by: str, at: float | None) -> str:

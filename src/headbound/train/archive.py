@@ -36,6 +36,7 @@ from headbound.train.step import Recipe
 BLOCK = 2048  # tokens whose logits are held at once
 DIGITS = 5  # significant ones in a table
 TABLES = BOOK / "archive"
+ORDER = ["arm", "hidden_size", "seed", "step"]
 # Of where a run comes from, what its rows are given; `last` is the day of its last checkpoint.
 ORIGIN = ("command", "steps_done", "core_hours", "last", "commit", "machine", "finished")
 
@@ -235,7 +236,7 @@ def load() -> pd.DataFrame:
         tables.append(table.assign(parameters=size, **origin))
     if not tables:
         raise FileNotFoundError(f"no archived run in {TABLES}; work in a checkout of the book")
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables).sort_values(ORDER, ignore_index=True)
 
 
 def first_text() -> tunnel.Text:

@@ -63,6 +63,28 @@ def test_a_sound_run_is_logged_and_not_warned_of(rows, tmp_path, options):
     assert run.model.training
 
 
+def test_what_can_not_be_measured_is_warned_of_and_the_training_goes_on(rows, tmp_path):
+    run = trainer(rows, tmp_path, max_grad_norm=0.0)
+    run.args.learning_rate = 1e30
+    watched = callback.watch(run, rows[:8].int(), every=4)
+    with pytest.warns(UserWarning, match="not measured: NaN or Inf"):
+        run.train()
+    assert run.state.global_step == 12
+    assert watched.rows == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 2), "1 tokens to predict"),
+        ((4, 2 * LENGTH), f"the model reads {LENGTH} tokens at most"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused_before_the_training(rows, tmp_path, shape, message):
+    with pytest.raises(ValueError, match=message):
+        callback.watch(trainer(rows, tmp_path), torch.zeros(shape, dtype=torch.long))
+
+
 def test_the_numbers_follow_from_their_definitions(rows, tmp_path):
     model = trainer(rows, tmp_path, tied=False).model.eval().double()
     found = checkpoint.measure(model, rows[:8]) | checkpoint.outputs(model, rows[:8])

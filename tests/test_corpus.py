@@ -235,6 +235,7 @@ def test_json_is_refused_for_its_syntax_is_no_text(tmp_path, layout):
     "prose",
     [
         "[1] A list of references.\n\n{x} is a set.",
+        '{"role": "user"}\n\n[Note] The record above opens a conversation.',
         '{"name": "bert"} is how a configuration begins.\n\nThis text explains it.',
         '[{"name": "bert"}] is a list of configurations.',
     ],

@@ -16,7 +16,7 @@ import nbformat
 import pytest
 from test_workflow import ROOT, notebook, run
 
-from companion import execute
+from companion import build, execute
 
 SHOWN = """
 import locale, os, sys
@@ -215,6 +215,7 @@ PARAMETERS = (
         ("sizes", "[8, 16]", [8, 16]),
         ("whole", "true", True),
         ("suite_options", "{steps: 40}", {"steps": 40}),
+        ("n", "010", 10),
     ],
 )
 def test_text_is_read_as_the_parameters_own_type(tmp_path, name, text, value):
@@ -230,6 +231,7 @@ def test_text_is_read_as_the_parameters_own_type(tmp_path, name, text, value):
         ("share", "0.8.0", "a: share = '0.8.0': must be of type float, like 0.5"),
         ("sizes", "0.5", r"a: sizes = '0.5': must be of type list, like \[1, 2\]"),
         ("n", "1e-3", "a: n = '1e-3': must be of type int, like 3"),
+        ("share", "nan", "a: share = 'nan': must be a finite number"),
         ("name", 3, "a: name = 3: must be of type str, like 'x'"),
         ("suite_options", {"step": 40}, "a: suite_options: .*'step' was unexpected"),
         ("suite_options", {"steps": 0}, "a: suite_options.steps: 0 is less than the minimum of 1"),
@@ -250,6 +252,32 @@ def test_a_kernel_that_is_killed_is_told_in_one_line(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("headbound: chapter: its kernel was killed")
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["chapter.ipynb"]
+
+
+def test_braces_in_a_path_are_no_parameters(tmp_path):
+    notebook(tmp_path / "a.ipynb", parameters=PARAMETERS)
+    (tmp_path / "a{b}").mkdir()
+    execute.execute(tmp_path / "a.ipynb", tmp_path / "a{b}" / "{x}.ipynb", "laptop", {"n": 7})
+    made = nbformat.read(tmp_path / "a{b}" / "{x}.ipynb", as_version=4)
+    assert execute.parameters(made)["n"] == 7
+
+
+@pytest.mark.parametrize(
+    "content", [b"- 01_one", b"01_one: 5", b"01_one: [", b"01_one: {a: \xff}", b"text"]
+)
+def test_a_preset_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "small.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"small.yaml: it must give the parameters"):
+        build.read_preset(tmp_path / "small.yaml")
+
+
+def test_an_empty_preset_names_no_chapter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "presets").mkdir()
+    for content, told in {"": "it names none", "99_no: {}": "99_no"}.items():
+        (tmp_path / "presets" / "small.yaml").write_text(content)
+        with pytest.raises(ValueError, match=f"small.yaml: no such chapter .{told}"):
+            build.names("small")
 
 
 def test_a_preset_gives_a_chapter_its_values_and_another_notebook_none(tmp_path):

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -224,6 +226,15 @@ def test_knee_is_found_where_it_was_put():
 
 
 PAPER = pythia.figures("6b")
+
+
+def test_texts_may_have_any_numbers_and_an_unknown_loss_has_no_knee():
+    losses = np.outer([3.0, 2.0, 1.0], np.ones(4))
+    numbered = lowrank.ByRank([1, 2, 4], losses, np.array([3, 3, 7, 9])).knee()
+    assert numbered == lowrank.ByRank([1, 2, 4], losses, np.array([0, 0, 1, 2])).knee()
+    assert numbered.n == 3
+    unknown = lowrank.ByRank([1, 2, 4], losses * math.nan, np.array([0, 0, 1, 2])).knee()
+    assert math.isnan(unknown.value)
 
 
 def curve(frame):

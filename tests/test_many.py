@@ -76,6 +76,7 @@ def test_what_fails_is_named_and_what_was_measured_is_kept(folder):
     assert done.exit_code == 2
     assert done.stderr.count("\n") == 1
     assert "1 of 2 not measured: nothing: model = 'nothing'" in done.stderr
+    assert "no table is written, what was measured is kept" in done.stderr
     assert (folder / "out.csv").read_text() == "earlier"
     assert len(list((folder / "cache" / "measured").glob("*.json"))) == 1
 

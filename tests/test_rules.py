@@ -1,5 +1,7 @@
 """Every verdict rule on the paper's own curves, where it must agree, and on others."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -125,6 +127,10 @@ def test_signs_and_readings():
     assert rules.within([1400, 15_499], 2000.0, 15_000.0, unit=1000.0).comment.endswith(
         "1,400 to 15,499; allowed: 1,500 to 15,500"
     )
+
+
+def test_a_number_without_an_interval_says_nothing():
+    assert rules.holds(Estimate(1.0, math.nan, math.nan, 1), 1.0).agrees is None
 
 
 def test_a_number_inside_its_interval():

@@ -191,6 +191,16 @@ def test_a_planted_frequency_direction_is_found_and_noise_is_not():
     assert nothing.low < 0 < nothing.high < 0.3
 
 
+def test_a_models_own_head_is_taken_as_it_is_and_nan_is_named():
+    weight = torch.nn.Parameter(torch.randn(60, 4, generator=torch.Generator().manual_seed(0)))
+    counts = np.arange(60)
+    assert frequency_link(weight, counts)[0] == frequency_link(weight.detach(), counts)[0]
+    broken = weight.detach().clone()
+    broken[3, 1] = torch.nan
+    with pytest.raises(ValueError, match="NaN or Inf in the weight"):
+        frequency_link(broken, counts)
+
+
 def test_the_frequency_link_is_spearmans_over_the_tokens_that_occur():
     weight = gaussian(200, 6) * [5, 1, 1, 1, 1, 1]
     counts = np.random.default_rng(2).integers(0, 9, 200)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
@@ -83,6 +84,16 @@ def _left(steps: Sequence[Step]) -> str:
     return f"about {max(1, round(seconds / 120))} min left"
 
 
+def read_preset(path: Path) -> dict[str, dict[str, Any]]:
+    """What a preset changes, by chapter; `ValueError` naming a file that says anything else."""
+    try:
+        chapters = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return {str(name): dict(changes or {}) for name, changes in chapters.items()}
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        form = "it must give the parameters of each chapter by name, as YAML in UTF-8"
+        raise ValueError(f"{path}: {form} ({error})") from error
+
+
 def names(preset: str, asked: Sequence[str] = ()) -> list[str]:
     """The chapters of a preset, or those that `asked` names by a beginning such as `02`.
 
@@ -93,7 +104,11 @@ def names(preset: str, asked: Sequence[str] = ()) -> list[str]:
         raise ValueError(f"{Path.cwd()}: no presets/ in it; go to the book's folder")
     if preset not in presets:
         raise ValueError(f"PRESET = {preset}: must be one of {', '.join(presets)}")
-    chapters = yaml.safe_load(Path(f"presets/{preset}.yaml").read_text(encoding="utf-8"))
+    file = Path(f"presets/{preset}.yaml")
+    chapters = read_preset(file)
+    unknown = [name for name in chapters if not Path(f"notebooks/{name}.ipynb").exists()]
+    if unknown or not chapters:
+        raise ValueError(f"{file}: no such chapter ({', '.join(unknown) or 'it names none'})")
     for beginning in asked:
         if not any(name.startswith(beginning) for name in chapters):
             known = ", ".join(chapters)

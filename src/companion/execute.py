@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -24,6 +25,7 @@ import yaml
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from companion.build import read_preset
 from companion.words import markdown
 
 SCHEMA = "presets/schema.json"  # of parameters, by their names; beside the folder of notebooks
@@ -107,13 +109,16 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> dict[str, An
 def _fitted(name: str, given: Any, default: Any) -> Any:
     value = given
     if isinstance(given, str) and not isinstance(default, str):
+        kind = type(default) if type(default) in (int, float) else yaml.safe_load
         with suppress(ValueError, yaml.YAMLError):
-            value = float(given) if isinstance(default, float) else yaml.safe_load(given)
+            value = kind(given)
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if default is not None and type(value) is not type(default):
         expected = type(default).__name__
         raise ValueError(f"{name} = {given!r}: must be of type {expected}, like {default!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} = {given!r}: must be a finite number")
     return value
 
 
@@ -157,8 +162,7 @@ def of_preset(notebook: Path, preset: str) -> dict[str, Any]:
         return {}
     if preset not in presets:
         raise ValueError(f"PRESET = {preset}: must be one of {', '.join(sorted(presets))}")
-    chapters = yaml.safe_load(presets[preset].read_text(encoding="utf-8")) or {}
-    return chapters.get(notebook.stem) or {}
+    return read_preset(presets[preset]).get(notebook.stem, {})
 
 
 def execute(notebook: Path, output: Path, preset: str, parameters: dict[str, Any]) -> None:
@@ -190,8 +194,10 @@ def _run(notebook: Path, finished: Path, parameters: dict[str, Any], kernel: Con
     for talker in ("papermill", "traitlets"):  # what they say of a dead kernel is said here
         logging.getLogger(talker).setLevel(logging.CRITICAL)
     how = {"kernel_name": "python3", "progress_bar": False, "config": kernel}
+    # papermill fills braces in a path with the parameters.
+    places = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, finished)]
     try:
-        papermill.execute_notebook(notebook, finished, parameters, **how)
+        papermill.execute_notebook(*places, parameters, **how)
     except PapermillExecutionError as error:
         raise ChapterError(f"{notebook.stem}: {error.ename}: {error.evalue}") from error
     except RuntimeError as error:  # the kernel's, while it works or before it has answered once

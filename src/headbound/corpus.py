@@ -89,13 +89,16 @@ def _file(source: str) -> list[str]:
 
 
 def _is_json(content: str) -> bool:
-    """Whether it is a JSON object, an array of them, or a list of either, and no prose follows."""
+    """Whether it is a JSON object or an array with one, alone or with more JSON behind."""
+    decoder = json.JSONDecoder()
     start = content.lstrip()
     with suppress(ValueError, RecursionError):
-        found, end = json.JSONDecoder().raw_decode(start)
-        first = found[:1] if isinstance(found, list) else [found]
-        follows = start[end:].lstrip()[:1]
-        return any(isinstance(item, dict) for item in first) and follows in ("", "{", "[")
+        found, end = decoder.raw_decode(start)
+        behind = start[end:].lstrip(", \r\n\t")
+        if behind:
+            decoder.raw_decode(behind)  # which prose is not
+        items = found if isinstance(found, list) else [found]
+        return any(isinstance(item, dict) for item in items)
     return False
 
 

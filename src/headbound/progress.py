@@ -56,11 +56,13 @@ def aside() -> Iterator[None]:
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Python's garbage collector rests: what makes many small objects, all kept, need not wait."""
+    worked = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if worked:
+            gc.enable()
         gc.collect()
 
 

@@ -87,7 +87,7 @@ def sum_of_units(hidden_states: States) -> Float[Tensor, " d"]:
     where = device.precise(hidden_states.device)
     total = torch.zeros(hidden_states.shape[1], dtype=torch.float64, device=where)
     for place, block in enumerate(hidden_states.split(ROWS)):
-        rows = block.to(where, torch.float64)
+        rows = block.detach().to(where, torch.float64)
         norms = _norms(rows, place * ROWS)
         total += (1 / norms) @ rows
     return total

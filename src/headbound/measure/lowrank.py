@@ -366,6 +366,8 @@ class ByRank(NamedTuple):
         allowed = math.log1p(tolerance)
 
         def crossing(excess: Float[np.ndarray, " ranks"]) -> float:
+            if not np.isfinite(excess).all():
+                return math.nan
             above = np.flatnonzero(excess > allowed)
             if not len(above):
                 return float(self.ranks[0])
@@ -411,8 +413,9 @@ class ByRank(NamedTuple):
 
     def _of_excess(self, number: Callable[[Float[np.ndarray, " ranks"]], float]) -> stats.Estimate:
         # A number of the curve of mean losses above the full head's.
-        counts = np.bincount(self.texts)
-        by_text = [np.bincount(self.texts, row) for row in self.losses - self.losses[-1]]
+        _, texts = np.unique(self.texts, return_inverse=True)
+        counts = np.bincount(texts)
+        by_text = [np.bincount(texts, row) for row in self.losses - self.losses[-1]]
         sums = np.stack(by_text, 1)
 
         def statistic(weights: Float[np.ndarray, "sets texts"]) -> Float[np.ndarray, " sets"]:

@@ -62,7 +62,8 @@ def run(
         rows.append({"model": model, "revision": revision, **row})
         print(_line(rows[-1]), flush=True)
     if lost:
-        raise ValueError(f"{len(lost)} of {len(work)} not measured: {'; '.join(lost)}")
+        told = f"{len(lost)} of {len(work)} not measured: {'; '.join(lost)}"
+        raise ValueError(f"{told}; no table is written, what was measured is kept")
     return pd.DataFrame(rows).reindex(columns=COLUMNS)
 
 

@@ -168,6 +168,8 @@ def who_drops(
 
 def holds(measured: Estimate, claim: float) -> Ruling:
     """A number of the paper's lies within the interval; left open where zero does too."""
+    if np.isnan(measured[:3]).any():
+        return Ruling(None, "the number has no interval")
     inside = measured.low <= claim <= measured.high
     if inside and measured.low <= 0 <= measured.high:
         return Ruling(None, "the interval holds zero as well")

@@ -43,7 +43,7 @@ class _LateRise(NamedTuple):
     @property
     def growth(self) -> float:
         """How many times its least value the curve ends at."""
-        return self.final / self.least
+        return self.final / max(self.least, np.finfo(float).tiny)
 
     @property
     def seen(self) -> bool:

@@ -28,8 +28,6 @@ def singular_values(weight: Float[Tensor, "rows d"]) -> Values:
         raise ValueError(f"the weight has shape {tuple(weight.shape)}: nothing to decompose")
     wide = weight.shape[0] < weight.shape[1]
     gram = _gram(weight.T if wide else weight)
-    if not gram.isfinite().all():
-        raise ValueError("NaN or Inf in the weight; check the checkpoint")
     squares = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
     return squares.sqrt().cpu().numpy()
 
@@ -94,7 +92,7 @@ def frequency_link(
     grams = [_gram(weight[torch.from_numpy(group == g)]) for g in range(groups)]
     gram = sum(grams)
     first = _first_direction(gram)
-    rows = weight.double().cpu()
+    rows = weight.detach().double().cpu()
     occurs = counts > 0
 
     def link(direction: Float64[Tensor, " d"], kept: np.ndarray) -> float:
@@ -128,6 +126,8 @@ def _gram(weight: Float[Tensor, "rows d"]) -> Float64[Tensor, "d d"]:
     for block in weight.detach().split(ROWS):
         rows = block.to(where, torch.float64)
         total += rows.T @ rows
+    if not torch.as_tensor(total).isfinite().all():
+        raise ValueError("NaN or Inf in the weight; check the checkpoint")
     return total
 
 

@@ -21,13 +21,16 @@ def watch(trainer: Trainer, input_ids: Int[Tensor, "texts length"], every: int =
     What `checkpoint.measure` and `checkpoint.outputs` say goes through the trainer's own log, so
     TensorBoard, W&B and others show it under `saturation/…`. The `rows` of what is returned keep
     it. Call it before the trainer's `train`, with a fixed batch of held-out text, such as 8 texts
-    of 128 tokens. The optimizer's first step is measured, and then every so many.
+    of 128 tokens. The optimizer's first step is measured, and then every so many. What can't be
+    measured, as after a divergence, is warned of, and the training goes on.
 
-    **Raises:** `ValueError` if `every` is below 1 or a text has fewer than two tokens.
+    **Raises:** `ValueError` if `every` is below 1, or for texts too short or too long.
     """
-    if every < 1 or input_ids.shape[1] < 2:
-        raise ValueError(f"every = {every}, texts of {input_ids.shape[1]} tokens: 1 and 2 at least")
-    callback = _Watch(trainer, input_ids, every)
+    predicted = input_ids[:, 1:].numel()
+    if every < 1 or predicted < 2:
+        raise ValueError(f"every = {every}, {predicted} tokens to predict: 1 and 2 at least")
+    checkpoint.check_length(trainer.model, input_ids.shape[1], predicted=1)
+    callback = _Watch(trainer, input_ids.long(), every)
     trainer.add_callback(callback)
     return callback
 
@@ -50,8 +53,13 @@ class _Watch(TrainerCallback):
         training = model.training
         model.eval()
         input_ids = self.input_ids.to(model.device)
-        row = checkpoint.measure(model, input_ids) | checkpoint.outputs(model, input_ids)
-        model.train(training)
+        try:
+            row = checkpoint.measure(model, input_ids) | checkpoint.outputs(model, input_ids)
+        except ValueError as error:
+            warnings.warn(f"step {state.global_step}: not measured: {error}", stacklevel=2)
+            return
+        finally:
+            model.train(training)
         self.rows.append({"step": float(state.global_step), **row})
         self.trainer.log({f"saturation/{name}": value for name, value in row.items()})
         found = _signs(self.rows)

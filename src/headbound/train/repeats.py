@@ -14,6 +14,7 @@ SHOWN = 512  # tokens that the trained model is measured on, at most
 WARMUP = 0.05  # of the steps
 
 
+@torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they were
 def learn(
     vocab: int,
     d: int,

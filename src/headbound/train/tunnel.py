@@ -138,6 +138,7 @@ def train(
     return pd.DataFrame([row for recipe in recipes[::-1] for row in _rows(root, recipe)])
 
 
+@torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they were
 def fit(
     recipe: Recipe,
     text: Text,

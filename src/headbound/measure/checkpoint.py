@@ -87,7 +87,7 @@ def head(weight: Float[Tensor, "vocab d"]) -> dict[str, float]:
     - `effective_rank`: dimensions.
     - `mean_row_share`: the mean row's part of ‖W‖².
     """
-    weight = weight.detach().double()
+    weight = weight.detach().float()
     mean_row = weight.mean(0)
     entropy = spectrum.singular_entropy(spectrum.singular_values(weight))
     centred = spectrum.singular_values(weight - mean_row)

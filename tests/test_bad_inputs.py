@@ -208,7 +208,7 @@ EXECUTED = [
     ("chapter 02_anisotropy out.ipynb --set model=sound --set text=nothing.txt", "nothing.txt"),
     ("chapter 04_target_rank out.ipynb --set text=text.txt --set tokenizer=nothing", "nothing"),
     (
-        "chapter 05_rank_constrained_heads out.ipynb --set model=encoder",
+        "chapter 05_rank_constrained_heads out.ipynb --preset smoke --set model=encoder",
         "no LM head",
     ),
     ("diagnose nan --text text.txt", "NaN or Inf in lm_head.weight"),

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import yaml
@@ -84,14 +83,14 @@ def _left(steps: Sequence[Step]) -> str:
     return f"about {max(1, round(seconds / 120))} min left"
 
 
-def read_preset(path: Path) -> dict[str, dict[str, Any]]:
+def read_preset(path: Path) -> dict[str, dict]:
     """What a preset changes, by chapter; `ValueError` naming a file that says anything else."""
     try:
         chapters = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         return {str(name): dict(changes or {}) for name, changes in chapters.items()}
     except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        form = "it must give the parameters of each chapter by name, as YAML in UTF-8"
-        raise ValueError(f"{path}: {form} ({error})") from error
+        form = f"{path}: it must give the parameters of each chapter by name, as YAML in UTF-8"
+        raise ValueError(f"{form} ({error})") from error
 
 
 def names(preset: str, asked: Sequence[str] = ()) -> list[str]:

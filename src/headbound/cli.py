@@ -125,9 +125,8 @@ def sweep(
         return
     known = model in table and (task == "audit" or revision in table[model])
     if task not in ("audit", "measure") or not known:
-        raise ValueError(
-            f"{task} {model} {revision}: give left, or audit or measure, and what {file} has"
-        )
+        fix = f"give left, or audit or measure, and what {file} has"
+        raise ValueError(f"{task} {model} {revision}: {fix}")
     rows = measure.audited(model, table[model], settings)
     if task == "measure":
         measure.measure(model, revision, settings, rows, keep)

@@ -83,9 +83,7 @@ def load(
     # A pooler is a classifier's add-on that no measurement reads.
     wrong = sorted(name for name in wrong if not name.startswith("pooler."))
     if wrong:
-        raise ValueError(
-            f"model = {model!r}: missing or misshapen tensors {wrong[:3]} in its files"
-        )
+        raise ValueError(f"model = {model!r}: missing or misshapen tensors {wrong[:3]}")
     for name, weight in network.named_parameters():
         if not torch.isfinite(weight).all():
             fix = "use intact weights, or load in float32"

@@ -40,10 +40,9 @@ def share_kept(data: Examples, weight: Weight, block: int = 128, logits: Logits 
     """How much of each token's logit gradient passes through the head W, exactly, in float64.
 
     It is ‖Uᵀg‖², with the columns of U = W·B an orthonormal basis of W's. W is best without its
-    mean row, which the softmax ignores. A direction of W counts from a singular value of about a
-    millionth of the largest on: float32 rounds by a tenth of that. `logits` makes logits of states,
-    such as a readout's; without it W alone does. Beside the arguments nothing is larger than
-    `block` × V.
+    mean row, which the softmax ignores. Its singular values below a millionth of the largest
+    count as none. `logits` makes logits of states, such as a readout's; without it W alone does.
+    Beside the arguments nothing is larger than `block` × V.
 
     **Raises:** `ValueError` for no token, sizes that do not fit, NaN or Inf.
 

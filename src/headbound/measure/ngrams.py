@@ -231,10 +231,9 @@ def _check_memory(vocab_size: int) -> None:
     free = psutil.virtual_memory().available
     most = int((free / 16) ** 0.5)
     if vocab_size > most:
-        raise ValueError(
-            f"vocab_size = {vocab_size}: its spectrum needs {16e-9 * vocab_size**2:.1f} GB, "
-            f"{free / 1e9:.1f} are free; take at most {most} tokens, or `leading` ones"
-        )
+        needs = f"its spectrum needs {16e-9 * vocab_size**2:.1f} GB, {free / 1e9:.1f} are free"
+        fix = f"take at most {most} tokens, or `leading` ones"
+        raise ValueError(f"vocab_size = {vocab_size}: {needs}; {fix}")
 
 
 def _selected(columns: list[np.ndarray], vocab_size: int, slots: range) -> list[np.ndarray]:

@@ -36,7 +36,6 @@ from headbound.train.step import Recipe
 BLOCK = 2048  # tokens whose logits are held at once
 DIGITS = 5  # significant ones in a table
 TABLES = BOOK / "archive"
-ORDER = ["arm", "hidden_size", "seed", "step"]
 # Of where a run comes from, what its rows are given; `last` is the day of its last checkpoint.
 ORIGIN = ("command", "steps_done", "core_hours", "last", "commit", "machine", "finished")
 
@@ -69,9 +68,8 @@ def _measure(
     parts = [fast.states(model, some[:, :-1]) for some in rows.split(16)]
     before, after = (torch.cat(side) for side in zip(*parts, strict=True))
     head = model.get_output_embeddings()
-    read, weight = (
-        head.last(after) if isinstance(head, changes.LiftedHead) else (after, head.weight)
-    )
+    lifted = isinstance(head, changes.LiftedHead)
+    read, weight = head.last(after) if lifted else (after, head.weight)
     states = read.flatten(0, 1)
     losses = _losses(states, weight, rows[:, 1:].flatten())
     texts = losses.view(len(rows), -1).mean(1).double().numpy()
@@ -138,9 +136,8 @@ def run(
     `rise_se`: the loss over the least one so far, and its standard error paired over texts.
     """
     recipe = changes.recipe(arm, d, seed, **options)
-    text = text or tunnel.corpus(
-        recipe.source, recipe.vocab_size, recipe.context, recipe.held_out_texts
-    )
+    sizes = recipe.vocab_size, recipe.context, recipe.held_out_texts
+    text = text or tunnel.corpus(recipe.source, *sizes)
     name = f"{re.sub(r'[^a-z0-9.]+', '-', arm.lower())}-d{d}-s{seed}"
     place = state / name
     place.mkdir(parents=True, exist_ok=True)
@@ -236,7 +233,7 @@ def load() -> pd.DataFrame:
         tables.append(table.assign(parameters=size, **origin))
     if not tables:
         raise FileNotFoundError(f"no archived run in {TABLES}; work in a checkout of the book")
-    return pd.concat(tables).sort_values(ORDER, ignore_index=True)
+    return pd.concat(tables).sort_values(["arm", "hidden_size", "seed", "step"], ignore_index=True)
 
 
 def first_text() -> tunnel.Text:

@@ -60,9 +60,8 @@ class Recipe:
         if self.hidden_size < 8 or self.hidden_size % 8:
             raise ValueError(f"hidden_size = {self.hidden_size}: must be a multiple of 8")
         if min(self.steps, self.checkpoints) < 1:
-            raise ValueError(
-                f"steps = {self.steps}, checkpoints = {self.checkpoints}: both must be 1 or more"
-            )
+            given = f"steps = {self.steps}, checkpoints = {self.checkpoints}"
+            raise ValueError(f"{given}: both must be 1 or more")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {choices}")

@@ -11,7 +11,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 # Ratchets: what stands today, in lines. The aim is 3,100, 1,300 and 550.
-PACKAGES = {"src/headbound": 5873, "src/companion": 2237, "workflow": 923}
+PACKAGES = {"src/headbound": 5872, "src/companion": 2237, "workflow": 923}
 DENSITY = 15  # syntax nodes a code line, in functions of MINIMUM lines or more
 MINIMUM = 4
 WIDTH = 100

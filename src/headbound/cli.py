@@ -70,8 +70,7 @@ def _head_on_hub(model: str, revision: str):
     """A Hub id's head without rows that no token has; its own bytes alone are fetched."""
     from sweep import hub
 
-    hub.listing(model, revision, tries=3)  # who sits before a screen learns soon of a silent hub
-    found = hub.head(model, revision)
+    found = hub.head(model, revision, tries=3)  # a reader soon learns of a silent hub
     return found.weight[: hub.tokenizer(found.listed).get_vocab_size()]
 
 

@@ -146,12 +146,12 @@ def local(model: str, revision: str = "main", keep: bool = False) -> Iterator[tu
         yield folder, listed
 
 
-def head(model: str, revision: str = "main", keep: bool = False) -> Head:
+def head(model: str, revision: str = "main", keep: bool = False, tries: int = TRIES) -> Head:
     """A checkpoint's head alone: over https its own bytes, otherwise out of the file it is in.
 
     **Raises:** as `listing`; `ValueError` for a checkpoint without a head, or with a NaN in it.
     """
-    listed = listing(model, revision)
+    listed = listing(model, revision, tries)
     kind = next(iter(listed.weights()), None)
     if kind is None:
         where = f"revision = {revision!r}: {model}"

@@ -146,7 +146,7 @@ def local(model: str, revision: str = "main", keep: bool = False) -> Iterator[tu
         yield folder, listed
 
 
-def head(model: str, revision: str = "main", keep: bool = False, tries: int = TRIES) -> Head:
+def head(model: str, revision: str = "main", keep: bool = False, tries: int = 0) -> Head:
     """A checkpoint's head alone: over https its own bytes, otherwise out of the file it is in.
 
     **Raises:** as `listing`; `ValueError` for a checkpoint without a head, or with a NaN in it.
